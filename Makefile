@@ -1,0 +1,57 @@
+# `make` lists what there is. PYTHON names the interpreter of the environment, ARGS goes to the program:
+#   make train ARGS="adapter.rank=8 data=folder data.root=photos"
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(READY) ## create .venv and install everything into it
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+.PHONY: train
+train: $(READY) ## fine-tune, sample, measure and report: experiment=rank16 on the shipped backbone
+	$(BIN)/python train.py experiment=rank16 $(ARGS)
+
+.PHONY: test
+test: $(READY) ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: $(READY) ## style and formatting (ruff)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: types
+types: $(READY) ## type hints (mypy)
+	$(BIN)/mypy
+
+.PHONY: backbone
+backbone: $(READY) ## train the shipped studio backbone anew (hours; resumes where it stopped)
+	$(BIN)/python -m lora_dae.backbone.studio $(ARGS)
+
+.PHONY: classifier
+classifier: $(READY) ## train the shipped attribute classifier anew
+	$(BIN)/python -m lora_dae.evaluation.classifier $(ARGS)
+
+.PHONY: bench
+bench: $(READY) ## measure speed and size
+	$(BIN)/python -m benchmarks $(ARGS)
+
+.PHONY: ci
+ci: lint types test ## what has to pass before a change lands
+
+.PHONY: clean
+clean: ## remove .venv and tool caches (runs/ and cache/ stay)
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""LoRA on the frozen UNet: which layers, which rank, inject, save, load, merge."""

@@ -1,0 +1,170 @@
+"""Adapter files: save, load, merge.
+
+The file is PEFT's raw state dict (``unet.<layer>.lora_A.weight``) with the adapter's configuration in the
+safetensors header, which plain ``pipe.load_lora_weights(folder)`` of diffusers reads. Two roads that look
+shorter lose weights silently: ``convert_state_dict_to_diffusers`` renames attention layers only, after which
+the loader (it looks at the first key alone) drops either them or the convolutions; and without the header
+alpha falls back to the rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_dae.adapter.inject import ADAPTER_NAME, is_injected
+from lora_dae.adapter.source_input import SourceInput, detach_source_input
+from lora_dae.adapter.targets import base_layer
+from lora_dae.config import ConfigError
+
+FILE_NAME = LORA_WEIGHT_NAME_SAFE  # pytorch_lora_weights.safetensors: what diffusers looks for in a folder
+_PREFIX = "unet."
+
+
+def save_adapter(
+    unet: UNet2DConditionModel, path: str | Path, metadata: dict[str, str] | None = None
+) -> Path:
+    """Write the LoRA weights to ``path`` (or FILE_NAME in it, if it is a folder); returns the file.
+
+    ``metadata`` goes into the header beside the adapter's configuration. Raises ConfigError if there is no
+    adapter.
+    """
+    if not is_injected(unet):
+        raise ConfigError(
+            "The UNet carries no adapter to save; a fully fine-tuned UNet is saved by save_merged."
+        )
+    state = get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)
+    # channels_last weights are not contiguous, and safetensors takes nothing else
+    weights = {_PREFIX + key: value.detach().cpu().contiguous() for key, value in state.items()}
+    header = {
+        **(metadata or {}),
+        "format": "pt",
+        LORA_ADAPTER_METADATA_KEY: json.dumps(_configuration(unet, state), sort_keys=True),
+    }
+    file = _file(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, file, metadata=header)
+    return file
+
+
+def load_adapter(unet: UNet2DConditionModel, path: str | Path) -> dict[str, str]:
+    """Load a file of save_adapter (or a folder with one) into a plain UNet; returns its metadata.
+
+    Everything is frozen afterwards. Raises ConfigError if the file is missing, is no LoRA file of this
+    layout, or belongs to another backbone.
+    """
+    file = _file(path)
+    if is_injected(unet):
+        raise ConfigError(f"The UNet already carries an adapter; load {file} into a fresh backbone.")
+    weights, header = _read(file)
+    _check(unet, file, weights)
+    configuration = json.loads(header[LORA_ADAPTER_METADATA_KEY])
+    unet.load_lora_adapter(weights, prefix="unet", adapter_name=ADAPTER_NAME, metadata=configuration)
+    unet.requires_grad_(False)
+    return {key: value for key, value in header.items() if key not in ("format", LORA_ADAPTER_METADATA_KEY)}
+
+
+def merged_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A plain copy of the UNet with the adapter added into its weights; the UNet itself stays as it is.
+
+    With a source input the copy's conv_in takes 2C channels ([x_t, source], as InstructPix2Pix' UNet does)
+    and its ``config.in_channels`` says so. Raises ValueError (PEFT) if a merged weight is not finite.
+    """
+    merged = copy.deepcopy(unet)
+    source_input = detach_source_input(merged)
+    if is_injected(merged):
+        merged.fuse_lora(safe_fusing=True)
+        merged.unload_lora()
+    if source_input is not None:
+        _widen_conv_in(merged, source_input)
+    merged.requires_grad_(False)
+    return merged
+
+
+def save_merged(unet: UNet2DConditionModel, folder: str | Path) -> Path:
+    """Write merged_unet(unet) as a UNet folder of plain diffusers; saves a full fine-tuning too."""
+    merged_unet(unet).save_pretrained(folder)
+    return Path(folder)
+
+
+def _widen_conv_in(unet: UNet2DConditionModel, source_input: SourceInput) -> None:
+    conv_in = unet.conv_in
+    source_weight = source_input.conv.weight.to(conv_in.weight.dtype)
+    conv_in.weight = nn.Parameter(torch.cat([conv_in.weight, source_weight], dim=1))
+    conv_in.in_channels = conv_in.weight.shape[1]
+    unet.register_to_config(in_channels=conv_in.in_channels)
+
+
+def _configuration(unet: UNet2DConditionModel, state: dict[str, Tensor]) -> dict[str, Any]:
+    """PEFT's configuration as diffusers reads it back: plain JSON values under the UNet's prefix."""
+    values = unet.peft_config[ADAPTER_NAME].to_dict()
+    values["target_modules"] = sorted({_layer_of(key) for key in state})  # PEFT may have shortened the names
+    # diffusers never puts the layers that it adds into eval mode, so a plain pipeline would draw with dropout
+    values["lora_dropout"] = 0.0
+    return {
+        _PREFIX + key: sorted(value) if isinstance(value, set) else value
+        for key, value in sorted(values.items())
+    }
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not file.is_file():
+        raise ConfigError(f"There is no adapter at {file}; give a run's adapter folder or its {FILE_NAME}.")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ConfigError(f"{file} is not a readable safetensors file; give a run's {FILE_NAME}.") from error
+    if not any("lora" in key for key in weights):
+        raise ConfigError(f"{file} holds no LoRA weights; give a run's {FILE_NAME}.")
+    is_raw = all(key.startswith(_PREFIX) and ".lora_" in key for key in weights)
+    if not is_raw or LORA_ADAPTER_METADATA_KEY not in header:
+        raise ConfigError(
+            f"{file} is a LoRA file of another layout; this project reads its own, others load with "
+            "pipe.load_lora_weights of diffusers."
+        )
+    return weights, header
+
+
+def _check(unet: UNet2DConditionModel, file: Path, weights: dict[str, Tensor]) -> None:
+    """Every weight must fit its layer: diffusers would only warn, and then draw without it."""
+    layers = dict(unet.named_modules())
+    for key, tensor in weights.items():
+        name = _layer_of(key.removeprefix(_PREFIX))
+        if name not in layers:
+            raise ConfigError(
+                f"The adapter in {file} adapts {name}, which this backbone does not have; load the backbone "
+                "that it was trained on."
+            )
+        weight = base_layer(layers[name]).weight
+        assert isinstance(weight, Tensor)
+        fits = True
+        if ".lora_A." in key:
+            fits = tensor.shape[1:] == weight.shape[1:]
+        elif ".lora_B." in key:
+            fits = tensor.shape[0] == weight.shape[0]
+        if not fits:
+            raise ConfigError(
+                f"The adapter in {file} does not fit {name} of this backbone (weight {tuple(weight.shape)}, "
+                f"adapter {tuple(tensor.shape)}); load the backbone that it was trained on."
+            )
+
+
+def _layer_of(key: str) -> str:
+    return key.split(".lora_")[0]
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix else path / FILE_NAME

@@ -1,0 +1,1 @@
+"""The frozen Stable Diffusion: load, encode, decode."""

@@ -1,0 +1,120 @@
+"""What the recipe's steps share: pictures, wall-clock schedules, EMA, resumable state."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lora_dae.config import DataConfig
+from lora_dae.data.folder import load_folder
+from lora_dae.data.studio.dataset import StudioDataset
+
+RESOLUTION = 128
+BASE_TRAIN, BASE_VAL, TARGET_TRAIN, TARGET_VAL = 8_000, 512, 4_000, 512
+console = Console()
+
+
+def base_data(cache: Path) -> tuple[StudioDataset, StudioDataset]:
+    """BASE photos to train the backbone on, and to validate it with."""
+    return StudioDataset(cache, "base", "train", BASE_TRAIN), StudioDataset(cache, "base", "val", BASE_VAL)
+
+
+def target_data(cache: Path) -> tuple[StudioDataset, StudioDataset]:
+    """TARGET pairs: for the autoencoder and the attribute classifier only, never for the denoiser."""
+    return StudioDataset(cache, "target", "train", TARGET_TRAIN), StudioDataset(cache, "target", "val", TARGET_VAL)
+
+
+def photos(root: Path | None) -> tuple[np.ndarray, list[str]]:
+    """Real photos, uint8 (N, 128, 128, 3), and their captions; none without ``root``."""
+    if root is None:
+        return np.empty((0, RESOLUTION, RESOLUTION, 3), np.uint8), []
+    splits = load_folder(DataConfig(name="folder", root=str(root), resolution=RESOLUTION))
+    pairs = [splits["train"][i] for i in range(len(splits["train"]))]
+    return np.stack([p.image for p in pairs]), [p.caption for p in pairs]
+
+
+class Schedule:
+    """Warm-up and cosine over wall-clock minutes: a recipe promises hours, not steps."""
+
+    def __init__(self, minutes: float, peak: float, warmup: int = 200, floor: float = 0.02):
+        self.seconds, self.peak, self.warmup, self.floor = 60 * minutes, peak, warmup, floor
+        self.spent, self.step, self._last = 0.0, 0, time.monotonic()
+
+    def tick(self) -> float:
+        """Count one step; return its learning rate. A pause (a stopped process) is not counted."""
+        now = time.monotonic()
+        self.spent += min(now - self._last, 5.0)
+        self._last = now
+        self.step += 1
+        done = min(self.spent / self.seconds, 1.0)
+        cosine = self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done))
+        return self.peak * min(self.step / self.warmup, 1.0) * cosine
+
+    @property
+    def finished(self) -> bool:
+        return self.spent >= self.seconds
+
+
+class Averaged:
+    """EMA of all parameters of some modules, in float32."""
+
+    def __init__(self, modules: dict[str, nn.Module], decay: float):
+        self.live = {f"{m}.{k}": p for m, mod in modules.items() for k, p in mod.named_parameters()}
+        self.mean = {k: p.detach().clone() for k, p in self.live.items()}
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        means = list(self.mean.values())
+        torch._foreach_lerp_(means, [p.detach() for p in self.live.values()], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the live weights and the means."""
+        for k, p in self.live.items():
+            kept = p.detach().clone()
+            p.copy_(self.mean[k])
+            self.mean[k].copy_(kept)
+
+
+def save_state(path: Path, averaged: Averaged, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
+    """Write everything that resuming needs as one safetensors file, atomically."""
+    names = {id(p): k for k, p in averaged.live.items()}
+    tensors: dict[str, Tensor] = {f"live.{k}": p.detach() for k, p in averaged.live.items()}
+    tensors |= {f"mean.{k}": v for k, v in averaged.mean.items()}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            for key, value in optimizer.state.get(p, {}).items():
+                tensors[f"optimizer.{key}.{names[id(p)]}"] = torch.as_tensor(value)
+    tensors["clock"] = torch.tensor([schedule.spent, schedule.step], dtype=torch.float64)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
+    partial.rename(path)
+
+
+def load_state(path: Path, averaged: Averaged, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
+    """Go on where ``save_state`` stopped."""
+    tensors = load_file(path)
+    with torch.no_grad():
+        for k, p in averaged.live.items():
+            p.copy_(tensors[f"live.{k}"])
+            averaged.mean[k].copy_(tensors[f"mean.{k}"])
+            state = {key: tensors.get(f"optimizer.{key}.{k}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            if state["step"] is not None:
+                optimizer.state[p] = {key: v for key, v in state.items() if v is not None}
+    schedule.spent, schedule.step = float(tensors["clock"][0]), int(tensors["clock"][1])
+    console.print(f"going on after step {schedule.step}, {schedule.spent / 60:.1f} minutes")
+
+
+def half(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {k: v.detach().half().contiguous() for k, v in tensors}

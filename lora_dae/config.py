@@ -1,0 +1,155 @@
+"""What can be configured: one dataclass per conf/ group, registered in Hydra's ConfigStore.
+
+The YAML files under ``conf/`` are small diffs on these defaults. ``check`` holds every rule that
+spans several fields; it runs before any weight is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+
+PLACEMENTS = ("prediction", "direction", "none")
+CONDITIONINGS = ("source", "none")
+SCHEDULERS = ("ddim", "ddpm", "dpm++", "unipc", "pndm", "euler", "heun", "lms")
+TARGET_GROUPS = ("cross_attention", "self_attention", "feed_forward", "conv", "conv_in", "conv_out")
+DIFFICULTIES = ("aligned", "shifted", "reposed")
+
+
+class ConfigError(ValueError):
+    """Bad input, said in one sentence: what, where, what to do."""
+
+
+@dataclass
+class BackboneConfig:
+    """Which frozen Stable Diffusion: ``studio`` (shipped in the package) or a diffusers folder."""
+
+    name: str = "studio"
+    path: str | None = None  # a diffusers folder; None = the shipped one
+    attention: str = "auto"  # auto (measured at start) | plain | sdpa
+
+
+@dataclass
+class DataConfig:
+    """Where the fashion pairs come from."""
+
+    name: str = "studio"  # studio | folder
+    root: str | None = None  # folder: photos + metadata.jsonl or sidecar .txt
+    resolution: int = 128  # square, pixels
+    cache_dir: str = "cache"
+    batch_size: int = 16
+    num_workers: int = 0
+    seed: int = 0  # of the split (folder) or of the renderer (studio)
+    difficulty: str = "aligned"  # studio pairs: aligned | shifted | reposed
+    train_size: int = 1600  # studio
+    val_size: int = 192  # studio
+    test_size: int = 256  # studio
+    val_fraction: float = 0.06  # folder
+    test_fraction: float = 0.06  # folder
+    max_images: int | None = None  # folder: use only the first so many
+
+
+@dataclass
+class AdapterConfig:
+    """LoRA by PEFT: which groups of layers, at which rank."""
+
+    targets: list[str] = field(default_factory=lambda: ["cross_attention", "conv"])
+    rank: int = 16
+    alpha: float | None = None  # None = rank (scale 1)
+    conv_rank: int | None = None  # None = rank
+    conv_alpha: float | None = None  # None = conv_rank
+    dropout: float = 0.0
+    init: str = "kaiming"  # kaiming (PEFT's default) | gaussian
+    use_dora: bool = False
+    use_rslora: bool = False
+    full_finetune: bool = False  # train every UNet weight instead of an adapter (a baseline)
+
+
+@dataclass
+class EnhancementConfig:
+    """The adaptive enhancement module in every reverse step."""
+
+    placement: str = "prediction"  # prediction | direction | none
+    strength: float = 1.0  # a sampling-time number; training does not depend on it
+    levels: int = 3  # undecimated frequency bands
+    hidden: int = 32
+    max_log_gain: float = 0.405  # log(1.5)
+    max_steps: int = 150  # optimizer steps of its own training
+    batch_size: int = 8
+    learning_rate: float = 3e-3
+    guidance_range: list[float] = field(default_factory=lambda: [1.0, 6.0])
+    steps_range: list[int] = field(default_factory=lambda: [8, 30])
+
+
+@dataclass
+class ObjectiveConfig:
+    """The LoRA's own loss."""
+
+    min_snr_gamma: float = 5.0  # 0 = unweighted
+    caption_dropout: float = 0.1
+    source_dropout: float = 0.1
+
+
+@dataclass
+class OptimizerConfig:
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    warmup_steps: int = 20
+    ema_decay: float = 0.99
+
+
+@dataclass
+class SamplingConfig:
+    scheduler: str = "ddim"
+    num_inference_steps: int = 20
+    guidance_scale: float = 2.0
+    source_guidance_scale: float = 1.5
+    batch_size: int = 32
+    seed: int = 1234
+
+
+@dataclass
+class EvaluationConfig:
+    num_samples: int = 256
+    features: str = "effnet"  # effnet (offline) | inception (needs `pip install lora-dae[fid]`)
+    baselines: list[str] = field(default_factory=lambda: ["frozen", "strength_0"])
+    bootstrap: int = 1000
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases; the CSV log is always written beside it."""
+
+    wandb: str = "auto"  # auto (online if logged in, else offline) | online | offline | disabled
+    project: str = "lora-dae"
+    group: str | None = None
+    job_type: str = "train"
+    tags: list[str] = field(default_factory=list)
+    sample_every_n_steps: int = 200
+    num_grid_prompts: int = 6
+
+
+@dataclass
+class Config:
+    """One run. ``trainer`` takes lightning.Trainer's own argument names."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    enhancement: EnhancementConfig = field(default_factory=EnhancementConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    name: str = "default"
+    conditioning: str = "source"  # source (the garment photo steers the image) | none (text only)
+    seed: int = 0
+    run_dir: str = MISSING
+    ckpt_path: str | None = None  # a checkpoint, or "last"

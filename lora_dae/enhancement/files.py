@@ -1,0 +1,65 @@
+"""One safetensors file per enhancement module: weights, and the numbers needed to build it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lora_dae.config import ConfigError
+from lora_dae.enhancement.gates import EnhancementModule
+
+FORMAT = "lora-dae-enhancement"
+VERSION = "1"
+
+
+def save_enhancement(module: EnhancementModule, path: str | Path) -> Path:
+    """Write ``module`` to ``path`` (a .safetensors file, folders are made); returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "levels": str(module.levels),
+        "hidden": str(module.hidden),
+        "max_log_gain": repr(module.max_log_gain),
+    }
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+def load_enhancement(path: str | Path) -> EnhancementModule:
+    """Read a module that ``save_enhancement`` wrote, on CPU. Any other file raises ConfigError."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"There is no enhancement file {path}; give the enhancement.safetensors of a run.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except SafetensorError as error:
+        raise ConfigError(
+            f"{path} is not a safetensors file ({error}); give an enhancement.safetensors."
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise ConfigError(
+            f"{path} holds no enhancement module (format {metadata.get('format')!r}); "
+            "give an enhancement.safetensors, not an adapter or a backbone."
+        )
+    if metadata.get("version") != VERSION:
+        raise ConfigError(
+            f"{path} has enhancement format version {metadata.get('version')}, this program reads {VERSION}; "
+            "use the version of lora-dae that wrote it."
+        )
+    try:
+        module = EnhancementModule(
+            int(metadata["levels"]), int(metadata["hidden"]), float(metadata["max_log_gain"])
+        )
+        module.load_state_dict(tensors)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"{path} is damaged: its weights do not fit its description; save it again."
+        ) from error
+    return module

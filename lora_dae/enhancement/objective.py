@@ -1,0 +1,100 @@
+"""What the enhancement module learns from, and the closed forms that say what a first-order solver loses.
+
+The loss is on-policy: x0 comes from a state that the sampler itself visited, and is compared as a
+distribution with predictions from truly noised images at the same noise level. It never asks x0 for the band
+energy of real images: a posterior mean lacks energy by right, and restoring it every step blows the chain up.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_dae.diffusion import Level
+from lora_dae.enhancement.bands import local_log_energy, noise_variances, split_bands
+
+_REGULARIZATION = 1e-3
+_FLOOR = 1e-4  # of band power in units of white noise, as for local energies
+
+
+class OnPolicyLoss(NamedTuple):
+    """Scalars; ``total`` is the sum of the others and carries the gradient."""
+
+    total: Tensor
+    distribution: Tensor
+    power: Tensor
+    regularization: Tensor
+
+
+def on_policy_loss(
+    x0: Tensor, x0_reference: Tensor, log_gain: Tensor, mask: Tensor | None = None
+) -> OnPolicyLoss:
+    """Distance of the enhanced on-policy ``x0`` from teacher-forced ``x0_reference``, mean over bands.
+
+    ``x0``, ``x0_reference``: (B, C, H, W), predictions at one noise level, on the sampler's own state and on
+    really noised images; only their statistics over the batch are compared. ``log_gain``: (B, levels, H, W)
+    as ``EnhancementModule.evaluate`` returns it. ``mask``: optional bool (B, 1, H, W), the places that count
+    in both, at least one. Sums the 1-D Wasserstein distance of local log energies, the absolute log ratio
+    of band power, and 1e-3 of the gains' mean square and total variation.
+    """
+    levels = log_gain.shape[1]
+    bands, reference = split_bands(x0, levels)[0], split_bands(x0_reference.detach(), levels)[0]
+    places = torch.ones_like(x0[:, 0], dtype=torch.bool) if mask is None else mask[:, 0].bool()
+    distribution = sorted_distance(
+        _at(places, local_log_energy(bands)), _at(places, local_log_energy(reference))
+    )
+    power = (_log_power(bands, places) - _log_power(reference, places)).abs().mean()
+    regularization = gain_regularization(log_gain)
+    return OnPolicyLoss(distribution + power + regularization, distribution, power, regularization)
+
+
+def sorted_distance(values: Tensor, reference: Tensor) -> Tensor:
+    """1-D Wasserstein-1 distance of two equally large samples (last dimension), mean over the rest."""
+    return (values.sort(-1).values - reference.sort(-1).values).abs().mean()
+
+
+def gain_regularization(log_gain: Tensor) -> Tensor:
+    """1e-3 of mean square and mean absolute difference between neighbors of (B, levels, H, W) log gains."""
+    variation = log_gain.diff(dim=-1).abs().mean() + log_gain.diff(dim=-2).abs().mean()
+    return _REGULARIZATION * (log_gain.square().mean() + variation)
+
+
+def ddim_std_ratio(
+    variance: Tensor, alpha: Level, sigma: Level, next_alpha: Level, next_sigma: Level
+) -> Tensor:
+    """What one DDIM step does to a Gaussian band's standard deviation, relative to the exact flow, in (0, 1].
+
+    cos(theta_t - theta_s) with theta = atan2(sigma, alpha * sqrt(variance)). ``variance``: the band's, of x0.
+    Over a trajectory the ratios multiply; small variances (fine texture) lose most.
+    """
+    spread = variance.sqrt()
+
+    def angle(a: Level, s: Level) -> Tensor:
+        return torch.atan2(torch.as_tensor(s, dtype=variance.dtype), a * spread)
+
+    return torch.cos(angle(alpha, sigma) - angle(next_alpha, next_sigma))
+
+
+def exact_gain(variance: Tensor, alpha: Level, sigma: Level, next_alpha: Level, next_sigma: Level) -> Tensor:
+    """The x0 gain g* >= 1 that makes one DDIM step exact for a Gaussian band of ``variance``; 1 as h -> 0."""
+    total = alpha**2 * variance + sigma**2
+    next_total = next_alpha**2 * variance + next_sigma**2
+    kept = next_sigma / sigma
+    step = next_alpha - alpha * kept  # alpha_s * (1 - e^-h)
+    return ((next_total / total).sqrt() - kept) / (step * alpha * variance / total)
+
+
+def _at(places: Tensor, values: Tensor) -> Tensor:
+    """(B, levels, H, W) values at the (B, H, W) places that count: (levels, count)."""
+    return values.transpose(0, 1)[:, places]
+
+
+def _log_power(bands: list[Tensor], places: Tensor) -> Tensor:
+    """Log power per band over batch, channels and places, in units of white noise: (levels,)."""
+    powers = [band.square().mean(1)[places].mean() for band in bands]
+    noise = noise_variances(len(bands))
+    return torch.stack(
+        [power / variance + _FLOOR for power, variance in zip(powers, noise, strict=True)]
+    ).log()

@@ -1,0 +1,234 @@
+"""Pictures about numbers: training curves, texture spectra, labelled image grids.
+
+Plots have no background of their own and gray text, so that they read on the light and on the dark page of
+a report alike.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from cycler import cycler
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from lora_dae.config import ConfigError
+from lora_dae.evaluation.texture import BAND_LABELS, GROUPS
+
+# Told apart also with a color-vision deficiency, on white as on near-black (after Okabe and Ito 2008).
+PALETTE = ("#3b82c4", "#e07b39", "#2a9d76", "#b565a7", "#c9a227", "#6b7a8f")
+INK = "#7d8590"
+STYLE: Any = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=PALETTE),
+    "grid.color": INK,
+    "grid.alpha": 0.18,
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+    "legend.frameon": False,
+    "savefig.transparent": True,
+}
+
+
+def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Columns of Lightning's metrics.csv: name -> (steps, values), without empty and non-finite cells."""
+    if not path.is_file():
+        raise ConfigError(f"there is no training log at {path}; give the folder of a run that has trained.")
+    columns: dict[str, tuple[list[float], list[float]]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for name, cell in row.items():
+                if name in ("step", "epoch") or not cell or not row.get("step"):
+                    continue
+                value = float(cell)
+                if math.isfinite(value):
+                    steps, values = columns.setdefault(name, ([], []))
+                    steps.append(float(row["step"]))
+                    values.append(value)
+    return columns
+
+
+def plot_curves(
+    metrics_csv: Path, output: Path, columns: Mapping[str, str], title: str, ylabel: str = "loss"
+) -> Path:
+    """Draw columns (legend label -> column name) of metrics.csv over the training step; returns ``output``.
+
+    A densely logged column is shown as a pale raw line under its running mean, a sparse one (validation) with
+    its points marked. Raises ConfigError when no column is in the log. ``output`` ends in .svg or .png.
+    """
+    found = read_metrics(metrics_csv)
+    shown = {label: found[name] for label, name in columns.items() if name in found}
+    if not shown:
+        raise ConfigError(
+            f"{metrics_csv} holds none of {', '.join(columns.values())}; it has {', '.join(found)}."
+        )
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(title)
+        for color, (label, (steps, values)) in zip(PALETTE, shown.items(), strict=False):
+            if len(steps) > 40:
+                axes.plot(steps, values, color=color, alpha=0.22, linewidth=0.8)
+                axes.plot(
+                    steps, running_mean(values, window=max(5, len(values) // 40)), color=color, label=label
+                )
+            else:
+                axes.plot(steps, values, color=color, marker="o", markersize=3.5, label=label)
+        smooth = np.concatenate([running_mean(v, 5) for _, v in shown.values()])
+        low, high = np.quantile(smooth, [0.0, 0.995])
+        margin = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
+        axes.set_ylim(low - margin, high + margin)  # a single spike must not flatten the curve
+        axes.set_xlabel("step")
+        axes.set_ylabel(ylabel)
+        axes.legend(loc="upper right")
+        return _save(figure, output)
+
+
+def plot_band_power(
+    spectra: Mapping[str, Tensor],
+    real: Tensor,
+    output: Path,
+    title: str = "Texture power against real photos",
+) -> Path:
+    """Draw the band power (``BandPower.spectrum()``, (bands,)) of each method over that of real photos.
+
+    Logarithmic; the line at 1 is a real photo's texture. The words low, mid and high mark the table's groups.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(title)
+        x = np.arange(len(BAND_LABELS))
+        axes.axhline(1, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.text(len(x) - 0.6, 1, "real photos ", fontsize=8.5, ha="right", va="bottom")
+        for color, (label, spectrum) in zip(PALETTE, spectra.items(), strict=False):
+            axes.plot(x, (spectrum / real).numpy(), color=color, marker="o", markersize=4, label=label)
+        for name, (first, last) in GROUPS.items():
+            axes.text(
+                (first + last - 1) / 2,
+                1.01,
+                name,
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                fontsize=8.5,
+            )
+            if first:
+                axes.axvline(first - 0.5, color=INK, linewidth=0.8, alpha=0.35)
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        ticks = [
+            t for t in (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1, 1.2, 1.5, 2, 3, 5, 10) if low <= t <= high
+        ]
+        axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        axes.minorticks_off()
+        axes.set_xticks(x, BAND_LABELS)
+        axes.set_xlim(-0.4, len(x) - 0.6)
+        axes.set_xlabel("spatial frequency, cycles per image at 128 pixels")
+        axes.set_ylabel("generated / real")
+        axes.set_title(title, pad=20)
+        axes.legend(loc="best")
+        return _save(figure, output)
+
+
+def running_mean(values: Sequence[float], window: int) -> np.ndarray:
+    """Mean over a centered window, cut off at both ends, same length."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    first = np.maximum(index - window // 2, 0)
+    last = np.minimum(index + window // 2, len(values) - 1)
+    return (sums[last + 1] - sums[first]) / (last + 1 - first)
+
+
+def image_grid(
+    images: Sequence[np.ndarray],
+    rows: int,
+    cols: int,
+    labels: Sequence[str] | None = None,
+    captions: Sequence[str] | None = None,
+    zoom: int = 1,
+) -> Image.Image:
+    """Lay out uint8 HWC pictures of one size, row by row, on white.
+
+    ``labels`` head the columns ("source", "strength 0", ...); ``captions`` stand beneath the rows, one each,
+    wrapped to the grid's width. ``zoom`` enlarges by a whole number without smoothing, so that pixels stay
+    what they are. Raises ConfigError when the numbers do not fit.
+    """
+    if len(images) != rows * cols or (labels and len(labels) != cols) or (captions and len(captions) != rows):
+        raise ConfigError(
+            f"a {rows} x {cols} grid needs {rows * cols} images, {cols} labels, {rows} captions."
+        )
+    height, width = images[0].shape[0] * zoom, images[0].shape[1] * zoom
+    gap, margin = 6, 16
+    size = max(13, width // 15)
+    line_height = round(1.4 * size)
+    head_font, text_font = _font(size + 2, bold=True), _font(size)
+    full = cols * width + (cols - 1) * gap
+    lines = [_wrap(caption, text_font, full) for caption in captions or [""] * rows]
+    head = 2 * size + 4 if labels else 0
+    beneath = [len(part) * line_height + (size if part else gap) for part in lines]
+    canvas = Image.new("RGB", (full + 2 * margin, 2 * margin + head + rows * height + sum(beneath)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for col, label in enumerate(labels or []):
+        draw.text((margin + col * (width + gap), margin), label, font=head_font, fill="#24292f")
+    top = margin + head
+    for row in range(rows):
+        for col in range(cols):
+            picture = Image.fromarray(images[row * cols + col]).resize(
+                (width, height), Image.Resampling.NEAREST
+            )
+            canvas.paste(picture, (margin + col * (width + gap), top))
+        for number, line in enumerate(lines[row]):
+            draw.text((margin, top + height + 4 + line_height * number), line, font=text_font, fill="#57606a")
+        top += height + beneath[row]
+    return canvas
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans as matplotlib ships it: the same on every machine."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+
+
+def _figure(title: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    return figure, axes
+
+
+def _save(figure: Figure, output: Path) -> Path:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=180)
+    return output

@@ -1,0 +1,1 @@
+"""Images from a run or an adapter file: ``schedulers`` by name, the reverse ``loop``, ``load`` and ``draw``."""

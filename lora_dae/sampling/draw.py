@@ -1,0 +1,99 @@
+"""Images for captions and source photos, by one set of trained parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_dae.backbone.load import Backbone
+from lora_dae.config import ConfigError, SamplingConfig
+from lora_dae.enhancement.gates import EnhancementModule
+from lora_dae.enhancement.hook import enhance_scheduler
+from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, sample_latents
+from lora_dae.sampling.schedulers import build_scheduler
+
+
+def check_sampling(cfg: SamplingConfig) -> None:
+    """Raises ConfigError for numbers that cannot be sampled with."""
+    if cfg.num_inference_steps < 1:
+        raise ConfigError(f"sampling.num_inference_steps={cfg.num_inference_steps}: at least 1 step is needed.")
+    for name in ("guidance_scale", "source_guidance_scale"):
+        if getattr(cfg, name) < 0:
+            raise ConfigError(f"sampling.{name}={getattr(cfg, name)} is negative: use 1 for none, about 2 to steer.")
+
+
+@dataclass
+class Drawer:
+    """Draws images: the backbone (its UNet may hold LoRA and a source input) and the enhancement."""
+
+    backbone: Backbone
+    enhancement: EnhancementModule | None
+    placement: str
+    conditioning: str  # source | none
+    resolution: int
+    cfg: SamplingConfig
+    bf16: bool = False
+
+    def images(
+        self,
+        captions: Sequence[str],
+        sources: np.ndarray | None = None,
+        strength: float = 0.0,
+        indices: Sequence[int] | None = None,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """uint8 (N, H, W, 3), one image per caption; ``sources`` uint8 (N, H, W, 3) steer them.
+
+        ``indices`` choose the noise of each image together with ``cfg.seed``, so the same index gives the
+        same image at any batch size. ``on_batch`` is told how many images each batch finished.
+        """
+        if (self.conditioning == "source") != (sources is not None):
+            raise ConfigError(
+                "this run was trained with conditioning=source: give a source photo for each caption."
+                if sources is None
+                else "this run was trained with conditioning=none: it takes captions alone."
+            )
+        indices = list(range(len(captions))) if indices is None else indices
+        out = []
+        for k in range(0, len(captions), self.cfg.batch_size):
+            at = slice(k, k + self.cfg.batch_size)
+            some = None if sources is None else sources[at]
+            latents = self.latents(list(captions[at]), some, strength, list(indices[at]))
+            pixels = self.backbone.decode(latents).permute(0, 2, 3, 1)
+            out.append((pixels * 255).round().to(torch.uint8).cpu().numpy())
+            if on_batch is not None:
+                on_batch(len(latents))
+        return np.concatenate(out)
+
+    @torch.no_grad()
+    def latents(
+        self, captions: list[str], sources: np.ndarray | None, strength: float, indices: list[int]
+    ) -> Tensor:
+        """Clean latents, float32 (N, C, h, w), for one batch."""
+        backbone, device = self.backbone, self.backbone.device
+        scheduler = build_scheduler(self.cfg.scheduler, backbone.scheduler)
+        if self.enhancement is not None and strength > 0 and self.placement != "none":
+            scheduler = enhance_scheduler(scheduler, self.enhancement, strength, self.placement)
+        size = self.resolution // backbone.vae_scale_factor
+        noise = initial_noise(self.cfg.seed, indices, (backbone.latent_channels, size, size)).to(device)
+        embedded = backbone.encode_text(["", *captions])
+        source = None if sources is None else backbone.encode_images(sources)[0]
+        backbone.unet.eval()
+        with self._precision():
+            return sample_latents(
+                backbone.unet,
+                scheduler,
+                noise,
+                Conditions(embedded[1:], embedded[0], source),
+                Guidance(self.cfg.guidance_scale, self.cfg.source_guidance_scale),
+                self.cfg.num_inference_steps,
+                noise_seed=self.cfg.seed,
+            )
+
+    def _precision(self) -> AbstractContextManager:
+        return torch.autocast(self.backbone.device.type, torch.bfloat16) if self.bf16 else nullcontext()

@@ -1,0 +1,43 @@
+"""Diffusers schedulers by name, with the noise schedule that the backbone was trained with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
+
+from lora_dae.config import SCHEDULERS, ConfigError
+
+_CLASSES: dict[str, Any] = {
+    "ddim": DDIMScheduler,
+    "ddpm": DDPMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "pndm": PNDMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "heun": HeunDiscreteScheduler,
+    "lms": LMSDiscreteScheduler,
+}
+# PNDM's warm-up multiplies the calls; every SD pipeline skips it.
+_EXTRA: dict[str, dict[str, Any]] = {"pndm": {"skip_prk_steps": True}}
+# PNDM and DDIM with leading spacing reach past the last timestep without it.
+_SPACING: dict[str, dict[str, Any]] = {"pndm": {"timestep_spacing": "leading", "steps_offset": 1}}
+
+
+def build_scheduler(name: str, base: Any) -> Any:
+    """A fresh scheduler called ``name`` (config.SCHEDULERS) on the betas and prediction type of ``base``.
+
+    Raises ConfigError for an unknown name.
+    """
+    if name not in _CLASSES:
+        raise ConfigError(f"sampling.scheduler={name} is unknown: use one of {', '.join(SCHEDULERS)}.")
+    return _CLASSES[name].from_config(base.config, **_EXTRA.get(name, {}), **_SPACING.get(name, {}))

@@ -1,0 +1,215 @@
+"""A folder of photos: its two layouts, its splits, and a sentence for everything that can be wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_photos
+from PIL import Image
+
+from lora_dae.config import ConfigError, DataConfig
+from lora_dae.data.folder import Entry, load_folder, read_folder, split_entries
+
+
+def config(root: Path, **changes: object) -> DataConfig:
+    return DataConfig(name="folder", root=str(root), resolution=32, **changes)  # type: ignore[arg-type]
+
+
+def refusal(root: Path, **changes: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_folder(config(root, **changes))
+    return str(caught.value)
+
+
+def save_photo(path: Path, seed: int = 0, size: tuple[int, int] = (32, 32)) -> np.ndarray:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def write_rows(root: Path, rows: list[dict]) -> None:
+    (root / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+
+def test_splits_cover_everything_once(tiny_folder: Path) -> None:
+    splits = load_folder(config(tiny_folder, val_fraction=0.2, test_fraction=0.2))
+    ids = [entry.id for split in splits.values() for entry in split.entries]
+    assert sorted(ids) == [f"{number:03d}.png" for number in range(24)]
+    assert list(splits) == ["train", "val", "test"]
+
+
+def test_a_pair_is_what_the_metadata_says(tiny_folder: Path) -> None:
+    splits = load_folder(config(tiny_folder))
+    pairs = {pair.id: pair for split in splits.values() for pair in (split[i] for i in range(len(split)))}
+    pair = pairs["001.png"]
+    assert (pair.caption, pair.category) == ("a blue shirt in a plaid pattern", "dress")
+    assert pair.image.shape == (32, 32, 3) and pair.image.dtype == np.uint8
+    assert pair.source is None and pair.mask is None
+
+
+def test_csv_with_a_byte_order_mark_and_sidecars_give_the_same_as_jsonl(tmp_path: Path) -> None:
+    for name in ("jsonl", "csv", "sidecar"):
+        for number in range(4):
+            save_photo(tmp_path / name / f"{number}.png", number)
+    captions = ["a dress", "a shirt, blue", "a hat", "a skirt"]
+    write_rows(tmp_path / "jsonl", [{"file_name": f"{i}.png", "text": captions[i]} for i in range(4)])
+    lines = ["file_name,text", *(f'{i}.png,"{captions[i]}"' for i in range(4))]
+    (tmp_path / "csv" / "metadata.csv").write_text("\n".join(lines), encoding="utf-8-sig")
+    for number, caption in enumerate(captions):
+        (tmp_path / "sidecar" / f"{number}.txt").write_text(caption + "\n")
+    found = [
+        [(entry.id, entry.group_id, entry.caption) for entry in read_folder(tmp_path / name)]
+        for name in ("jsonl", "csv", "sidecar")
+    ]
+    assert found[0] == found[1] == found[2]
+    assert found[0][1] == ("1.png", "1.png", "a shirt, blue")
+
+
+def test_source_and_mask_columns_make_pairs(tmp_path: Path) -> None:
+    rows = []
+    for number in range(4):
+        target = save_photo(tmp_path / "images" / f"{number}.png", number)
+        save_photo(tmp_path / "sources" / f"{number}.png", number + 10)
+        Image.fromarray(target[..., 0] // 128 * 255).save(tmp_path / f"{number}_mask.png")
+        rows.append(
+            {
+                "file_name": f"{number}.png",
+                "text": "a dress",
+                "source": f"sources/{number}.png",
+                "mask": f"{number}_mask.png",
+            }
+        )
+    write_rows(tmp_path, rows)
+    train = load_folder(config(tmp_path))["train"]
+    assert train.has_source and train.has_mask
+    pair = train[0]
+    np.testing.assert_array_equal(pair.source, source_of(tmp_path, pair.id))
+    assert pair.mask is not None
+    np.testing.assert_array_equal(pair.mask, np.where(pair.image[..., 0] >= 128, 255, 0))
+
+    write_rows(tmp_path, [*rows[:3], {key: rows[3][key] for key in ("file_name", "text", "mask")}])
+    assert "line 4 has no source but other lines do" in refusal(tmp_path)
+
+
+def source_of(root: Path, name: str) -> np.ndarray:
+    return np.asarray(Image.open(root / "sources" / name))
+
+
+def entries(groups: list[str]) -> list[Entry]:
+    return [Entry(str(i), group, "text", Path("x"), "line") for i, group in enumerate(groups)]
+
+
+def test_a_group_is_never_split() -> None:
+    parts = split_entries(entries([f"garment {i // 5}" for i in range(500)]), 0.2, 0.2, seed=0)
+    groups = [{entry.group_id for entry in part} for part in parts.values()]
+    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
+    assert 5 * sum(map(len, groups)) == 500
+
+
+def test_added_photos_leave_the_others_in_their_split() -> None:
+    few, many = (split_entries(entries([str(i) for i in range(count)]), 0.1, 0.1, 0) for count in (500, 1000))
+    for name in few:
+        assert {entry.group_id for entry in few[name]} <= {entry.group_id for entry in many[name]}
+    assert abs(len(many["val"]) - 100) < 4 * np.sqrt(1000 * 0.1 * 0.9)  # binomial, 4 sigma
+
+
+def test_another_seed_is_another_split() -> None:
+    first, second = (split_entries(entries([str(i) for i in range(200)]), 0.1, 0.1, seed) for seed in (0, 1))
+    assert first["test"] != second["test"]
+
+
+def test_three_photos_are_enough_and_two_are_not(tmp_path: Path) -> None:
+    write_photos(tmp_path / "three", 3)
+    assert [len(split) for split in load_folder(config(tmp_path / "three")).values()] == [1, 1, 1]
+    write_photos(tmp_path / "two", 2)
+    assert "too few different photos (2)" in refusal(tmp_path / "two")
+
+
+def test_max_images_takes_the_first(tiny_folder: Path) -> None:
+    splits = load_folder(config(tiny_folder, max_images=5))
+    assert sorted(e.id for split in splits.values() for e in split.entries) == [
+        f"00{i}.png" for i in range(5)
+    ]
+
+
+def test_fingerprint_follows_photo_caption_and_resolution(tmp_path: Path) -> None:
+    write_photos(tmp_path, 3)
+
+    def fingerprint(resolution: int = 32) -> str:
+        cfg = config(tmp_path)
+        cfg.resolution = resolution
+        return load_folder(cfg)["train"].fingerprint
+
+    first = fingerprint()
+    assert fingerprint() == first
+    seen = {first, fingerprint(64)}
+    photo = load_folder(config(tmp_path))["train"].entries[0].image
+    os.utime(photo, ns=(0, 0))  # edited
+    seen.add(fingerprint())
+    metadata = tmp_path / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace('"text": "a', '"text": "my'))
+    seen.add(fingerprint())
+    assert len(seen) == 4
+
+
+def test_no_root_and_a_root_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="give data.root"):
+        load_folder(DataConfig(name="folder"))
+    assert "is not a folder" in refusal(tmp_path / "nowhere")
+
+
+def test_empty_folder_and_photos_without_captions(tmp_path: Path) -> None:
+    assert "holds no photos" in refusal(tmp_path)
+    save_photo(tmp_path / "a.png")
+    assert "1 photos but no captions" in refusal(tmp_path)
+    save_photo(tmp_path / "b.png")
+    (tmp_path / "a.txt").write_text("a dress")
+    assert "b.png has no caption: write b.txt" in refusal(tmp_path)
+    (tmp_path / "b.txt").write_text(" \n")
+    assert "b.txt is empty" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"file_name": "gone.png", "text": "a"}', "line 25 names gone.png"),
+        ('{"file_name": "001.png"}', "line 25 has no text"),
+        ('{"file_name": "001.png", "text": " "}', "line 25 has no text"),
+        ('{"text": "a"}', "line 25 has no file_name"),
+        ('{"file_name": ', "line 25 is not JSON"),
+        ("[1]", "line 25 must be an object"),
+    ],
+)
+def test_names_the_line_of_the_metadata(tmp_path: Path, line: str, message: str) -> None:
+    write_photos(tmp_path, 24)
+    with (tmp_path / "metadata.jsonl").open("a") as file:
+        file.write(line)
+    assert message in refusal(tmp_path)
+
+
+def test_metadata_that_lists_nothing_or_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text("\n")
+    assert "lists no photos" in refusal(tmp_path)
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xff\xfe{")
+    assert "is not UTF-8" in refusal(tmp_path)
+
+
+def test_names_a_photo_that_is_no_photo_before_decoding_any(tmp_path: Path) -> None:
+    write_photos(tmp_path, 4)
+    (tmp_path / "images" / "002.png").write_bytes(b"not a photo")
+    assert "002.png cannot be read as an image" in refusal(tmp_path)
+    (tmp_path / "images" / "002.png").write_bytes(b"")
+    assert "002.png is empty" in refusal(tmp_path)
+
+
+def test_names_a_photo_cut_short_when_it_is_decoded(tmp_path: Path) -> None:
+    write_photos(tmp_path, 3, size=(300, 300))
+    photo = load_folder(config(tmp_path))["train"].entries[0].image
+    photo.write_bytes(photo.read_bytes()[:5000])
+    with pytest.raises(ConfigError, match=f"{photo.name} cannot be read"):
+        load_folder(config(tmp_path))["train"][0]

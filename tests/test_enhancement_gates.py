@@ -1,0 +1,125 @@
+"""The gate network: identity at birth, capped, budgeted, order-aware, blind to the scheduler family."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lora_dae.config import ConfigError, EnhancementConfig
+from lora_dae.enhancement import EnhancementModule
+from lora_dae.enhancement.gates import noise_window
+
+LEVEL = {"alpha": 0.8, "sigma": 0.6, "h": 0.2}
+
+
+def random_module(seed: int = 0, scale: float = 1.0) -> EnhancementModule:
+    torch.manual_seed(seed)
+    module = EnhancementModule()
+    torch.nn.init.normal_(module.output.weight, std=scale)
+    torch.nn.init.normal_(module.output.bias, std=scale)
+    return module
+
+
+def latents(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x0, noise, other = torch.randn(3, 2, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+    return x0, x0 + 0.3 * other, 0.8 * x0 + 0.6 * noise
+
+
+def test_the_configured_module_is_small_and_starts_as_the_identity():
+    config = EnhancementConfig()
+    module = EnhancementModule(config.levels, config.hidden, config.max_log_gain)
+    assert sum(parameter.numel() for parameter in module.parameters()) < 15_000
+    delta, log_gain = module.evaluate(*latents(), **LEVEL)
+    assert torch.count_nonzero(delta) == 0 and torch.count_nonzero(log_gain) == 0
+
+
+def test_every_parameter_of_the_last_layer_gets_a_gradient_at_birth_even_at_high_noise():
+    module = EnhancementModule()
+    for alpha in (0.8, 0.05):
+        module.zero_grad()
+        module(*latents(), alpha, (1 - alpha**2) ** 0.5, 0.2).square().sum().backward()
+        assert module.output.weight.grad is not None
+    delta = module(*latents(), **LEVEL)
+    (delta * torch.randn_like(delta)).sum().backward()
+    assert (module.output.weight.grad.abs().amax((1, 2, 3)) > 0).all()
+
+
+@pytest.mark.parametrize("channels", [1, 4, 8])
+def test_any_channel_count_and_channel_means_stay(channels):
+    x0, sample = torch.randn(2, 2, channels, 24, 16) + 2
+    delta = random_module()(x0, x0, sample, **LEVEL).detach()
+    assert delta.shape == x0.shape and delta.dtype == torch.float32
+    assert float(delta.abs().max()) > 1e-2
+    assert float(delta.mean((2, 3)).abs().max()) < 1e-6
+
+
+def test_gains_are_capped():
+    _, log_gain = random_module(scale=50).evaluate(*latents(), **LEVEL)
+    assert log_gain.abs().max().item() == pytest.approx(0.405, abs=1e-3)
+
+
+def test_positive_gains_shrink_by_half_of_what_guidance_amplified_and_stop_at_zero():
+    x0, _, sample = latents()
+    module = EnhancementModule()
+    torch.nn.init.constant_(module.output.bias, 10.0)  # all gains at the cap
+    plain = module.evaluate(x0, x0.clone(), sample, **LEVEL)[1]
+    torch.testing.assert_close(plain, torch.full_like(plain, 0.405))
+    factor = math.exp(0.2)  # log q = 0.4, up to the energy floor
+    guided = module.evaluate(factor * x0, x0, sample, **LEVEL)[1]
+    torch.testing.assert_close(guided, torch.full_like(guided, 0.405 - 0.2), rtol=0, atol=2e-3)
+    strong = module.evaluate(3 * x0, x0, sample, **LEVEL)[1]
+    assert torch.count_nonzero(strong) == 0
+    torch.nn.init.constant_(module.output.bias, -10.0)  # attenuation is not budgeted
+    negative = module.evaluate(3 * x0, x0, sample, **LEVEL)[1]
+    torch.testing.assert_close(negative, torch.full_like(negative, -0.405))
+
+
+def test_the_discretization_part_is_off_for_higher_order_solvers_and_fades_with_short_steps():
+    module = random_module()
+    with torch.no_grad():  # keep only u
+        module.output.weight[: module.levels] = 0
+        module.output.bias[: module.levels] = 0
+    x0, cond, sample = latents()
+
+    def size(h: float, first_order: float) -> float:
+        return module(x0, cond, sample, 0.8, 0.6, h, first_order).abs().max().item()
+
+    assert size(0.2, 0.0) == 0 and size(math.inf, 0.0) == 0
+    assert size(0.2, 1.0) > size(0.02, 1.0) > size(0.002, 1.0) > 0
+    assert size(0.002, 1.0) < 0.02 * size(0.2, 1.0)
+    assert math.isfinite(size(math.inf, 1.0))
+
+
+def test_the_window_is_off_at_high_noise():
+    lambdas = torch.tensor([-8.0, -1.41, -1.15, -0.89, 8.0])
+    assert noise_window(lambdas).tolist() == pytest.approx([0, 0, 0.5, 1, 1])
+    delta = random_module()(*latents(), 0.1, 0.99**0.5, 0.2)
+    assert torch.count_nonzero(delta) == 0
+
+
+def test_sigma_space_and_normalized_samples_give_the_same_delta():
+    x0, cond, sample = latents()
+    module = random_module()
+    for direction in (False, True):
+        normalized = module(x0, cond, sample, 0.8, 0.6, 0.2, direction=direction)
+        unscaled = module(x0, cond, sample / 0.8, 1.0, 0.6 / 0.8, 0.2, direction=direction)
+        torch.testing.assert_close(unscaled, normalized, rtol=1e-4, atol=1e-5)
+
+
+def test_noise_levels_may_differ_within_a_batch():
+    x0, cond, sample = latents()
+    module = random_module()
+    alpha = torch.tensor([0.8, 0.6])
+    both = module(x0, cond, sample, alpha, (1 - alpha**2).sqrt(), torch.tensor([0.1, 0.3]), 1.0)
+    for i, h in enumerate((0.1, 0.3)):
+        a = float(alpha[i])
+        alone = module(x0[i : i + 1], cond[i : i + 1], sample[i : i + 1], a, (1 - a**2) ** 0.5, h, 1.0)
+        torch.testing.assert_close(both[i : i + 1], alone, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("values", [(0, 32, 0.4), (3, 0, 0.4), (3, 32, 0.0), (3, 32, math.inf)])
+def test_senseless_sizes_are_refused(values):
+    with pytest.raises(ConfigError, match="positive"):
+        EnhancementModule(*values)
