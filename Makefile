@@ -38,11 +38,11 @@ types: $(READY) ## type hints (mypy)
 
 .PHONY: backbone
 backbone: $(READY) ## train the shipped studio backbone anew (hours; resumes where it stopped)
-	$(BIN)/python -m lora_dae.backbone.studio $(ARGS)
+	for step in autoencoder denoiser card; do $(BIN)/python -m lora_dae.backbone.studio $$step $(ARGS) || exit; done
 
 .PHONY: classifier
 classifier: $(READY) ## train the shipped attribute classifier anew
-	$(BIN)/python -m lora_dae.evaluation.classifier $(ARGS)
+	$(BIN)/python -m lora_dae.evaluation.attributes_fit $(ARGS)
 
 .PHONY: bench
 bench: $(READY) ## measure speed and size
@@ -52,6 +52,6 @@ bench: $(READY) ## measure speed and size
 ci: lint types test ## what has to pass before a change lands
 
 .PHONY: clean
-clean: ## remove .venv and tool caches (runs/ and cache/ stay)
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+clean: ## remove .venv and tool caches (runs/, cache/ and build/ stay)
+	rm -rf .venv dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

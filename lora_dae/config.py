@@ -12,6 +12,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 PLACEMENTS = ("prediction", "direction", "none")
 CONDITIONINGS = ("source", "none")
@@ -40,7 +41,7 @@ class DataConfig:
     name: str = "studio"  # studio | folder
     root: str | None = None  # folder: photos + metadata.jsonl or sidecar .txt
     resolution: int = 128  # square, pixels
-    cache_dir: str = "cache"
+    cache_dir: str = "cache"  # rendered photos, latents, text embeddings
     batch_size: int = 16
     num_workers: int = 0
     seed: int = 0  # of the split (folder) or of the renderer (studio)
@@ -74,15 +75,16 @@ class EnhancementConfig:
     """The adaptive enhancement module in every reverse step."""
 
     placement: str = "prediction"  # prediction | direction | none
+    enabled: bool = True
     strength: float = 1.0  # a sampling-time number; training does not depend on it
     levels: int = 3  # undecimated frequency bands
     hidden: int = 32
     max_log_gain: float = 0.405  # log(1.5)
-    max_steps: int = 150  # optimizer steps of its own training
+    max_steps: int = 60  # of its own training; each is one whole sampling chain
     batch_size: int = 8
-    learning_rate: float = 3e-3
-    guidance_range: list[float] = field(default_factory=lambda: [1.0, 6.0])
-    steps_range: list[int] = field(default_factory=lambda: [8, 30])
+    learning_rate: float = 2e-2
+    guidance_range: list[float] = field(default_factory=lambda: [1.0, 5.0])
+    steps_range: list[int] = field(default_factory=lambda: [8, 20])
 
 
 @dataclass
@@ -117,7 +119,7 @@ class SamplingConfig:
 class EvaluationConfig:
     num_samples: int = 256
     features: str = "effnet"  # effnet (offline) | inception (needs `pip install lora-dae[fid]`)
-    baselines: list[str] = field(default_factory=lambda: ["frozen", "strength_0"])
+    frozen: bool = True  # also measure the frozen backbone
     bootstrap: int = 1000
 
 
@@ -153,3 +155,85 @@ class Config:
     seed: int = 0
     run_dir: str = MISSING
     ckpt_path: str | None = None  # a checkpoint, or "last"
+
+
+def register() -> None:
+    """Put the schema into Hydra's ConfigStore; the YAML files under conf/ start from it."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """A typed Config from plain values; unknown keys and wrong types raise ConfigError."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the config does not fit: {str(error).splitlines()[0]}.") from error
+
+
+def to_dict(cfg: Config) -> dict[str, Any]:
+    """Plain values, as they are saved in a run's config.yaml."""
+    return OmegaConf.to_container(OmegaConf.structured(cfg))  # type: ignore[return-value]
+
+
+def check(cfg: Config) -> None:
+    """Every rule over the config alone; raises ConfigError before any weight is loaded."""
+    _one_of("conditioning", cfg.conditioning, CONDITIONINGS)
+    _one_of("enhancement.placement", cfg.enhancement.placement, PLACEMENTS)
+    _one_of("sampling.scheduler", cfg.sampling.scheduler, SCHEDULERS)
+    _one_of("data.name", cfg.data.name, ("studio", "folder"))
+    _one_of("adapter.init", cfg.adapter.init, ("kaiming", "gaussian"))
+    _one_of("evaluation.features", cfg.evaluation.features, ("effnet", "inception"))
+    for group in cfg.adapter.targets:
+        _one_of("adapter.targets", group, TARGET_GROUPS)
+    if cfg.data.name == "studio":
+        _one_of("data.difficulty", cfg.data.difficulty, DIFFICULTIES)
+    elif cfg.data.root is None:
+        raise ConfigError("data=folder needs data.root: the folder of photos and captions.")
+    at_least = {
+        "adapter.rank": (cfg.adapter.rank, 1),
+        "adapter.conv_rank": (1 if cfg.adapter.conv_rank is None else cfg.adapter.conv_rank, 1),
+        "enhancement.strength": (cfg.enhancement.strength, 0),
+        "enhancement.max_steps": (cfg.enhancement.max_steps, 1),
+        "enhancement.batch_size": (cfg.enhancement.batch_size, 1),
+        "data.batch_size": (cfg.data.batch_size, 1),
+        "data.train_size": (cfg.data.train_size, 1),
+        "data.val_size": (cfg.data.val_size, 1),
+        "data.test_size": (cfg.data.test_size, 2),
+        "sampling.num_inference_steps": (cfg.sampling.num_inference_steps, 1),
+        "sampling.batch_size": (cfg.sampling.batch_size, 1),
+        "sampling.guidance_scale": (cfg.sampling.guidance_scale, 0),
+        "sampling.source_guidance_scale": (cfg.sampling.source_guidance_scale, 0),
+        "evaluation.num_samples": (cfg.evaluation.num_samples, 2),
+        "optimizer.learning_rate": (cfg.optimizer.learning_rate, 0),
+        "objective.min_snr_gamma": (cfg.objective.min_snr_gamma, 0),
+    }
+    for name, (value, least) in at_least.items():
+        if value < least:
+            raise ConfigError(f"{name}={value} is below {least}: give at least {least}.")
+    for name, share in {
+        "objective.caption_dropout": cfg.objective.caption_dropout,
+        "objective.source_dropout": cfg.objective.source_dropout,
+        "adapter.dropout": cfg.adapter.dropout,
+        "optimizer.ema_decay": cfg.optimizer.ema_decay,
+    }.items():
+        if not 0 <= share < 1:
+            raise ConfigError(f"{name}={share} is not in [0, 1): give a share such as 0.1.")
+    if cfg.enhancement.placement == "direction" and cfg.sampling.scheduler != "ddim":
+        raise ConfigError(
+            f"enhancement.placement=direction edits DDIM's direction term, which sampling.scheduler="
+            f"{cfg.sampling.scheduler} does not have: use ddim, or placement=prediction."
+        )
+    if int(cfg.trainer.get("max_steps", 1)) < 1:
+        raise ConfigError(f"trainer.max_steps={cfg.trainer['max_steps']} is below 1: give at least 1.")
+
+
+def _one_of(name: str, value: str, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ConfigError(f"{name}={value} is unknown: use one of {', '.join(options)}.")
+
+
+def conf_dir() -> Path:
+    """The folder of YAML files: beside the package in a checkout, inside it when installed."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"

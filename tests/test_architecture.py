@@ -33,9 +33,7 @@ def imported_rooms(source: str, package: list[str]) -> set[str]:
             module = ".".join(part for part in (base, node.module) if part)
             names += [f"{module}.{alias.name}" for alias in node.names]
     parts = [name.split(".") for name in names]
-    return {
-        part[1] for part in parts if part[0] == "lora_dae" and len(part) > 1 and not part[1].startswith("_")
-    }
+    return {part[1] for part in parts if part[0] == "lora_dae" and len(part) > 1 and not part[1].startswith("_")}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())

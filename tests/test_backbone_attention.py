@@ -39,18 +39,14 @@ def test_a_setting_is_obeyed_everywhere_and_hardly_changes_the_output(unet: UNet
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_auto_finds_every_shape_and_leaves_the_unet_as_it_was(
-    unet: UNet2DConditionModel, dtype: torch.dtype
-) -> None:
+def test_auto_finds_every_shape_and_leaves_the_unet_as_it_was(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
     before = output(unet)
     assert set(choose_attention(unet, dtype, LATENTS, 16)) == SHAPES
     torch.testing.assert_close(output(unet), before, atol=1e-5, rtol=1e-5)
     assert all(parameter.grad is None for parameter in unet.parameters())
 
 
-def test_the_faster_kernel_is_set_shape_by_shape(
-    unet: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_faster_kernel_is_set_shape_by_shape(unet: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def sdpa_is_slow_across(layer, states, context, dtype) -> float:  # type: ignore[no-untyped-def]
         slow = isinstance(layer.processor, AttnProcessor2_0) == (context is not None)
         return 2.0 if slow else 1.0
@@ -62,9 +58,7 @@ def test_the_faster_kernel_is_set_shape_by_shape(
         assert type(used) is (AttnProcessor if "attn2" in name else AttnProcessor2_0), name
 
 
-def test_the_choice_is_remembered(
-    unet: UNet2DConditionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_choice_is_remembered(unet: UNet2DConditionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = tmp_path / "cache" / "attention.json"
     first = choose_attention(unet, torch.float32, LATENTS, 16, memory=memory)
     monkeypatch.delattr(attention, "_time")

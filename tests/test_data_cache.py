@@ -62,16 +62,12 @@ def test_items_are_what_the_encoders_gave(tmp_path: Path) -> None:
         item, pair = cache[index], pairs[index]
         assert pair.source is not None
         mean, std = encoders.encode_images(pair.image[None])
-        torch.testing.assert_close(
-            item["latent_mean"], mean[0], atol=0, rtol=1e-3
-        )  # stored in half precision
+        torch.testing.assert_close(item["latent_mean"], mean[0], atol=0, rtol=1e-3)  # stored in half precision
         torch.testing.assert_close(item["latent_std"], std[0])
         source = encoders.encode_images(pair.source[None])[0]
         torch.testing.assert_close(item["source"], source[0], atol=0, rtol=1e-3)
         assert torch.equal(item["text"], encoders.encode_text([pair.caption])[0])
-        assert (
-            item["index"] == index and cache.ids[index] == pair.id and cache.captions[index] == pair.caption
-        )
+        assert item["index"] == index and cache.ids[index] == pair.id and cache.captions[index] == pair.caption
     assert not cache.null_text.any() and cache.null_text.shape == (3, 5)
 
 

@@ -132,9 +132,7 @@ def test_three_photos_are_enough_and_two_are_not(tmp_path: Path) -> None:
 
 def test_max_images_takes_the_first(tiny_folder: Path) -> None:
     splits = load_folder(config(tiny_folder, max_images=5))
-    assert sorted(e.id for split in splits.values() for e in split.entries) == [
-        f"00{i}.png" for i in range(5)
-    ]
+    assert sorted(e.id for split in splits.values() for e in split.entries) == [f"00{i}.png" for i in range(5)]
 
 
 def test_fingerprint_follows_photo_caption_and_resolution(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_every_parameter_of_the_last_layer_gets_a_gradient_at_birth_even_at_high
         assert module.output.weight.grad is not None
     delta = module(*latents(), **LEVEL)
     (delta * torch.randn_like(delta)).sum().backward()
-    assert (module.output.weight.grad.abs().amax((1, 2, 3)) > 0).all()
+    assert (module.output.weight.grad.abs().amax(1) > 0).all()
 
 
 @pytest.mark.parametrize("channels", [1, 4, 8])

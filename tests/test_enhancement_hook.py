@@ -150,6 +150,7 @@ def test_the_enhanced_scheduler_passes_for_its_own_kind(name):
     enhanced.set_timesteps(4)
     plain.set_timesteps(4)
     assert torch.equal(enhanced.timesteps, plain.timesteps)
+    assert type(type(enhanced).from_config(enhanced.config)) is CLASSES[name]
     again = enhance_scheduler(enhanced, None)
     assert type(again) is type(enhanced) and again.enhancement.module is None
     assert enhanced.enhancement.module is not None
@@ -214,9 +215,7 @@ def test_set_conditional_takes_every_batch_order(copies, part):
     raw = torch.randn(2 * copies, 4, 8, 8)
     inputs = gate_inputs(scheduler, guided, scheduler.timesteps[5], sample, raw)
     cond = raw[2 * part : 2 * part + 2]
-    torch.testing.assert_close(
-        inputs.x0_cond, predict_x0(cond, sample, inputs.alpha, inputs.sigma, "epsilon")
-    )
+    torch.testing.assert_close(inputs.x0_cond, predict_x0(cond, sample, inputs.alpha, inputs.sigma, "epsilon"))
 
 
 def test_first_order_share_knows_the_solvers():

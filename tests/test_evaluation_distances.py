@@ -14,8 +14,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from lora_dae.config import ConfigError
 from lora_dae.evaluation import distances
 from lora_dae.evaluation.bootstrap import (
-    bootstrap_weights,
     bootstrap_interval,
+    bootstrap_weights,
     weighted_means,
     wilson_interval,
 )

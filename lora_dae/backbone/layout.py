@@ -80,9 +80,7 @@ def _locate(cfg: BackboneConfig) -> Path:
         return STUDIO
     path = Path(cfg.path).expanduser()
     if not path.is_dir():
-        raise ConfigError(
-            f"backbone.path={cfg.path} is not a folder: give a diffusers folder (with unet/, vae/, ...)."
-        )
+        raise ConfigError(f"backbone.path={cfg.path} is not a folder: give a diffusers folder (with unet/, vae/, ...).")
     return path
 
 
@@ -138,9 +136,7 @@ def _variant(part: Path, stem: str) -> str | None:
         whole, shards = part / f"{stem}{dotted}.safetensors", part / f"{stem}.safetensors.index{dotted}.json"
         if whole.is_file() or shards.is_file():
             return variant
-    pickled = sorted(
-        file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in part.glob(f"*.{suffix}")
-    )
+    pickled = sorted(file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in part.glob(f"*.{suffix}"))
     if pickled:
         raise ConfigError(
             f"{part / pickled[0]} is a pickle, which can run code when it is loaded: convert the backbone to "
@@ -155,9 +151,7 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{file} is not a JSON object ({error}): restore it from the model's source."
-        ) from error
+        raise ConfigError(f"{file} is not a JSON object ({error}): restore it from the model's source.") from error
 
 
 def _digest(file: Path) -> bytes:

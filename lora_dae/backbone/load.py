@@ -152,9 +152,7 @@ def _load(model_class: type[Model], folder: BackboneFolder, part: str, device: s
         ) from error
     if info["missing_keys"]:  # from_pretrained would leave these random, with no more than a warning
         missing = sorted(info["missing_keys"])
-        raise ConfigError(
-            f"the weights in {path} lack {len(missing)} tensors, {missing[0]} first: restore them."
-        )
+        raise ConfigError(f"the weights in {path} lack {len(missing)} tensors, {missing[0]} first: restore them.")
     return model.to(device).eval().requires_grad_(False)
 
 

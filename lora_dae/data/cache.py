@@ -156,9 +156,7 @@ def _write(
             )
         if name not in arrays:
             shape = (count, *values.shape[1:])
-            arrays[name] = np.lib.format.open_memmap(
-                path / f"{name}.npy", mode="w+", dtype=DTYPE, shape=shape
-            )
+            arrays[name] = np.lib.format.open_memmap(path / f"{name}.npy", mode="w+", dtype=DTYPE, shape=shape)
         arrays[name][start : start + len(values)] = values
 
     total = -(-count // BATCH_SIZE)

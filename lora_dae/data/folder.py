@@ -115,9 +115,7 @@ def read_folder(root: Path) -> list[Entry]:
     return _from_sidecars(root)
 
 
-def split_entries(
-    entries: list[Entry], val_fraction: float, test_fraction: float, seed: int
-) -> dict[str, list[Entry]]:
+def split_entries(entries: list[Entry], val_fraction: float, test_fraction: float, seed: int) -> dict[str, list[Entry]]:
     """Splits by a hash of (seed, group id), so that a group keeps its split when photos are added.
 
     A split that the hash would leave empty gets the group next in line, so three groups are enough; with
@@ -144,13 +142,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"{path} line {number} is not JSON ({error.msg}): correct that line."
-            ) from error
+            raise ConfigError(f"{path} line {number} is not JSON ({error.msg}): correct that line.") from error
         if not isinstance(row, dict):
-            raise ConfigError(
-                f'{path} line {number} must be an object like {{"file_name": ..., "text": ...}}.'
-            )
+            raise ConfigError(f'{path} line {number} must be an object like {{"file_name": ..., "text": ...}}.')
         yield number, row
 
 
@@ -178,9 +172,7 @@ def _from_metadata(root: Path, name: str, rows: Iterator[tuple[int, dict[str, An
             value = str(value).strip() if isinstance(value, str | int) else ""
             if not value and column in ("file_name", "text"):
                 have = ", ".join(str(key) for key in row) or "nothing"
-                raise ConfigError(
-                    f"{where} has no {column} (it has {have}): every line needs file_name and text."
-                )
+                raise ConfigError(f"{where} has no {column} (it has {have}): every line needs file_name and text.")
             fields[column] = value or None
         file_name = str(fields["file_name"])
         source, mask = (
@@ -207,9 +199,7 @@ def _from_metadata(root: Path, name: str, rows: Iterator[tuple[int, dict[str, An
 
 def _from_sidecars(root: Path) -> list[Entry]:
     photos = sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in PHOTO_SUFFIXES and not path.name.startswith(".")
+        path for path in root.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES and not path.name.startswith(".")
     )
     if not photos:
         raise ConfigError(f"data.root={root} holds no photos ({', '.join(PHOTO_SUFFIXES)}): put some there.")
@@ -242,9 +232,7 @@ def _find(root: Path, name: str, where: str) -> Path:
 def _check_all_or_none(entries: list[Entry], column: str) -> None:
     without = [entry for entry in entries if getattr(entry, column) is None]
     if without and len(without) < len(entries):
-        raise ConfigError(
-            f"{without[0].where} has no {column} but other lines do: give one to all lines or none."
-        )
+        raise ConfigError(f"{without[0].where} has no {column} but other lines do: give one to all lines or none.")
 
 
 def _check_header(path: Path) -> None:
@@ -259,9 +247,7 @@ def _check_header(path: Path) -> None:
 def _decode(path: Path, resolution: int) -> Image.Image:
     try:
         with Image.open(path) as photo:
-            photo.draft(
-                "RGB", (2 * resolution, 2 * resolution)
-            )  # large JPEGs decode at a fraction of their size
+            photo.draft("RGB", (2 * resolution, 2 * resolution))  # large JPEGs decode at a fraction of their size
             return upright_rgb(photo)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _unreadable(path) from error

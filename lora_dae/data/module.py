@@ -111,9 +111,7 @@ class PairDataModule(lightning.LightningDataModule):
                 raise ConfigError("the training stream has no epochs: give trainer.max_steps.")
             start_step = self.trainer.global_step * self.trainer.accumulate_grad_batches
         rank, world_size = self._rank()
-        sampler = StepBatchSampler(
-            len(self.caches["train"]), self.batch_size, self.seed, rank, world_size, start_step
-        )
+        sampler = StepBatchSampler(len(self.caches["train"]), self.batch_size, self.seed, rank, world_size, start_step)
         return DataLoader(self.caches["train"], batch_sampler=sampler, collate_fn=_as_is)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -126,9 +124,7 @@ class PairDataModule(lightning.LightningDataModule):
         """Every sample once, in order; rank r takes each world_size-th, so ranks may differ by one."""
         rank, world_size = self._rank()
         share = range(rank, len(self.caches[name]), world_size)
-        return DataLoader(
-            self.caches[name], batch_size=self.batch_size, sampler=list(share), collate_fn=_as_is
-        )
+        return DataLoader(self.caches[name], batch_size=self.batch_size, sampler=list(share), collate_fn=_as_is)
 
     def _rank(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

@@ -24,9 +24,7 @@ def upright_rgb(photo: Image.Image) -> Image.Image:
 
 def has_plain_backdrop(photo: Image.Image) -> bool:
     """Whether the two short edges that padding would extend are each of about one color."""
-    return all(
-        float(np.abs(strip - np.median(strip, axis=0)).mean()) < PLAIN_DEVIATION for strip in _edges(photo)
-    )
+    return all(float(np.abs(strip - np.median(strip, axis=0)).mean()) < PLAIN_DEVIATION for strip in _edges(photo))
 
 
 def kept_box(size: tuple[int, int], whole: bool) -> tuple[float, float, float, float]:

@@ -52,13 +52,9 @@ def noise_variances(levels: int) -> tuple[float, ...]:
     """Variance of each band of unit white noise away from borders: .794, .040, .007 for three levels."""
     size = 8 * 2**levels  # wide enough that the middle row does not see the border
     rows = [torch.eye(size, dtype=torch.float64)[size // 2]]
-    rows += [
-        matrix[size // 2] for matrix in _cumulative_smoothing(size, levels, torch.device("cpu")).double()
-    ]
+    rows += [matrix[size // 2] for matrix in _cumulative_smoothing(size, levels, torch.device("cpu")).double()]
     kernels = [torch.outer(row, row) for row in rows]
-    return tuple(
-        float((fine - coarse).square().sum()) for fine, coarse in zip(kernels, kernels[1:], strict=False)
-    )
+    return tuple(float((fine - coarse).square().sum()) for fine, coarse in zip(kernels, kernels[1:], strict=False))
 
 
 def _separable(x: Tensor, vertical: Tensor, horizontal: Tensor) -> list[Tensor]:

@@ -40,9 +40,7 @@ def load_enhancement(path: str | Path) -> EnhancementModule:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
     except SafetensorError as error:
-        raise ConfigError(
-            f"{path} is not a safetensors file ({error}); give an enhancement.safetensors."
-        ) from error
+        raise ConfigError(f"{path} is not a safetensors file ({error}); give an enhancement.safetensors.") from error
     if metadata.get("format") != FORMAT:
         raise ConfigError(
             f"{path} holds no enhancement module (format {metadata.get('format')!r}); "
@@ -54,12 +52,8 @@ def load_enhancement(path: str | Path) -> EnhancementModule:
             "use the version of lora-dae that wrote it."
         )
     try:
-        module = EnhancementModule(
-            int(metadata["levels"]), int(metadata["hidden"]), float(metadata["max_log_gain"])
-        )
+        module = EnhancementModule(int(metadata["levels"]), int(metadata["hidden"]), float(metadata["max_log_gain"]))
         module.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"{path} is damaged: its weights do not fit its description; save it again."
-        ) from error
+        raise ConfigError(f"{path} is damaged: its weights do not fit its description; save it again.") from error
     return module

@@ -70,6 +70,10 @@ class EnhancedScheduler:
     enhancement: Enhancement
     plain_class: type
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # pipe.scheduler.from_config(...) makes a plain scheduler; only enhance_scheduler makes enhanced ones.
+        return cls.plain_class(*args, **kwargs)
+
     def set_conditional(self, output: Tensor | None) -> None:
         """Hand over the network's conditional output for the next ``step`` (before guidance mixes it).
 
@@ -79,9 +83,7 @@ class EnhancedScheduler:
         self.enhancement.conditional = output
 
 
-def enhance(
-    pipe: Any, module: EnhancementModule | None, strength: float = 1.0, placement: str = "prediction"
-) -> Any:
+def enhance(pipe: Any, module: EnhancementModule | None, strength: float = 1.0, placement: str = "prediction") -> Any:
     """Enhance a diffusers pipeline with a UNet, in place; returns it. A second call replaces the first.
 
     ``strength`` >= 0 scales the edit (1 as trained, 0 off); ``placement`` is ``prediction``, ``direction`` or
@@ -90,9 +92,7 @@ def enhance(
     attention) give usable but less exact features. Unsupported schedulers and values raise ConfigError.
     """
     if getattr(pipe, "unet", None) is None or getattr(pipe, "scheduler", None) is None:
-        raise ConfigError(
-            f"{type(pipe).__name__} has no UNet and scheduler; use a Stable Diffusion pipeline."
-        )
+        raise ConfigError(f"{type(pipe).__name__} has no UNet and scheduler; use a Stable Diffusion pipeline.")
     scheduler = enhance_scheduler(pipe.scheduler, module, strength, placement)
     unenhance(pipe)
     pipe.scheduler = scheduler
@@ -121,9 +121,7 @@ def enhance_scheduler(
     Call ``set_conditional`` before each ``step`` where guidance is used, and ``set_timesteps`` as usual.
     """
     if placement not in PLACEMENTS:
-        raise ConfigError(
-            f"enhancement.placement={placement!r} is unknown; use one of {', '.join(PLACEMENTS)}."
-        )
+        raise ConfigError(f"enhancement.placement={placement!r} is unknown; use one of {', '.join(PLACEMENTS)}.")
     if not 0 <= strength < math.inf:
         raise ConfigError(f"enhancement.strength={strength} is not a finite number >= 0; 0 switches it off.")
     plain_class: Any = getattr(scheduler, "plain_class", type(scheduler))
@@ -208,9 +206,7 @@ def _enhanced_class(plain: type) -> type:
     """A subclass under the plain class's own name, so that pipelines save it as what it is."""
 
     @functools.wraps(plain.step)  # type: ignore[attr-defined]  # pipelines inspect step's signature
-    def step(
-        self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         enhancement: Enhancement = self.enhancement
         conditional, enhancement.conditional = enhancement.conditional, None
         plain_step = functools.partial(plain.step, self)  # type: ignore[attr-defined]
@@ -237,9 +233,7 @@ def _is_idle(scheduler: Any, timestep: Any) -> bool:
     return not torch.is_grad_enabled() and alpha <= sigma * math.exp(WINDOW[0])
 
 
-def _edit_output(
-    scheduler: Any, enhancement: Enhancement, inputs: GateInputs, model_output: Tensor
-) -> Tensor:
+def _edit_output(scheduler: Any, enhancement: Enhancement, inputs: GateInputs, model_output: Tensor) -> Tensor:
     delta = _module_on(enhancement, inputs.x0.device)(*inputs) * enhancement.strength
     change = x0_delta_to_output_delta(
         delta, inputs.alpha, inputs.sigma, scheduler.config.prediction_type, is_sigma_space(scheduler)
@@ -247,9 +241,7 @@ def _edit_output(
     return (model_output.float() + change).to(model_output.dtype)
 
 
-def _direction_edit(
-    scheduler: Any, enhancement: Enhancement, inputs: GateInputs, timestep: Any, eta: float
-) -> Tensor:
+def _direction_edit(scheduler: Any, enhancement: Enhancement, inputs: GateInputs, timestep: Any, eta: float) -> Tensor:
     """Change of DDIM's x_s: the bands of its direction term alone (formula 12 of Song et al. 2021)."""
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     noise_variance = eta**2 * float(scheduler._get_variance(int(timestep), int(timestep) - stride))
@@ -275,7 +267,7 @@ def _with_previous(result: Any, previous: Tensor) -> Any:
 
 def _copy(scheduler: Any, cls: Any) -> Any:
     """A shallow copy as ``cls``; histories are lists that schedulers change in place, so those are copied."""
-    copied = cls.__new__(cls)
+    copied = object.__new__(cls)
     state = {key: list(value) if isinstance(value, list) else value for key, value in vars(scheduler).items()}
     vars(copied).update(state)
     return copied

@@ -28,9 +28,7 @@ class OnPolicyLoss(NamedTuple):
     regularization: Tensor
 
 
-def on_policy_loss(
-    x0: Tensor, x0_reference: Tensor, log_gain: Tensor, mask: Tensor | None = None
-) -> OnPolicyLoss:
+def on_policy_loss(x0: Tensor, x0_reference: Tensor, log_gain: Tensor, mask: Tensor | None = None) -> OnPolicyLoss:
     """Distance of the enhanced on-policy ``x0`` from teacher-forced ``x0_reference``, mean over bands.
 
     ``x0``, ``x0_reference``: (B, C, H, W), predictions at one noise level, on the sampler's own state and on
@@ -42,9 +40,7 @@ def on_policy_loss(
     levels = log_gain.shape[1]
     bands, reference = split_bands(x0, levels)[0], split_bands(x0_reference.detach(), levels)[0]
     places = torch.ones_like(x0[:, 0], dtype=torch.bool) if mask is None else mask[:, 0].bool()
-    distribution = sorted_distance(
-        _at(places, local_log_energy(bands)), _at(places, local_log_energy(reference))
-    )
+    distribution = sorted_distance(_at(places, local_log_energy(bands)), _at(places, local_log_energy(reference)))
     power = (_log_power(bands, places) - _log_power(reference, places)).abs().mean()
     regularization = gain_regularization(log_gain)
     return OnPolicyLoss(distribution + power + regularization, distribution, power, regularization)
@@ -61,9 +57,7 @@ def gain_regularization(log_gain: Tensor) -> Tensor:
     return _REGULARIZATION * (log_gain.square().mean() + variation)
 
 
-def ddim_std_ratio(
-    variance: Tensor, alpha: Level, sigma: Level, next_alpha: Level, next_sigma: Level
-) -> Tensor:
+def ddim_std_ratio(variance: Tensor, alpha: Level, sigma: Level, next_alpha: Level, next_sigma: Level) -> Tensor:
     """What one DDIM step does to a Gaussian band's standard deviation, relative to the exact flow, in (0, 1].
 
     cos(theta_t - theta_s) with theta = atan2(sigma, alpha * sqrt(variance)). ``variance``: the band's, of x0.
@@ -95,6 +89,4 @@ def _log_power(bands: list[Tensor], places: Tensor) -> Tensor:
     """Log power per band over batch, channels and places, in units of white noise: (levels,)."""
     powers = [band.square().mean(1)[places].mean() for band in bands]
     noise = noise_variances(len(bands))
-    return torch.stack(
-        [power / variance + _FLOOR for power, variance in zip(powers, noise, strict=True)]
-    ).log()
+    return torch.stack([power / variance + _FLOOR for power, variance in zip(powers, noise, strict=True)]).log()

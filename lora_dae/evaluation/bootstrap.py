@@ -25,8 +25,8 @@ def bootstrap_interval(value: float, replicates: Tensor) -> tuple[float, float]:
     """95 % interval: ``value`` plus and minus 1.96 standard deviations of its replicates (R,).
 
     Not their percentiles: a bootstrap sample holds about 63 % distinct images, and Frechet distances and
-    Inception scores depend on that number, so that the replicates of a Frechet distance lie above the value. The
-    interval says how far the value varies at this number of images; it does not correct its bias.
+    Inception scores depend on that number, so that the replicates of a Frechet distance lie above the value.
+    The interval says how far the value varies at this number of images; it does not correct its bias.
     """
     half = Z95 * replicates.std().item()
     return value - half, value + half

@@ -59,7 +59,7 @@ def frechet_from_features(x: Tensor, y: Tensor) -> float:
     if min(len(x), len(y)) >= x.shape[1]:
         x, y = x.double(), y.double()
         return frechet_distance(x.mean(0), torch.cov(x.T), y.mean(0), torch.cov(y.T))
-    return frechet_replicates(gram(x, y), *(torch.ones(1, len(t)) for t in (x, y)))[0].item()
+    return frechet_replicates(gram(x, y), torch.ones(1, len(x)), torch.ones(1, len(y)))[0].item()
 
 
 def frechet_replicates(inner: Gram, weights_x: Tensor, weights_y: Tensor) -> Tensor:
@@ -94,10 +94,11 @@ def kernel_distance(x: Tensor, y: Tensor, paired: bool = False) -> float:
     """Unbiased squared MMD of features x (N, d), y (M, d) with the kernel (x . y / d + 1)^3.
 
     ``paired``: image i of x shows what image i of y shows, so the two are no independent draw and are not
-    compared with each other (Gretton et al. 2012, lemma 6). All images at once instead of random subsets: no seed, least variance; may be slightly negative, as an
-    unbiased estimate of zero must. Source: Binkowski et al. 2018 (KID), equation 4.
+    compared with each other (Gretton et al. 2012, lemma 6). All images at once instead of random subsets: no
+    seed, least variance; may be slightly negative, as an unbiased estimate of zero must. Source: Binkowski et
+    al. 2018 (KID), equation 4.
     """
-    return kernel_replicates(gram(x, y), *(torch.ones(1, len(t)) for t in (x, y)), paired)[0].item()
+    return kernel_replicates(gram(x, y), torch.ones(1, len(x)), torch.ones(1, len(y)), paired)[0].item()
 
 
 def kernel_replicates(inner: Gram, weights_x: Tensor, weights_y: Tensor, paired: bool = False) -> Tensor:

@@ -18,8 +18,8 @@ from lora_dae.config import ConfigError
 from lora_dae.evaluation import distances, reference, texture
 from lora_dae.evaluation.attributes import AttributeClassifier
 from lora_dae.evaluation.bootstrap import (
-    bootstrap_weights,
     bootstrap_interval,
+    bootstrap_weights,
     weighted_means,
     wilson_interval,
 )

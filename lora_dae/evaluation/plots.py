@@ -137,10 +137,13 @@ def plot_band_power(
                 axes.axvline(first - 0.5, color=INK, linewidth=0.8, alpha=0.35)
         axes.set_yscale("log")
         low, high = axes.get_ylim()
-        ticks = [
-            t for t in (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1, 1.2, 1.5, 2, 3, 5, 10) if low <= t <= high
-        ]
+        high *= (high / low) ** 0.1  # room for the words
+        axes.set_ylim(low, high)
+        fine = (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.4, 1.6, 1.8, 2)
+        coarse = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+        ticks = [t for t in (fine if low > 0.4 and high < 2.2 else coarse) if low <= t <= high]
         axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        axes.grid(axis="x", visible=False)
         axes.minorticks_off()
         axes.set_xticks(x, BAND_LABELS)
         axes.set_xlim(-0.4, len(x) - 0.6)
@@ -221,7 +224,7 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def _figure(title: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.8, 3.3), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(title)

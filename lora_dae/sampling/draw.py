@@ -21,10 +21,14 @@ from lora_dae.sampling.schedulers import build_scheduler
 def check_sampling(cfg: SamplingConfig) -> None:
     """Raises ConfigError for numbers that cannot be sampled with."""
     if cfg.num_inference_steps < 1:
-        raise ConfigError(f"sampling.num_inference_steps={cfg.num_inference_steps}: at least 1 step is needed.")
+        raise ConfigError(
+            f"sampling.num_inference_steps={cfg.num_inference_steps}: at least 1 step is needed."
+        )
     for name in ("guidance_scale", "source_guidance_scale"):
         if getattr(cfg, name) < 0:
-            raise ConfigError(f"sampling.{name}={getattr(cfg, name)} is negative: use 1 for none, about 2 to steer.")
+            raise ConfigError(
+                f"sampling.{name}={getattr(cfg, name)} is negative: use 1 for none, about 2 to steer."
+            )
 
 
 @dataclass

@@ -43,7 +43,14 @@ def crops(sources: list[np.ndarray], shares: list[float], rng: np.random.Generat
         y, x = rng.integers(0, image.shape[0] - CROP + 1, 2)
         piece = image[y : y + CROP, x : x + CROP]
         out[k] = piece[:, ::-1] if rng.uniform() < 0.5 else piece
-    return torch.from_numpy(out).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous(memory_format=torch.channels_last)
+    return (
+        torch.from_numpy(out)
+        .permute(0, 3, 1, 2)
+        .float()
+        .div_(127.5)
+        .sub_(1)
+        .contiguous(memory_format=torch.channels_last)
+    )
 
 
 def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,11 +143,18 @@ def train(minutes: float, work: Path, weights: Path, photo_root: Path | None, se
         averaged.update(schedule.step)
         losses.append(float(loss.detach()))
         if schedule.step % 200 == 0:
-            console.print(f"{schedule.spent / 60:6.1f} min  step {schedule.step}  loss {np.mean(losses[-200:]):.4f}")
+            console.print(
+                f"{schedule.spent / 60:6.1f} min  step {schedule.step}  loss {np.mean(losses[-200:]):.4f}"
+            )
         if schedule.step % 1500 == 0 or schedule.finished:
             recipe.save_state(state, averaged, optimizer, schedule)
             averaged.swap()
-            console.print({k: round(v, 3) for k, v in fidelity(vae, target_val.images[:64], target_val.masks[:64]).items()})
+            console.print(
+                {
+                    k: round(v, 3)
+                    for k, v in fidelity(vae, target_val.images[:64], target_val.masks[:64]).items()
+                }
+            )
             averaged.swap()
     averaged.swap()
     vae.eval().half().save_pretrained(weights / "vae")

@@ -79,7 +79,10 @@ def encode(vae: AutoencoderTiny, images: np.ndarray, file: Path) -> np.ndarray:
         console.print(f"encoding {len(images)} images into {file.name}")
         out = []
         for k in range(0, len(images), 32):
-            x = torch.from_numpy(np.ascontiguousarray(images[k : k + 32])).permute(0, 3, 1, 2).float() / 127.5 - 1
+            x = (
+                torch.from_numpy(np.ascontiguousarray(images[k : k + 32])).permute(0, 3, 1, 2).float() / 127.5
+                - 1
+            )
             with torch.autocast("cpu", torch.bfloat16):
                 z = vae.encode(x.contiguous(memory_format=torch.channels_last)).latents
             out.append(z.float().numpy().astype(np.float16))
@@ -97,7 +100,9 @@ def base_tokens(data: StudioDataset, tokenizer: CLIPTokenizer) -> Tensor:
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    return tokenizer(texts, padding="max_length", max_length=words.MAX_LENGTH, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        texts, padding="max_length", max_length=words.MAX_LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 class Denoiser:
@@ -132,14 +137,18 @@ def train(minutes: float, work: Path, weights: Path, photo_root: Path | None, se
     tokens, val_tokens = base_tokens(data, tokenizer), base_tokens(val, tokenizer)[:, 0]
     empty = tokenize(tokenizer, [""])[0]
     real_latents = encode(vae, real, work / "photo_latents.npy") if len(real) else latents[:0]
-    real_tokens = tokenize(tokenizer, [PHOTO_PREFIX + c for c in real_captions]) if len(real) else tokens[:0, 0]
+    real_tokens = (
+        tokenize(tokenizer, [PHOTO_PREFIX + c for c in real_captions]) if len(real) else tokens[:0, 0]
+    )
 
     torch.manual_seed(seed)
     unet, text = build(eos_vocabulary, tokenizer.eos_token_id)
     unet.to(memory_format=torch.channels_last)
     unet.set_attn_processor(AttnProcessor())
     model = Denoiser(unet, text)
-    console.print(f"UNet {unet.num_parameters() / 1e6:.2f} M, text encoder {text.num_parameters() / 1e6:.2f} M parameters")
+    console.print(
+        f"UNet {unet.num_parameters() / 1e6:.2f} M, text encoder {text.num_parameters() / 1e6:.2f} M parameters"
+    )
     averaged = Averaged({"unet": unet, "text": text}, 0.999)
     parameters = [*unet.parameters(), *text.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -154,7 +163,10 @@ def train(minutes: float, work: Path, weights: Path, photo_root: Path | None, se
         rng = np.random.default_rng((seed, schedule.step))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + schedule.step)
         n_real = int(rng.binomial(BATCH, PHOTO_SHARE)) if len(real) else 0
-        rows, variant = rng.integers(len(latents), size=BATCH - n_real), rng.integers(VARIANTS, size=BATCH - n_real)
+        rows, variant = (
+            rng.integers(len(latents), size=BATCH - n_real),
+            rng.integers(VARIANTS, size=BATCH - n_real),
+        )
         real_rows = rng.integers(max(len(real_latents), 1), size=n_real)
         z = torch.from_numpy(np.concatenate([latents[rows], real_latents[real_rows]]).astype(np.float32))
         ids = torch.cat([tokens[rows, variant], real_tokens[real_rows]])
@@ -169,7 +181,9 @@ def train(minutes: float, work: Path, weights: Path, photo_root: Path | None, se
         averaged.update(schedule.step)
         losses.append(float(loss.detach()))
         if schedule.step % 200 == 0:
-            console.print(f"{schedule.spent / 60:6.1f} min  step {schedule.step}  loss {np.mean(losses[-200:]):.4f}")
+            console.print(
+                f"{schedule.spent / 60:6.1f} min  step {schedule.step}  loss {np.mean(losses[-200:]):.4f}"
+            )
         if schedule.step % 1500 == 0 or schedule.finished:
             recipe.save_state(state, averaged, optimizer, schedule)
             averaged.swap()
@@ -185,7 +199,10 @@ def validation_loss(model: Denoiser, latents: Tensor, tokens: Tensor) -> float:
     generator = torch.Generator().manual_seed(0)
     t = torch.linspace(0, 999, n).long()
     noise = torch.randn(latents[:n].shape, generator=generator)
-    parts = [model.loss(latents[k : k + 32], tokens[k : k + 32], t[k : k + 32], noise[k : k + 32]) for k in range(0, n, 32)]
+    parts = [
+        model.loss(latents[k : k + 32], tokens[k : k + 32], t[k : k + 32], noise[k : k + 32])
+        for k in range(0, n, 32)
+    ]
     return float(torch.cat(parts).mean())
 
 

@@ -21,7 +21,9 @@ light dark bright pale navy teal khaki maroon cream studio image picture garment
 
 
 def corpus() -> list[str]:
-    texts = [caption(draw_look(9, i, d), stream(9, i, "caption")) for d in ("base", "target") for i in range(3000)]
+    texts = [
+        caption(draw_look(9, i, d), stream(9, i, "caption")) for d in ("base", "target") for i in range(3000)
+    ]
     return texts + [_COMMON] * 20
 
 
@@ -30,7 +32,11 @@ def write_tokenizer(folder: Path) -> int:
     tokenizer = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Punctuation("isolated"),
+            pre_tokenizers.ByteLevel(False, use_regex=False),
+        ]
     )
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(

@@ -24,7 +24,9 @@ SPLIT_START = {"train": 0, "val": 10_000_000, "test": 20_000_000}
 _CHUNK = 16
 
 
-def _render(job: tuple[str, int, int, int, int, str, bool]) -> tuple[int, np.ndarray, np.ndarray, np.ndarray | None]:
+def _render(
+    job: tuple[str, int, int, int, int, str, bool],
+) -> tuple[int, np.ndarray, np.ndarray, np.ndarray | None]:
     """Worker: render items first .. first + count - 1."""
     domain, seed, first, count, resolution, difficulty, sources = job
     cv2.setNumThreads(1)
@@ -55,8 +57,16 @@ class StudioDataset:
         difficulty: str = "aligned", workers: int | None = None,
     ):  # fmt: skip
         if difficulty not in DIFFICULTIES:
-            raise ConfigError(f"data.difficulty={difficulty!r} is unknown: choose one of {', '.join(DIFFICULTIES)}.")
-        self.domain, self.seed, self.size, self.resolution, self.difficulty = domain, seed, size, resolution, difficulty
+            raise ConfigError(
+                f"data.difficulty={difficulty!r} is unknown: choose one of {', '.join(DIFFICULTIES)}."
+            )
+        self.domain, self.seed, self.size, self.resolution, self.difficulty = (
+            domain,
+            seed,
+            size,
+            resolution,
+            difficulty,
+        )
         self.start = SPLIT_START[split]
         self.has_source = domain == "target"
         if not self.has_source:
@@ -97,7 +107,7 @@ class StudioDataset:
                 progress.advance(task, len(some))
         for out in (images, masks, sources):
             if out is not None:
-                out.flush()
+                out.flush()  # type: ignore[attr-defined]
         try:
             partial.rename(self.directory)
         except OSError:  # another process finished first: its pictures are the same

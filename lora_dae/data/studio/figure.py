@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lora_dae.data.studio import draw
 from lora_dae.data.studio.attributes import HAIR_COLORS, SKIN_TONES, Garment, Person
 from lora_dae.data.studio.draw import Array, closed_spline
 from lora_dae.data.studio.pose import ARM_RADII, Body, limb
 
-_TROUSERS = ((0.16, 0.17, 0.20), (0.22, 0.28, 0.42), (0.62, 0.55, 0.44), (0.36, 0.37, 0.38), (0.86, 0.85, 0.81))
+_TROUSERS = (
+    (0.16, 0.17, 0.20),
+    (0.22, 0.28, 0.42),
+    (0.62, 0.55, 0.44),
+    (0.36, 0.37, 0.38),
+    (0.86, 0.85, 0.81),
+)
 _MANNEQUINS = ((0.88, 0.85, 0.79), (0.93, 0.93, 0.92), (0.30, 0.30, 0.31), (0.72, 0.58, 0.42))
 
 
-def _legs(canvas: Array, body: Body, color: tuple[float, ...], light: tuple[float, float], loose: float = 0.0) -> None:
+def _legs(
+    canvas: Array, body: Body, color: tuple[float, ...], light: tuple[float, float], loose: float = 0.0
+) -> None:
     for side in (-1, 1):
         rows = body.leg(side)
         left = [(x - w - loose, y) for y, x, w in rows]
@@ -52,7 +61,9 @@ def _hand(body: Body, side: int) -> Array:
         a = wrist + k * r * p + 0.26 * d
         b = a + length * d + 0.10 * k * r * p + 0.03 * p
         mask = np.maximum(mask, draw.stroke(body.n, body.px(np.array([a, b])), 0.058 * s))
-    thumb = np.array([wrist + 0.9 * r * p + 0.08 * d, wrist + 1.6 * r * p + 0.22 * d, wrist + 1.55 * r * p + 0.34 * d])
+    thumb = np.array(
+        [wrist + 0.9 * r * p + 0.08 * d, wrist + 1.6 * r * p + 0.22 * d, wrist + 1.55 * r * p + 0.34 * d]
+    )
     return np.maximum(mask, draw.stroke(body.n, body.px(thumb), 0.062 * s))
 
 
@@ -79,7 +90,9 @@ def draw_under(canvas: Array, body: Body, garment: Garment, seed: int, skin: tup
         _legs(canvas, body, _TROUSERS[int(rng.integers(len(_TROUSERS)))], light, 0.05)
 
 
-def draw_plain_top(canvas: Array, body: Body, garment: Garment, seed: int, light: tuple[float, float]) -> None:
+def draw_plain_top(
+    canvas: Array, body: Body, garment: Garment, seed: int, light: tuple[float, float]
+) -> None:
     """The fitted plain top that goes with a skirt."""
     rng = np.random.default_rng(seed)
     pale = garment.color not in ("white", "beige", "yellow")
@@ -111,7 +124,9 @@ def mannequin_color(seed: int) -> tuple[float, ...]:
 def draw_stand(canvas: Array, body: Body) -> None:
     """The pole below a mannequin."""
     c = float(body.center(3.8))
-    pole = draw.fill(body.n, body.px(np.array([(c - 0.05, 3.6), (c + 0.05, 3.6), (c + 0.05, 9), (c - 0.05, 9)])))
+    pole = draw.fill(
+        body.n, body.px(np.array([(c - 0.05, 3.6), (c + 0.05, 3.6), (c + 0.05, 9), (c - 0.05, 9)]))
+    )
     x, _ = body.grid()
     metal = 0.62 + 0.3 * np.exp(-(((x - c + 0.015) / 0.018) ** 2))
     draw.over(canvas, draw.tint((1.0, 1.0, 1.0), np.broadcast_to(metal, pole.shape), pole), pole)
@@ -135,13 +150,13 @@ class Head:
         self.rng = np.random.default_rng(person.seed)
         self.wide = 0.355 if person.gender == "woman" else 0.385
 
-    def _px(self, points: Array | list) -> Array:
+    def _px(self, points: ArrayLike) -> Array:
         p = np.asarray(points, np.float32) - np.array((0.0, 1.15), np.float32)
         c, s = np.cos(self.body.pose.tilt), np.sin(self.body.pose.tilt)
         turned = np.stack([c * p[..., 0] - s * p[..., 1], s * p[..., 0] + c * p[..., 1]], -1)
         return self.body.px(turned + np.array((0.0, 1.15), np.float32))
 
-    def _mask(self, points: list) -> Array:
+    def _mask(self, points: ArrayLike) -> Array:
         return draw.fill(self.body.n, self._px(closed_spline(np.array(points, np.float32))))
 
     def _paint_hair(self, canvas: Array, mask: Array, shade: float = 1.0) -> None:
@@ -165,7 +180,9 @@ class Head:
                 (0, -0.07), (w + 0.07, 0.16), (w + 0.13, 0.6), (w + 0.10, 1.02), (0, 1.0), (-w - 0.10, 1.02),
                 (-w - 0.13, 0.6), (-w - 0.07, 0.16)]), 0.72)  # fmt: skip
         elif style == "bun":
-            self._paint_hair(canvas, self._mask([(0, -0.32), (0.2, -0.14), (0.15, 0.1), (-0.15, 0.1), (-0.2, -0.14)]))
+            self._paint_hair(
+                canvas, self._mask([(0, -0.32), (0.2, -0.14), (0.15, 0.1), (-0.15, 0.1), (-0.2, -0.14)])
+            )
         elif style == "curly":
             big = 0.16 if self.person.gender == "woman" else 0.07
             t = np.linspace(0, 2 * np.pi, 22, endpoint=False)
@@ -177,7 +194,7 @@ class Head:
 
     def draw_front(self, canvas: Array) -> None:
         """Face, then the hair that frames it."""
-        body, s, w, n = self.body, self.body.scale, self.wide, self.body.n
+        s, w, n = self.body.scale, self.wide, self.body.n
         man = self.person.gender == "man"
         jaw = 0.27 if man else 0.225
         face = self._mask([
@@ -199,32 +216,63 @@ class Head:
     def _features(self, canvas: Array, man: bool) -> None:
         n, s, turn = self.body.n, self.body.scale, 0.075 * self.body.pose.turn
         dark = np.clip(self.hair * 0.6 + 0.02, 0, 0.42)
-        cheek = draw.blur(draw.fill(n, *[self._px(np.array((turn + x, 0.68)) + 0.07 * _DISC) for x in (-0.2, 0.2)]), 0.05 * s)
+        cheek = draw.blur(
+            draw.fill(n, *[self._px(np.array((turn + x, 0.68)) + 0.07 * _DISC) for x in (-0.2, 0.2)]),
+            0.05 * s,
+        )
         draw.over(canvas, self.skin * np.array((0.98, 0.78, 0.76)), 0.45 * cheek)
         for side in (-1, 1):
             x = turn + side * 0.155 * (1 - 0.15 * side * turn / 0.075)
-            socket = draw.blur(draw.fill(n, self._px(np.array((x, 0.50)) + np.array((0.10, 0.06)) * _DISC)), 0.03 * s)
+            socket = draw.blur(
+                draw.fill(n, self._px(np.array((x, 0.50)) + np.array((0.10, 0.06)) * _DISC)), 0.03 * s
+            )
             draw.darken(canvas, socket, 0.10)
             eye = draw.fill(n, self._px(np.array((x, 0.515)) + np.array((0.082, 0.040)) * _DISC))
             draw.over(canvas, (0.95, 0.94, 0.93), eye)
             iris = draw.fill(n, self._px(np.array((x + 0.3 * turn, 0.512)) + 0.040 * _DISC)) * eye
             draw.over(canvas, (0.17, 0.12, 0.09), iris)
-            lid = draw.stroke(n, self._px([(x - 0.09, 0.505), (x - 0.03, 0.473), (x + 0.04, 0.473), (x + 0.09, 0.505)]), 0.030 * s)
+            lid = draw.stroke(
+                n,
+                self._px([(x - 0.09, 0.505), (x - 0.03, 0.473), (x + 0.04, 0.473), (x + 0.09, 0.505)]),
+                0.030 * s,
+            )
             draw.over(canvas, dark * 0.6, 0.85 * lid)
-            brow = draw.stroke(n, self._px([(x - 0.10, 0.425), (x, 0.395), (x + 0.10, 0.42)]), (0.045 if man else 0.032) * s)
+            brow = draw.stroke(
+                n, self._px([(x - 0.10, 0.425), (x, 0.395), (x + 0.10, 0.42)]), (0.045 if man else 0.032) * s
+            )
             draw.over(canvas, dark, 0.8 * brow)
-        nose = draw.stroke(n, self._px([(turn * 1.3 + 0.02, 0.50), (turn * 1.5 + 0.045, 0.66), (turn * 1.4, 0.70)]), 0.022 * s)
+        nose = draw.stroke(
+            n,
+            self._px([(turn * 1.3 + 0.02, 0.50), (turn * 1.5 + 0.045, 0.66), (turn * 1.4, 0.70)]),
+            0.022 * s,
+        )
         draw.darken(canvas, draw.blur(nose, 0.018 * s), 0.30)
-        nostrils = draw.fill(n, *[self._px(np.array((turn * 1.4 + x, 0.705)) + 0.017 * _DISC) for x in (-0.045, 0.045)])
+        nostrils = draw.fill(
+            n, *[self._px(np.array((turn * 1.4 + x, 0.705)) + 0.017 * _DISC) for x in (-0.045, 0.045)]
+        )
         draw.darken(canvas, nostrils, 0.5)
-        lip = self.skin * np.array((0.84, 0.58, 0.56)) if man else np.array((0.72, 0.30, 0.32)) * 0.6 + self.skin * 0.3
+        lip = (
+            self.skin * np.array((0.84, 0.58, 0.56))
+            if man
+            else np.array((0.72, 0.30, 0.32)) * 0.6 + self.skin * 0.3
+        )
         mouth = self._mask([(turn - 0.125, 0.815), (turn - 0.04, 0.785), (turn, 0.795), (turn + 0.04, 0.785),
                             (turn + 0.125, 0.815), (turn + 0.05, 0.865), (turn - 0.05, 0.865)])  # fmt: skip
         draw.over(canvas, np.clip(lip, 0, 1), 0.9 * mouth)
         line = draw.stroke(n, self._px([(turn - 0.12, 0.816), (turn, 0.822), (turn + 0.12, 0.816)]), 0.02 * s)
         draw.darken(canvas, line, 0.45)
         if man and self.rng.uniform() < 0.4:
-            beard = self._mask([(-0.27, 0.72), (-0.1, 0.77), (0.1, 0.77), (0.27, 0.72), (0.22, 0.93), (0, 1.02), (-0.22, 0.93)])
+            beard = self._mask(
+                [
+                    (-0.27, 0.72),
+                    (-0.1, 0.77),
+                    (0.1, 0.77),
+                    (0.27, 0.72),
+                    (0.22, 0.93),
+                    (0, 1.02),
+                    (-0.22, 0.93),
+                ]
+            )
             draw.over(canvas, self.hair * 0.8, 0.5 * beard * (1 - mouth))
 
     def _front_hair(self, canvas: Array, man: bool) -> None:

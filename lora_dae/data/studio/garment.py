@@ -38,7 +38,14 @@ class Tailor:
         return cv2.remap(self.cloth, tu, tv, cv2.INTER_LINEAR)
 
     def _part(
-        self, canvas: Array, mask: Array, u: Array, v: Array, folds: Array, radius: float, shadow: float = 0.35
+        self,
+        canvas: Array,
+        mask: Array,
+        u: Array,
+        v: Array,
+        folds: Array,
+        radius: float,
+        shadow: float = 0.35,
     ) -> None:
         """Composite one panel: texture, bent by its folds, shaded by folds and roundness."""
         s = self.body.scale
@@ -80,7 +87,11 @@ class Tailor:
         drop = 0.35 * body.pose.lean
         side = []
         for s in (-1, 1):
-            top = [(s * neck, 1.25), (s * (neck + tip) / 2, 1.33 - 0.5 * s * drop), (s * tip, 1.46 - s * drop)]
+            top = [
+                (s * neck, 1.25),
+                (s * (neck + tip) / 2, 1.33 - 0.5 * s * drop),
+                (s * tip, 1.46 - s * drop),
+            ]
             pit = [(s * (tip + 0.01), 1.62 - s * drop)] if g.sleeve != "none" else [(s * (tip - 0.03), 1.72)]
             trunk = [(float(cc + s * ww), float(yy)) for cc, ww, yy in zip(c, w, ys, strict=True)]
             side.append(np.array(top + pit + trunk, np.float32))
@@ -111,7 +122,7 @@ class Tailor:
 
     def draw_trunk(self, canvas: Array) -> None:
         """The panel over chest and belly (for a dress: down to the hem)."""
-        g, body, s = self.garment, self.body, self.body.scale
+        g, body = self.garment, self.body
         if g.kind == "skirt":
             self._draw_skirt(canvas, 2.62)
             return
@@ -207,7 +218,9 @@ class Tailor:
                 tone = 0.96 if g.color not in ("white", "beige", "yellow") else 0.42
                 draw.over(canvas, (tone, tone, tone * 0.97), button * mask)
             for side in (-1, 1):
-                leaf = np.array([(side * 0.25, 1.13), (side * 0.38, 1.34), (side * 0.22, 1.60), (side * 0.01, 1.52)])
+                leaf = np.array(
+                    [(side * 0.25, 1.13), (side * 0.38, 1.34), (side * 0.22, 1.60), (side * 0.01, 1.52)]
+                )
                 collar = draw.fill(n, body.px(leaf))
                 self._part(canvas, collar, self.x + 0.3, self.y, self._folds(2, 0.03), 0.05, 0.5)
         if g.kind == "jacket":
@@ -240,7 +253,9 @@ class Tailor:
         mask = mask * np.clip((end + 0.05 * across**2 - along) * body.scale, 0, 1)
         u = 0.30 * np.arcsin(np.clip(across, -0.97, 0.97)) + 0.4 * side
         wobble = float(self.rng.uniform(0, 6)) + self._folds(3, 2.0)
-        elbow = np.exp(-(((along - upper) / 0.3) ** 2)) * np.sin(along * 2 * np.pi / 0.27 + 1.8 * across + wobble)
+        elbow = np.exp(-(((along - upper) / 0.3) ** 2)) * np.sin(
+            along * 2 * np.pi / 0.27 + 1.8 * across + wobble
+        )
         folds = self._folds(4, 0.10) + (0.0 if short else 0.016) * elbow.astype(np.float32)
         self._part(canvas, mask, u, along, folds, 0.12, 0.42)
         if g.kind == "sweater":

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lora_dae.data.studio.attributes import Garment
 from lora_dae.data.studio.draw import Array, smooth_interp
@@ -103,7 +104,7 @@ class Body:
         scale = 0.955 * n / visible * pose.zoom
         return cls(n, pose, build, scale, n * (0.5 + pose.dx), n * (0.055 + pose.dy + 0.4 * (1 - pose.zoom)))
 
-    def px(self, points: Array) -> Array:
+    def px(self, points: ArrayLike) -> Array:
         """hu -> pixels, (..., 2)."""
         return np.asarray(points, np.float32) * self.scale + np.array((self.ox, self.oy), np.float32)
 
@@ -116,7 +117,9 @@ class Body:
     def center(self, y: Array | float) -> Array:
         """x of the middle of the trunk at height y: an S-curve from the neck to the hips."""
         lean = self.pose.lean
-        return smooth_interp(y, [(0.9, 0.0), (1.46, 0.02 * lean), (2.6, 0.45 * lean), (3.5, lean), (6.5, 0.55 * lean)])
+        return smooth_interp(
+            y, [(0.9, 0.0), (1.46, 0.02 * lean), (2.6, 0.45 * lean), (3.5, lean), (6.5, 0.55 * lean)]
+        )
 
     def half_width(self, y: Array | float) -> Array:
         return smooth_interp(y, _TRUNK[self.build])
@@ -150,7 +153,9 @@ class Body:
         ]  # fmt: skip
 
 
-def limb(body: Body, joints: tuple[Array, Array, Array], radii: tuple[float, ...]) -> tuple[Array, Array, Array]:
+def limb(
+    body: Body, joints: tuple[Array, Array, Array], radii: tuple[float, ...]
+) -> tuple[Array, Array, Array]:
     """Mask and cloth coordinates of a bent limb through three joints.
 
     Returns the anti-aliased mask, the way along it and the way across it (both hu), each (n, n).

@@ -1,0 +1,134 @@
+"""``sample.py``: a few images, or a grid over strengths, from a finished run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from lora_dae.backbone.precision import choose_precision
+from lora_dae.config import Config, ConfigError, check
+from lora_dae.data.pair import Pair
+from lora_dae.data.sources import load_splits
+from lora_dae.data.square import fit_square, upright_rgb
+from lora_dae.sampling.load import LoadedRun, load_run, read_config
+from lora_dae.sampling.sheet import image_grid
+
+
+@dataclass
+class SampleRequest:
+    """The keys of conf/sample.yaml."""
+
+    run: str
+    prompt: str | None
+    source: str | None
+    example: int | None
+    strength: float | None
+    strengths: list[float] | None
+    seed: int | None
+    num_images: int
+    scheduler: str | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    source_guidance_scale: float | None
+    output: str | None
+
+
+def override_sampling(cfg: Config, request: Any) -> Config:
+    """The run's config with the request's sampling numbers, where given."""
+    names = ("seed", "scheduler", "num_inference_steps", "guidance_scale", "source_guidance_scale")
+    given = {n: getattr(request, n) for n in names if getattr(request, n) is not None}
+    return replace(cfg, sampling=replace(cfg.sampling, **given))
+
+
+def draw_samples(request: SampleRequest, console: Console) -> Path:
+    """Draw and save; returns the picture's path. All input is checked before weights are loaded."""
+    cfg = override_sampling(read_config(Path(request.run)), request)
+    check(cfg)
+    strengths = _strengths(request, cfg)
+    if request.num_images < 1:
+        raise ConfigError(f"num_images={request.num_images} is below 1: give at least 1.")
+    prompt, source = _conditions(request, cfg)
+    if cfg.conditioning == "source" and source is None:
+        console.print("no source photo given: drawing from the caption alone")
+    run = load_run(Path(request.run))
+    run.cfg = cfg
+    columns = [_images(run, prompt, source, s, request.num_images) for s in strengths]
+    output = Path(request.output) if request.output else Path(request.run) / "samples"
+    output.mkdir(parents=True, exist_ok=True)
+    stem = f"seed{cfg.sampling.seed}_{'_'.join(prompt.split()[:8])}".replace("/", "-").replace(",", "")
+    for s, images in zip(strengths, columns, strict=True):
+        for k, image in enumerate(images):
+            Image.fromarray(image).save(output / f"{stem}_s{s:g}_{k}.png")
+    flat = [column[k] for k in range(request.num_images) for column in columns]
+    labels = [f"strength {s:g}" for s in strengths]
+    if source is not None:
+        flat = [x for k in range(request.num_images) for x in (source, *(column[k] for column in columns))]
+        labels = ["source", *labels]
+    captions = [""] * (request.num_images - 1) + [prompt]
+    path = output / f"{stem}.png"
+    image_grid(flat, request.num_images, len(labels), labels, captions, zoom=2).save(path)
+    return path
+
+
+def _images(
+    run: LoadedRun, prompt: str, source: np.ndarray | None, strength: float, count: int
+) -> np.ndarray:
+    bf16 = choose_precision("auto", run.backbone.device).startswith("bf16")
+    sources = None if source is None else np.stack([source] * count)
+    return run.drawer(bf16).images([prompt] * count, sources, strength)
+
+
+def _strengths(request: SampleRequest, cfg: Config) -> list[float]:
+    strengths = request.strengths
+    if strengths is None:
+        strengths = [cfg.enhancement.strength if request.strength is None else request.strength]
+    for s in strengths:
+        if s < 0:
+            raise ConfigError(f"strength={s} is below 0: 0 switches the enhancement off, 1 is as trained.")
+    if (
+        any(s > 0 for s in strengths)
+        and not cfg.enhancement.enabled
+        and request.strengths is None
+        and request.strength
+    ):
+        raise ConfigError(
+            f"run={request.run} was trained without enhancement: leave strength out, or give 0."
+        )
+    return strengths
+
+
+def _conditions(request: SampleRequest, cfg: Config) -> tuple[str, np.ndarray | None]:
+    """The caption, and the source photo as uint8 (H, W, 3) or None."""
+    pair: Pair | None = None
+    if request.example is not None or request.prompt is None:
+        test = load_splits(cfg.data)["test"]
+        number = request.example or 0
+        if not 0 <= number < len(test):
+            raise ConfigError(f"example={number} is not in the test split: it has 0 to {len(test) - 1}.")
+        pair = test[number]
+    source = None
+    if request.source is not None:
+        if cfg.conditioning != "source":
+            raise ConfigError(f"run={request.run} was trained on captions alone: leave source out.")
+        source = _read(Path(request.source), cfg.data.resolution)
+    elif pair is not None and cfg.conditioning == "source":
+        source = pair.source
+    prompt = request.prompt or (pair.caption if pair is not None else "")
+    return prompt, source
+
+
+def _read(path: Path, resolution: int) -> np.ndarray:
+    if not path.is_file():
+        raise ConfigError(f"source={path} does not exist: give a photo of the garment.")
+    try:
+        with Image.open(path) as photo:
+            return fit_square(upright_rgb(photo), resolution, whole=True)
+    except (OSError, SyntaxError) as error:
+        raise ConfigError(
+            f"source={path} cannot be read as an image ({error}): give a JPEG or PNG."
+        ) from error

@@ -1,0 +1,97 @@
+"""A finished run's folder: what is in it, and its parts back in memory.
+
+config.yaml                      the resolved config
+adapter/pytorch_lora_weights.safetensors   LoRA, for any diffusers pipeline (or adapter/unet: full fine-tuning)
+adapter/source_input.safetensors           the extra input channels of conditioning=source
+adapter/enhancement.safetensors            the enhancement module
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from omegaconf import OmegaConf
+
+from lora_dae.adapter.files import FILE_NAME, load_adapter
+from lora_dae.adapter.source_input import load_source_input
+from lora_dae.backbone.attention import choose_attention
+from lora_dae.backbone.load import Backbone, load_backbone
+from lora_dae.config import Config, ConfigError, from_dict
+from lora_dae.enhancement.files import load_enhancement
+from lora_dae.enhancement.gates import EnhancementModule
+from lora_dae.sampling.draw import Drawer
+
+ENHANCEMENT_FILE = "enhancement.safetensors"
+SOURCE_FILE = "source_input.safetensors"
+
+
+@dataclass
+class LoadedRun:
+    """A run's config and trained parts; the UNet inside ``backbone`` carries the adapter."""
+
+    directory: Path
+    cfg: Config
+    backbone: Backbone
+    enhancement: EnhancementModule | None
+
+    def drawer(self, bf16: bool) -> Drawer:
+        cfg = self.cfg
+        return Drawer(
+            self.backbone, self.enhancement, cfg.enhancement.placement, cfg.conditioning, cfg.data.resolution,
+            cfg.sampling, bf16,
+        )  # fmt: skip
+
+
+def read_config(run_dir: Path) -> Config:
+    """The resolved config of a run; ConfigError if the folder is no finished run."""
+    if not run_dir.is_dir():
+        raise ConfigError(f"run={run_dir} does not exist: give the folder that train.py printed at its end.")
+    if not (run_dir / "config.yaml").is_file() or not (run_dir / "adapter").is_dir():
+        raise ConfigError(
+            f"run={run_dir} is not a finished run (no config.yaml or no adapter/ in it): give a folder that "
+            "train.py has finished, or finish it with ckpt_path=last."
+        )
+    return from_dict(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))  # type: ignore[arg-type]
+
+
+def load_run(run_dir: Path, device: str | torch.device = "cpu") -> LoadedRun:
+    """Load backbone, adapter, source input and enhancement of a run, frozen, in eval mode."""
+    cfg = read_config(run_dir)
+    backbone = load_backbone(cfg.backbone, device)
+    adapter = run_dir / "adapter"
+    if (adapter / "unet").is_dir():
+        unet = UNet2DConditionModel.from_pretrained(
+            adapter / "unet", torch_dtype=torch.float32, use_safetensors=True
+        )
+        backbone.unet = unet.to(device)
+        prepare_unet(backbone, cfg)
+    else:
+        prepare_unet(backbone, cfg)
+        if (adapter / SOURCE_FILE).is_file():
+            load_source_input(backbone.unet, adapter)
+        if (adapter / FILE_NAME).is_file():
+            load_adapter(backbone.unet, adapter)
+    backbone.unet.to(device).requires_grad_(False).eval()
+    module = None
+    if (adapter / ENHANCEMENT_FILE).is_file():
+        module = load_enhancement(adapter / ENHANCEMENT_FILE).to(device).requires_grad_(False).eval()
+    return LoadedRun(run_dir, cfg, backbone, module)
+
+
+def prepare_unet(backbone: Backbone, cfg: Config) -> str:
+    """channels_last and the fastest attention here, before anything is injected; returns what was chosen."""
+    backbone.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    size = cfg.data.resolution // backbone.vae_scale_factor
+    shape = (cfg.data.batch_size, backbone.latent_channels, size, size)
+    chosen = choose_attention(
+        backbone.unet,
+        torch.bfloat16,
+        shape,
+        backbone.tokenizer.model_max_length,
+        cfg.backbone.attention,
+        Path(cfg.data.cache_dir) / "attention.json",
+    )
+    return ", ".join(sorted(set(chosen.values())))

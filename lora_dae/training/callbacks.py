@@ -1,0 +1,116 @@
+"""What happens around the steps: throughput, checkpoints, sample grids, a clean stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+
+
+class Throughput(Callback):
+    """Logs images/s of the training steps alone, and the share of the time spent waiting for data."""
+
+    def __init__(self, images_per_step: int) -> None:
+        self.images_per_step = images_per_step
+        self._end = self._begin = 0.0
+        self._busy = self._waited = 0.0
+        self._steps = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._begin = time.perf_counter()
+        if self._end:
+            self._waited += self._begin - self._end
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._end = time.perf_counter()
+        self._busy += self._end - self._begin
+        self._steps += 1
+        rate = self._steps * self.images_per_step * trainer.world_size / self._busy
+        pl_module.log("images/s", rate, prog_bar=True, rank_zero_only=True)
+        if self._steps > 1:
+            pl_module.log("data_wait", self._waited / (self._waited + self._busy), rank_zero_only=True)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._end = 0.0  # validation and sampling are not waiting for data
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._end = 0.0
+
+
+class Checkpoint(Callback):
+    """Writes ``path`` every so many steps and at the end; atomically, so that a kill leaves the last good one."""
+
+    def __init__(self, path: Path, every_n_steps: int) -> None:
+        self.path, self.every_n_steps = path, every_n_steps
+        self._saved = -1
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.global_step == self._saved:
+            return
+        partial = self.path.with_suffix(".partial")
+        trainer.save_checkpoint(partial)  # collective: every rank calls it
+        if trainer.is_global_zero:
+            partial.replace(self.path)
+        self._saved = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._save(trainer)
+
+
+class CleanInterrupt(Callback):
+    """On the first Ctrl-C the step is finished and a checkpoint written; the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._previous: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+
+        def stop(signum: int, frame: Any) -> None:
+            self.interrupted = True
+            trainer.should_stop = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        self._previous = signal.signal(signal.SIGINT, stop)
+
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+
+class SampleGrid(Callback):
+    """Draws the fixed prompts every so many steps, on the averaged weights."""
+
+    def __init__(self, every_n_steps: int, draw: Callable[[int], None]) -> None:
+        self.every_n_steps, self.draw = every_n_steps, draw
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if trainer.is_global_zero and step % self.every_n_steps == 0 and step < trainer.max_steps:
+            training = pl_module.unet.training
+            self.draw(step)
+            pl_module.unet.train(training)
+
+
+def progress_bar() -> RichProgressBar:
+    return RichProgressBar(leave=True, theme=RichProgressBarTheme(metrics_format=".4g"))

@@ -1,0 +1,96 @@
+"""The adapter's own loss: the backbone's denoising objective, unchanged, on the user's pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_dae.config import ObjectiveConfig
+from lora_dae.diffusion import add_noise, alpha_sigma, min_snr_weight, snr, training_target
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All that is random in one step: (B, C, h, w) noises, (B,) integer timesteps, (B,) dropout decisions."""
+
+    posterior: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    drop_caption: Tensor
+    drop_source: Tensor
+
+
+def step_generator(seed: int, step: int, rank: int, stream: int = 0) -> torch.Generator:
+    """The generator of one step on one process: resuming at a step draws what the straight run drew.
+
+    ``seed_everything`` alone would give every rank the same noise.
+    """
+    mixed = torch.tensor([seed, step, rank, stream], dtype=torch.int64)
+    value = 0
+    for part in mixed.tolist():
+        value = (value * 6_364_136_223_846_793_005 + part + 1_442_695_040_888_963_407) % 2**63
+    return torch.Generator().manual_seed(value)
+
+
+def draw(
+    batch: dict[str, Tensor], num_timesteps: int, cfg: ObjectiveConfig, generator: torch.Generator
+) -> Draws:
+    """Draw a step's randomness on the CPU (the same on every device) and move it to the batch's device."""
+    shape, device = batch["latent_mean"].shape, batch["latent_mean"].device
+    n = shape[0]
+    return Draws(
+        posterior=torch.randn(shape, generator=generator).to(device),
+        noise=torch.randn(shape, generator=generator).to(device),
+        timesteps=torch.randint(0, num_timesteps, (n,), generator=generator).to(device),
+        drop_caption=(torch.rand(n, generator=generator) < cfg.caption_dropout).to(device),
+        drop_source=(torch.rand(n, generator=generator) < cfg.source_dropout).to(device),
+    )
+
+
+def fixed_draws(batch: dict[str, Tensor], num_timesteps: int) -> Draws:
+    """Draws for validation: a function of each sample's index alone, timesteps spread evenly; no dropout."""
+    indices = batch["index"].tolist()
+    shape, device = batch["latent_mean"].shape, batch["latent_mean"].device
+    noise = torch.stack([torch.randn(shape[1:], generator=step_generator(0, i, 0, 1)) for i in indices])
+    golden = torch.tensor([(i * 0.6180339887) % 1.0 for i in indices])
+    never = torch.zeros(shape[0], dtype=torch.bool, device=device)
+    return Draws(
+        posterior=torch.zeros(shape, device=device),
+        noise=noise.to(device),
+        timesteps=(golden * num_timesteps).long().to(device),
+        drop_caption=never,
+        drop_source=never,
+    )
+
+
+def adapter_loss(
+    unet: nn.Module,
+    scheduler: Any,
+    batch: dict[str, Tensor],
+    null_text: Tensor,
+    draws: Draws,
+    min_snr_gamma: float,
+) -> Tensor:
+    """Loss of each sample, float32 (B,): (weighted) squared error of the network's own target.
+
+    Min-SNR weights of Hang et al. 2023; ``min_snr_gamma=0`` leaves them out. The source latents, where the
+    batch has them, enter as extra input channels (InstructPix2Pix, Brooks et al. 2023).
+    """
+    x0 = batch["latent_mean"] + batch["latent_std"] * draws.posterior
+    alpha, sigma = alpha_sigma(scheduler, draws.timesteps, x0)
+    noisy = add_noise(x0, draws.noise, alpha, sigma)
+    text = torch.where(draws.drop_caption[:, None, None], null_text, batch["text"])
+    if "source" in batch:
+        source = torch.where(draws.drop_source[:, None, None, None], 0.0, batch["source"])
+        noisy = torch.cat([noisy, source], dim=1)
+    noisy = noisy.contiguous(memory_format=torch.channels_last)
+    output = unet(noisy, draws.timesteps, encoder_hidden_states=text, return_dict=False)[0]
+    prediction_type = scheduler.config.prediction_type
+    target = training_target(x0, draws.noise, alpha, sigma, prediction_type)
+    error = (output.float() - target).square().mean((1, 2, 3))
+    if min_snr_gamma <= 0:
+        return error
+    return error * min_snr_weight(snr(alpha, sigma).flatten(), min_snr_gamma, prediction_type)

@@ -1,0 +1,108 @@
+"""How the enhancement module learns: on the states that the sampler itself visits.
+
+One training step runs one whole sampling chain (random guidance, number of steps and solver) with the module
+in it. At every state the enhanced prediction is compared, as a distribution of local band energies, with what
+the same network predicts at the same noise level from *really noised* images (teacher forcing, no guidance).
+A chain that lost texture lies below that; where nothing is missing the module learns to do nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_dae.config import EnhancementConfig
+from lora_dae.diffusion import add_noise, current_level, is_sigma_space, predict_x0
+from lora_dae.enhancement.gates import WINDOW, EnhancementModule
+from lora_dae.enhancement.hook import enhance_scheduler, gate_inputs
+from lora_dae.enhancement.objective import OnPolicyLoss, on_policy_loss
+from lora_dae.sampling.loop import Conditions, Guidance, predict
+from lora_dae.sampling.schedulers import build_scheduler
+
+SOLVERS = ("ddim", "ddim", "dpm++")  # first order twice as often: only there the u part learns
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The random setting of one chain."""
+
+    solver: str
+    num_inference_steps: int
+    guidance: Guidance
+    noise: Tensor  # (B, C, h, w), where the chain starts
+    reference_noise: Tensor  # (B, C, h, w), of the really noised images
+
+
+def draw_chain(batch: dict[str, Tensor], cfg: EnhancementConfig, generator: torch.Generator) -> Chain:
+    shape, device = batch["latent_mean"].shape, batch["latent_mean"].device
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=generator))
+
+    solver = SOLVERS[int(torch.randint(len(SOLVERS), (), generator=generator))]
+    steps = int(torch.randint(cfg.steps_range[0], cfg.steps_range[1] + 1, (), generator=generator))
+    text = uniform(*cfg.guidance_range)
+    # Half of the chains use one scale for both conditions: two network calls instead of three.
+    same = float(torch.rand((), generator=generator)) < 0.5
+    source = text if same else uniform(1.0, 2.5)
+    if "source" in batch and same:
+        text = source = min(text, 3.0)
+    return Chain(
+        solver,
+        steps,
+        Guidance(text, source),
+        torch.randn(shape, generator=generator).to(device),
+        torch.randn(shape, generator=generator).to(device),
+    )
+
+
+def chain_loss(
+    unet: nn.Module,
+    base_scheduler: Any,
+    module: EnhancementModule,
+    batch: dict[str, Tensor],
+    null_text: Tensor,
+    chain: Chain,
+) -> tuple[Tensor, OnPolicyLoss]:
+    """Mean loss along one chain (with gradient into the module only), and its parts at the last state."""
+    scheduler = enhance_scheduler(build_scheduler(chain.solver, base_scheduler), module, 1.0)
+    scheduler.set_timesteps(chain.num_inference_steps, device=chain.noise.device)
+    conditions = Conditions(batch["text"], null_text, batch.get("source"))
+    prediction_type = base_scheduler.config.prediction_type
+    sample = chain.noise * scheduler.init_noise_sigma
+    losses: list[Tensor] = []
+    parts: OnPolicyLoss | None = None
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            guided, conditional = predict(
+                unet, scheduler.scale_model_input(sample, t), t, conditions, chain.guidance
+            )
+        alpha, sigma = current_level(scheduler, t)
+        if alpha > sigma * torch.tensor(WINDOW[0]).exp() and sigma > 1e-3:
+            reference = _teacher_forced(
+                unet, scheduler, t, batch, conditions, chain.reference_noise, prediction_type
+            )
+            inputs = gate_inputs(scheduler, guided, t, sample, conditional)
+            delta, log_gain = module.evaluate(*inputs)
+            parts = on_policy_loss(inputs.x0 + delta, reference, log_gain)
+            losses.append(parts.total)
+        with torch.no_grad():
+            scheduler.set_conditional(conditional)
+            sample = scheduler.step(guided, t, sample).prev_sample
+    assert parts is not None  # every schedule ends at low noise
+    return torch.stack(losses).mean(), parts
+
+
+@torch.no_grad()
+def _teacher_forced(
+    unet: nn.Module, scheduler: Any, t: Tensor, batch: dict[str, Tensor], conditions: Conditions, noise: Tensor,
+    prediction_type: str,
+) -> Tensor:  # fmt: skip
+    """The network's own estimate of x0 from real images noised to level t: a posterior mean, rightly soft."""
+    alpha, sigma = current_level(scheduler, t)
+    noisy = add_noise(batch["latent_mean"], noise, alpha, sigma)
+    output, _ = predict(unet, scheduler.scale_model_input(noisy, t), t, conditions, Guidance())
+    return predict_x0(output, noisy, alpha, sigma, prediction_type, is_sigma_space(scheduler))

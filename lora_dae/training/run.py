@@ -1,0 +1,321 @@
+"""One run, from a config to a folder that a person likes to open."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from lora_dae.adapter.files import save_adapter, save_merged
+from lora_dae.adapter.inject import inject, make_full_finetune, trainable_parameters
+from lora_dae.adapter.source_input import attach_source_input, save_source_input
+from lora_dae.adapter.table import adapter_table
+from lora_dae.backbone.layout import inspect_backbone
+from lora_dae.backbone.load import Backbone, load_backbone
+from lora_dae.backbone.precision import choose_precision
+from lora_dae.config import Config, ConfigError, check, to_dict
+from lora_dae.data.module import PairDataModule
+from lora_dae.data.pair import PairDataset
+from lora_dae.data.sources import check_source, load_splits
+from lora_dae.enhancement.files import save_enhancement
+from lora_dae.enhancement.gates import EnhancementModule
+from lora_dae.evaluation.run import HeldOut, evaluate_run, usage, write_grid
+from lora_dae.evaluation.table import ResultsTable
+from lora_dae.sampling.draw import Drawer
+from lora_dae.sampling.load import ENHANCEMENT_FILE, load_run, prepare_unet
+from lora_dae.training import callbacks, tracking
+from lora_dae.training.ema import EMACallback
+from lora_dae.training.module import LoraDae
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run gives back: its folder and its table (None on ranks other than 0)."""
+
+    run_dir: Path
+    table: ResultsTable | None
+
+
+class InterruptedRunError(RuntimeError):
+    """Training was stopped by Ctrl-C after writing a checkpoint."""
+
+
+def run(cfg: Config) -> Result:
+    """Train, export, measure and report. Raises ConfigError for bad input before weights are loaded."""
+    check(cfg)
+    run_dir = Path(cfg.run_dir)
+    checkpoints = find_checkpoints(cfg, run_dir)
+    folder = inspect_backbone(cfg.backbone, cfg.data.resolution)
+    tracking.wandb_mode(cfg.tracking.wandb)
+    _quiet()
+    splits = load_splits(cfg.data)
+    check_source(cfg, splits["train"])
+    if cfg.conditioning == "none":
+        splits = {name: _without_source(split) for name, split in splits.items()}
+    console.print(f"run folder {run_dir}", soft_wrap=True, highlight=False)
+    backbone = load_backbone(cfg.backbone)
+    del folder
+    lightning.seed_everything(cfg.seed, verbose=False)  # before the adapter draws its weights
+    trained = Training(cfg, run_dir, backbone, splits)
+    if trained.rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        plain = OmegaConf.create(to_dict(cfg))
+        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(plain), encoding="utf-8")
+    trained.fit(checkpoints)
+    if trained.rank != 0:
+        return Result(run_dir, None)
+    trained.export()
+    device = trained.device
+    del trained.module
+    loaded = load_run(run_dir, device)
+    table, grid = evaluate_run(run_dir, console, run=loaded, bf16=trained.precision.startswith("bf16"))
+    flat = {
+        f"test/{m}/{k}".replace(" ", "_"): v.value for m, row in table.methods.items() for k, v in row.items()
+    }
+    tracking.log_metrics(trained.loggers[1:], flat, trained.steps)
+    tracking.log_image(trained.loggers, "test/grid", grid)
+    tracking.finish(trained.loggers)
+    console.print(f"adapter  {run_dir / 'adapter'}", soft_wrap=True, highlight=False)
+    return Result(run_dir, table)
+
+
+def find_checkpoints(cfg: Config, run_dir: Path) -> dict[str, Path]:
+    """Which stages can go on from where; ``ckpt_path=last`` looks into the run folder."""
+    if cfg.ckpt_path is None:
+        return {}
+    if cfg.ckpt_path == "last":
+        found = {s: run_dir / "checkpoints" / f"{s}.ckpt" for s in ("adapter", "enhancement")}
+        found = {s: p for s, p in found.items() if p.is_file()}
+        if not found:
+            raise ConfigError(
+                f"ckpt_path=last found no checkpoint in {run_dir / 'checkpoints'}: give the run folder to go on "
+                "with as hydra.run.dir=<run folder>."
+            )
+    else:
+        path = Path(cfg.ckpt_path)
+        if not path.is_file():
+            raise ConfigError(f"ckpt_path={path} does not exist: give a .ckpt file, or last.")
+        found = {"enhancement" if path.stem.startswith("enhancement") else "adapter": path}
+    saved = next(iter(found.values())).parent.parent / "config.yaml"
+    if saved.is_file():
+        before = OmegaConf.to_container(OmegaConf.load(saved))
+        now = to_dict(cfg)
+        for key in ("adapter", "backbone", "conditioning"):
+            if before[key] != now[key]:  # type: ignore[index, call-overload]
+                raise ConfigError(
+                    f"{next(iter(found.values()))} was written with another `{key}` than this run's: resume with "
+                    "the same overrides, or start anew without ckpt_path."
+                )
+    return found
+
+
+class Training:
+    """The two stages on one set of weights, and what they share."""
+
+    def __init__(
+        self, cfg: Config, run_dir: Path, backbone: Backbone, splits: dict[str, PairDataset]
+    ) -> None:
+        self.cfg, self.run_dir, self.backbone, self.splits = cfg, run_dir, backbone, splits
+        self.steps = int(cfg.trainer.get("max_steps", 500))
+        self.enhancement = None
+        if cfg.enhancement.enabled and cfg.enhancement.placement != "none":
+            e = cfg.enhancement
+            self.enhancement = EnhancementModule(e.levels, e.hidden, e.max_log_gain)
+        self.data = self._data(cfg.data.batch_size)
+        probe = _trainer(cfg, run_dir, "32-true", self.steps, [], False)
+        self.rank = probe.global_rank
+        self.device = probe.strategy.root_device
+        self.precision = choose_precision(str(cfg.trainer.get("precision", "auto")), self.device)
+        attention = prepare_unet(backbone, cfg)
+        if cfg.adapter.full_finetune:
+            make_full_finetune(backbone.unet)
+        else:
+            inject(backbone.unet, cfg.adapter)
+        if cfg.conditioning == "source":
+            attach_source_input(backbone.unet)
+        null = backbone.encode_text([""])[0]
+        self.module = LoraDae(backbone, cfg, self.enhancement, null, "adapter")
+        if self.rank == 0:
+            extra = {} if self.enhancement is None else {"enhancement": self.enhancement}
+            self.module.requires_grad_(False)
+            for name, parameter in self.module.named_parameters():
+                parameter.requires_grad_(name in self.module._kept)
+            console.print(adapter_table(backbone.unet, extra))  # type: ignore[arg-type]
+            self.module._set_stage("adapter")
+            console.print(f"{self.device}, {self.precision}, {attention} attention", highlight=False)
+        self.loggers: list[Any] = []
+        if self.rank == 0:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self.loggers = tracking.build_loggers(cfg, run_dir, to_dict(cfg), console)
+
+    def _data(self, batch_size: int) -> PairDataModule:
+        return PairDataModule(
+            self.splits["train"], self.splits["val"], self.splits["test"],
+            cache_dir=Path(self.cfg.data.cache_dir) / "latents", encode_images=self.backbone.encode_images,
+            encode_text=self.backbone.encode_text, backbone_fingerprint=self.backbone.fingerprint,
+            batch_size=batch_size, seed=self.cfg.seed,
+        )  # fmt: skip
+
+    def fit(self, checkpoints: dict[str, Path]) -> None:
+        """Adapter first, then the enhancement on the adapter's averaged weights."""
+        if "enhancement" not in checkpoints:
+            self._stage("adapter", self.steps, self.data, checkpoints.get("adapter"))
+        if self.enhancement is not None:
+            data = self._data(self.cfg.enhancement.batch_size)
+            self._stage("enhancement", self.cfg.enhancement.max_steps, data, checkpoints.get("enhancement"))
+
+    def _stage(self, stage: str, steps: int, data: PairDataModule, checkpoint: Path | None) -> None:
+        cfg = self.cfg
+        self.module._set_stage(stage)
+        ema = EMACallback(cfg.optimizer.ema_decay if stage == "adapter" else 0.0)
+        interrupt = callbacks.CleanInterrupt()
+        every = min(int(cfg.trainer.get("val_check_interval") or steps), steps)
+        path = self.run_dir / "checkpoints" / f"{stage}.ckpt"
+        extra: list[Any] = [
+            ema, interrupt, callbacks.Checkpoint(path, every), callbacks.Throughput(data.batch_size),
+            callbacks.progress_bar(),
+        ]  # fmt: skip
+        if stage == "adapter" and self.rank == 0 and cfg.tracking.sample_every_n_steps > 0:
+            grids = callbacks.SampleGrid(
+                cfg.tracking.sample_every_n_steps, lambda step: self._grid(ema, step)
+            )
+            extra.append(grids)
+        loggers = self.loggers if stage == "adapter" else _offset(self.loggers)
+        trainer = _trainer(cfg, self.run_dir, self.precision, steps, extra, stage == "adapter", loggers)
+        self.module.unet.train(stage == "adapter")
+        trainer.fit(
+            self.module, datamodule=data, ckpt_path=checkpoint, weights_only=checkpoint is not None or None
+        )
+        if interrupt.interrupted:
+            raise InterruptedRunError(
+                f"stopped at step {trainer.global_step} of {steps}; go on with: python train.py <same overrides> "
+                f"hydra.run.dir={self.run_dir} ckpt_path=last"
+            )
+        if ema.ema is not None:
+            ema.ema.swap_in(trainable_parameters(self.module))
+
+    @torch.no_grad()
+    def _grid(self, ema: EMACallback, step: int) -> None:
+        """The fixed validation prompts on the averaged weights, as they stand now."""
+        cfg = self.cfg
+        held_out = HeldOut.take(self.splits["val"], cfg.tracking.num_grid_prompts)
+        drawer = Drawer(
+            replace(self.backbone, vae=self.backbone.vae), None, "none", cfg.conditioning, cfg.data.resolution,
+            cfg.sampling, self.precision.startswith("bf16"),
+        )  # fmt: skip
+        with ema.swapped(self.module):
+            images = drawer.images(
+                held_out.captions, held_out.sources if cfg.conditioning == "source" else None
+            )
+        grid = write_grid(
+            {f"step {step}": images}, held_out, self.run_dir / "samples" / f"step_{step:06d}.png", len(images)
+        )
+        tracking.log_image(self.loggers, "val/samples", grid)
+
+    def export(self) -> None:
+        """Write adapter/: the averaged weights in the formats that other programs read."""
+        folder = self.run_dir / "adapter"
+        folder.mkdir(parents=True, exist_ok=True)
+        unet = self.backbone.unet
+        if self.cfg.adapter.full_finetune:
+            save_merged(unet, folder / "unet")
+        else:
+            save_adapter(
+                unet, folder, {"backbone": self.cfg.backbone.name, "fingerprint": self.backbone.fingerprint}
+            )
+            if self.cfg.conditioning == "source":
+                save_source_input(unet, folder)
+        if self.enhancement is not None:
+            save_enhancement(self.enhancement, folder / ENHANCEMENT_FILE)
+        text = f"# {self.cfg.name}\n\nMade by LoRA-DAE. Draw with it:\n\n```python\n{usage(self.cfg)}\n```\n"
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+class _WithoutSource:
+    """A view of a data set that hides the source photos."""
+
+    has_source = False
+
+    def __init__(self, dataset: PairDataset) -> None:
+        self.dataset, self.has_mask = dataset, dataset.has_mask
+        self.fingerprint = dataset.fingerprint + "-text"
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return replace(self.dataset[index], source=None)
+
+
+def _without_source(dataset: PairDataset) -> PairDataset:
+    return _WithoutSource(dataset) if dataset.has_source else dataset
+
+
+def _offset(loggers: list[Any]) -> list[Any]:
+    """The second stage logs to W&B under its own names; CSV columns of two fits do not mix."""
+    return [logger for logger in loggers if not isinstance(logger, lightning.pytorch.loggers.CSVLogger)]
+
+
+def _trainer(
+    cfg: Config,
+    run_dir: Path,
+    precision: str,
+    steps: int,
+    extra: list[Any],
+    validate: bool,
+    loggers: Any = False,
+) -> lightning.Trainer:
+    """lightning.Trainer from ``trainer.*``, with what this project needs to be exact."""
+    options = {
+        k: v for k, v in cfg.trainer.items() if k not in ("precision", "max_steps", "val_check_interval")
+    }
+    every = min(int(cfg.trainer.get("val_check_interval") or steps), steps)
+    try:
+        return lightning.Trainer(
+            **{
+                **options,
+                "precision": precision,
+                "max_steps": steps,
+                "default_root_dir": run_dir,
+                "callbacks": extra,
+                "logger": loggers,
+                "enable_checkpointing": False,
+                "enable_model_summary": False,
+                "enable_progress_bar": bool(extra),
+                "use_distributed_sampler": False,
+                "num_sanity_val_steps": 0,
+                "check_val_every_n_epoch": None,
+                "val_check_interval": every,
+                "limit_val_batches": options.get("limit_val_batches", 1.0) if validate else 0,
+            }
+        )
+    except TypeError as error:
+        raise ConfigError(f"trainer.* does not fit lightning.Trainer: {error}.") from error
+
+
+def _quiet() -> None:
+    """Lightning's hints are for other set-ups; warnings that repeat what the console says are dropped."""
+    for name in (
+        "lightning.pytorch",
+        "lightning.fabric",
+        "lightning.pytorch.utilities.rank_zero",
+        "diffusers",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for text in (
+        ".*does not have many workers.*",
+        ".*srun.*",
+        ".*LeafSpec.*",
+        ".*_pytree.*",
+        ".*weights_only.*",
+    ):
+        warnings.filterwarnings("ignore", text)
