@@ -43,7 +43,6 @@ class DataConfig:
     resolution: int = 128  # square, pixels
     cache_dir: str = "cache"  # rendered photos, latents, text embeddings
     batch_size: int = 16
-    num_workers: int = 0
     seed: int = 0  # of the split (folder) or of the renderer (studio)
     difficulty: str = "aligned"  # studio pairs: aligned | shifted | reposed
     train_size: int = 1600  # studio
@@ -216,6 +215,8 @@ def check(cfg: Config) -> None:
         "objective.source_dropout": cfg.objective.source_dropout,
         "adapter.dropout": cfg.adapter.dropout,
         "optimizer.ema_decay": cfg.optimizer.ema_decay,
+        "data.val_fraction": cfg.data.val_fraction,
+        "data.test_fraction": cfg.data.test_fraction,
     }.items():
         if not 0 <= share < 1:
             raise ConfigError(f"{name}={share} is not in [0, 1): give a share such as 0.1.")

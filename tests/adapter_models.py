@@ -59,9 +59,7 @@ def plain_pipeline(unet: UNet2DConditionModel) -> StableDiffusionPipeline:
     """A StableDiffusionPipeline of diffusers around the UNet; it takes prompt embeddings."""
     torch.manual_seed(0)
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            block_out_channels=(4,), norm_num_groups=4, latent_channels=unet.config["in_channels"]
-        ),
+        vae=AutoencoderKL(block_out_channels=(4,), norm_num_groups=4, latent_channels=unet.config["in_channels"]),
         text_encoder=None,
         tokenizer=None,
         unet=unet,

@@ -21,9 +21,7 @@ from lora_dae.config import TARGET_GROUPS, AdapterConfig, ConfigError
 @pytest.mark.parametrize("targets", [[group] for group in TARGET_GROUPS] + [["cross_attention", "conv"]])
 def test_exactly_these_layers_train(family: str, targets: list[str]) -> None:
     unet = tiny_unet(family)
-    expected = {
-        f"{name}.{matrix}.default.weight" for name in select(unet, targets) for matrix in ("lora_A", "lora_B")
-    }
+    expected = {f"{name}.{matrix}.default.weight" for name in select(unet, targets) for matrix in ("lora_A", "lora_B")}
     inject(unet, AdapterConfig(targets=targets, rank=2))
     trains = trainable_parameters(unet)
     assert set(trains) == expected
@@ -42,18 +40,14 @@ def test_injected_unet_predicts_what_the_backbone_predicts(family: str, use_dora
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_rank_and_scale_of_every_layer(use_rslora: bool) -> None:
     unet = tiny_unet()
-    cfg = AdapterConfig(
-        list(TARGET_GROUPS), rank=4, alpha=6, conv_rank=2, conv_alpha=1, use_rslora=use_rslora
-    )
+    cfg = AdapterConfig(list(TARGET_GROUPS), rank=4, alpha=6, conv_rank=2, conv_alpha=1, use_rslora=use_rslora)
     inject(unet, cfg)
     for name in select(unet, TARGET_GROUPS):
         layer = unet.get_submodule(name)
         assert isinstance(layer, LoraLayer)
         rank, alpha = (2, 1) if is_spatial_conv(layer) else (4, 6)
         assert layer.lora_A["default"].weight.shape[0] == rank
-        assert layer.scaling["default"] == pytest.approx(alpha / (math.sqrt(rank) if use_rslora else rank)), (
-            name
-        )
+        assert layer.scaling["default"] == pytest.approx(alpha / (math.sqrt(rank) if use_rslora else rank)), name
 
 
 def test_alpha_defaults_to_rank() -> None:
@@ -160,11 +154,7 @@ def test_table_counts_what_trains() -> None:
     assert rows["cross_attention"].modules == len(select(unet, ["cross_attention"]))
     assert rows["cross_attention"].ranks == (4,) and rows["conv"].ranks == (2, 4)
     assert rows["enhancement"].parameters == 20
-    total = sum(
-        parameter.numel()
-        for parameter in [*unet.parameters(), *extra.parameters()]
-        if parameter.requires_grad
-    )
+    total = sum(parameter.numel() for parameter in [*unet.parameters(), *extra.parameters()] if parameter.requires_grad)
     assert sum(row.parameters for row in rows.values()) == total
     assert sum(row.share for row in rows.values()) == pytest.approx(total / backbone)
     text = adapter_table(unet, {"enhancement": extra})

@@ -73,11 +73,7 @@ def test_a_failed_forward_leaves_nothing_behind(as_keyword: bool) -> None:
     expected = unet(sample, 500, text).sample
     with pytest.raises((TypeError, RuntimeError)):
         unet(sample, None, text)  # raises before conv_in
-    got = (
-        unet(sample=sample, timestep=500, encoder_hidden_states=text)
-        if as_keyword
-        else unet(sample, 500, text)
-    )
+    got = unet(sample=sample, timestep=500, encoder_hidden_states=text) if as_keyword else unet(sample, 500, text)
     assert torch.equal(got.sample, expected)
 
 
@@ -112,9 +108,7 @@ def test_order_of_attaching_and_injecting_does_not_matter(use_dora: bool) -> Non
     inject(second, cfg)
     attach_source_input(second)
     assert trainable_parameters(first).keys() == trainable_parameters(second).keys()
-    weights = {
-        name: torch.randn_like(parameter) * 0.2 for name, parameter in trainable_parameters(first).items()
-    }
+    weights = {name: torch.randn_like(parameter) * 0.2 for name, parameter in trainable_parameters(first).items()}
     for unet in (first, second):
         unet.load_state_dict(weights, strict=False)
     assert torch.equal(predict(first.eval(), channels=8), predict(second.eval(), channels=8))

@@ -61,9 +61,7 @@ def test_conv_is_kohyas_definition() -> None:
                 if child.__class__.__name__ in ("Linear", "Conv2d"):
                     expected.add(f"{name}.{child_name}")
     assert set(select(unet, ["conv"])) == expected
-    assert {
-        name.rpartition(".")[2] for name in expected if not is_spatial_conv(unet.get_submodule(name))
-    } == {
+    assert {name.rpartition(".")[2] for name in expected if not is_spatial_conv(unet.get_submodule(name))} == {
         "conv_shortcut",
         "time_emb_proj",
     }

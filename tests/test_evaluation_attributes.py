@@ -65,9 +65,7 @@ def test_accuracy_counts_only_what_the_label_names() -> None:
     labels = [{"color": truth[0]}, {"color": truth[1]}, {}, {"color": "chartreuse"}]
     labels[1] = {"color": CLASSES["color"][1 - int(guesses[1])]}
     assert classifier.accuracy(images, labels) == {"color": 0.5}
-    assert torch.equal(
-        classifier.correct(images, labels)["color"].isnan(), torch.tensor([False, False, True, True])
-    )
+    assert torch.equal(classifier.correct(images, labels)["color"].isnan(), torch.tensor([False, False, True, True]))
 
 
 def test_augmentation_keeps_hue_and_size() -> None:

@@ -69,9 +69,7 @@ def test_weights_are_the_same_as_repeated_images() -> None:
     counts_x, counts_y = torch.tensor([2, 0, 1, 3, 0, 1, 1, 0, 1, 1]), torch.tensor([1, 1, 0, 2, 2, 0, 1, 1])
     inner = distances.gram(x, y)
     weighted = distances.frechet_replicates(inner, counts_x[None], counts_y[None])[0].item()
-    repeated = distances.frechet_from_features(
-        x.repeat_interleave(counts_x, 0), y.repeat_interleave(counts_y, 0)
-    )
+    repeated = distances.frechet_from_features(x.repeat_interleave(counts_x, 0), y.repeat_interleave(counts_y, 0))
     assert weighted == pytest.approx(repeated, rel=1e-9)
 
 
@@ -98,9 +96,7 @@ def test_kernel_replicates_leave_out_an_image_with_itself() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(60, 8), torch.randn(60, 8) + 0.5
     inner = distances.gram(x, y)
-    replicates = distances.kernel_replicates(
-        inner, bootstrap_weights(60, 2000, 0), bootstrap_weights(60, 2000, 1)
-    )
+    replicates = distances.kernel_replicates(inner, bootstrap_weights(60, 2000, 0), bootstrap_weights(60, 2000, 1))
     standard_error = replicates.std().item() / math.sqrt(2000)
     assert replicates.mean().item() == pytest.approx(distances.kernel_distance(x, y), abs=5 * standard_error)
 

@@ -72,9 +72,7 @@ def test_paired_mode_measures_everything(extractor: TinyFeatures, masks: Tensor)
 
 def test_the_real_photos_themselves_are_the_best_that_can_be(extractor: TinyFeatures, masks: Tensor) -> None:
     photos = _photos()
-    result = evaluate_images(
-        photos, build_reference(photos, masks, extractor), extractor, bootstrap=20, paired=True
-    )
+    result = evaluate_images(photos, build_reference(photos, masks, extractor), extractor, bootstrap=20, paired=True)
     assert result["fd_tiny"].value == pytest.approx(0, abs=1e-9)
     assert result["lsd_garment"].value == 0
     assert result["ssim_garment"].value == pytest.approx(1, abs=1e-5)
@@ -114,9 +112,7 @@ def test_memory_and_8_bit_files_give_the_same_numbers(extractor: TinyFeatures) -
 
 
 def test_text_mode_has_no_fidelity_and_takes_another_number_of_photos(extractor: TinyFeatures) -> None:
-    result = evaluate_images(
-        _photos(12, 1), build_reference(_photos(), None, extractor), extractor, bootstrap=20
-    )
+    result = evaluate_images(_photos(12, 1), build_reference(_photos(), None, extractor), extractor, bootstrap=20)
     assert set(result) == {"fd_tiny", "kd_tiny", "is_tiny", "power_low", "power_mid", "power_high", "lsd"}
 
 

@@ -18,6 +18,7 @@ from lora_dae.config import ConfigError
 from lora_dae.evaluation import plots
 from lora_dae.evaluation.report import write_report
 from lora_dae.evaluation.table import MetricValue, Protocol, ResultsTable, format_value, load_table
+from lora_dae.sampling.sheet import image_grid
 
 PROTOCOL = Protocol(
     num_generated=256, num_reference=200, split="test", resolution=128, sampler="ddim", steps=20,
@@ -59,9 +60,7 @@ def table() -> ResultsTable:
         (MetricValue(float("nan"), None, None, "higher"), ("n/a", "")),
     ],
 )
-def test_values_show_the_digits_that_their_interval_supports(
-    metric: MetricValue, text: tuple[str, str]
-) -> None:
+def test_values_show_the_digits_that_their_interval_supports(metric: MetricValue, text: tuple[str, str]) -> None:
     assert format_value(metric) == text
 
 
@@ -82,9 +81,7 @@ def test_protocol_names_all_that_a_number_depends_on() -> None:
 
 
 def test_console_table_fits_100_columns(table: ResultsTable) -> None:
-    wide = {
-        f"attr_{name}": _metric(0.9, 0.02, "higher") for name in "garment color pattern sleeve length".split()
-    }
+    wide = {f"attr_{name}": _metric(0.9, 0.02, "higher") for name in "garment color pattern sleeve length".split()}
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(ResultsTable({"frozen backbone": wide, "strength 1": wide}, PROTOCOL).rich())
     text = console.export_text()
@@ -159,9 +156,7 @@ def test_curves_are_read_from_a_log_with_gaps(tmp_path: Path) -> None:
     columns = plots.read_metrics(log)
     assert columns["val/loss"] == ([float(s) for s in range(0, 100, 10)], [0.5] * 10)
     assert len(columns["train/loss"][0]) == 100  # the NaN is left out
-    out = plots.plot_curves(
-        log, tmp_path / "loss.png", {"training": "train/loss", "validation": "val/loss"}, "Loss"
-    )
+    out = plots.plot_curves(log, tmp_path / "loss.png", {"training": "train/loss", "validation": "val/loss"}, "Loss")
     assert Image.open(out).mode == "RGBA"
     with pytest.raises(ConfigError, match="train/loss"):
         plots.plot_curves(log, out, {"x": "nothing"}, "Loss")
@@ -176,9 +171,9 @@ def test_running_mean_keeps_length_and_constants() -> None:
 
 def test_grid_keeps_every_pixel_in_its_place() -> None:
     images = [np.full((16, 16, 3), 20 * i, np.uint8) for i in range(6)]
-    grid = plots.image_grid(images, 2, 3, ["a", "b", "c"], ["first", "second " * 30], zoom=4)
+    grid = image_grid(images, 2, 3, ["a", "b", "c"], ["first", "second " * 30], zoom=4)
     pixels = np.asarray(grid)
     for value in range(0, 120, 20):
         assert ((pixels == value).all(axis=2)).sum() >= 64 * 64
     with pytest.raises(ConfigError, match="2 x 3 grid"):
-        plots.image_grid(images[:5], 2, 3)
+        image_grid(images[:5], 2, 3)

@@ -31,18 +31,14 @@ FILE_NAME = LORA_WEIGHT_NAME_SAFE  # pytorch_lora_weights.safetensors: what diff
 _PREFIX = "unet."
 
 
-def save_adapter(
-    unet: UNet2DConditionModel, path: str | Path, metadata: dict[str, str] | None = None
-) -> Path:
+def save_adapter(unet: UNet2DConditionModel, path: str | Path, metadata: dict[str, str] | None = None) -> Path:
     """Write the LoRA weights to ``path`` (or FILE_NAME in it, if it is a folder); returns the file.
 
     ``metadata`` goes into the header beside the adapter's configuration. Raises ConfigError if there is no
     adapter.
     """
     if not is_injected(unet):
-        raise ConfigError(
-            "The UNet carries no adapter to save; a fully fine-tuned UNet is saved by save_merged."
-        )
+        raise ConfigError("The UNet carries no adapter to save; a fully fine-tuned UNet is saved by save_merged.")
     state = get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)
     # channels_last weights are not contiguous, and safetensors takes nothing else
     weights = {_PREFIX + key: value.detach().cpu().contiguous() for key, value in state.items()}
@@ -111,10 +107,7 @@ def _configuration(unet: UNet2DConditionModel, state: dict[str, Tensor]) -> dict
     values["target_modules"] = sorted({_layer_of(key) for key in state})  # PEFT may have shortened the names
     # diffusers never puts the layers that it adds into eval mode, so a plain pipeline would draw with dropout
     values["lora_dropout"] = 0.0
-    return {
-        _PREFIX + key: sorted(value) if isinstance(value, set) else value
-        for key, value in sorted(values.items())
-    }
+    return {_PREFIX + key: sorted(value) if isinstance(value, set) else value for key, value in sorted(values.items())}
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -34,9 +34,7 @@ def inject(unet: UNet2DConditionModel, cfg: AdapterConfig) -> None:
     (lora_config).
     """
     if is_injected(unet):
-        raise ConfigError(
-            "The UNet already carries an adapter; load the backbone anew before injecting another."
-        )
+        raise ConfigError("The UNet already carries an adapter; load the backbone anew before injecting another.")
     unet.add_adapter(lora_config(unet, cfg), adapter_name=ADAPTER_NAME)
     unet.requires_grad_(False)
     for name, parameter in unet.named_parameters():

@@ -125,9 +125,7 @@ def detach_source_input(unet: UNet2DConditionModel) -> SourceInput | None:
     return source_input
 
 
-def save_source_input(
-    unet: UNet2DConditionModel, path: str | Path, metadata: dict[str, str] | None = None
-) -> Path:
+def save_source_input(unet: UNet2DConditionModel, path: str | Path, metadata: dict[str, str] | None = None) -> Path:
     """Write the source channels to ``path`` (or FILE_NAME in it, if it is a folder); returns the file."""
     source_input = get_source_input(unet)
     if source_input is None:
@@ -146,17 +144,13 @@ def load_source_input(unet: UNet2DConditionModel, path: str | Path) -> dict[str,
     """
     file = _file(path)
     if not file.is_file():
-        raise ConfigError(
-            f"There is no source input at {file}; it is written by runs with conditioning=source."
-        )
+        raise ConfigError(f"There is no source input at {file}; it is written by runs with conditioning=source.")
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
             weight = opened.get_tensor(_KEY) if metadata.get("kind") == _KIND else None
     except SafetensorError as error:
-        raise ConfigError(
-            f"{file} is not a readable safetensors file; give the {FILE_NAME} of a run."
-        ) from error
+        raise ConfigError(f"{file} is not a readable safetensors file; give the {FILE_NAME} of a run.") from error
     if weight is None:
         raise ConfigError(f"{file} does not hold a source input; give the {FILE_NAME} of a run.")
     conv_in = getattr(unet.conv_in, "base_layer", unet.conv_in)

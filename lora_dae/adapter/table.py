@@ -39,9 +39,7 @@ def adapter_rows(unet: UNet2DConditionModel, extra: Mapping[str, nn.Module]) -> 
 
     def row(name: str, parameters: Mapping[str, nn.Parameter], ranks: set[int]) -> TrainableRow:
         count = sum(p.numel() for p in parameters.values())
-        modules = {
-            key.split(".lora_")[0] if ".lora_" in key else key.rpartition(".")[0] for key in parameters
-        }
+        modules = {key.split(".lora_")[0] if ".lora_" in key else key.rpartition(".")[0] for key in parameters}
         return TrainableRow(name, len(modules), tuple(sorted(ranks)), count, count / backbone)
 
     group_of = dict(group_layers(unet))

@@ -97,9 +97,7 @@ class AttributeClassifier(nn.Module):
     def encode(self, labels: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
         """Labels (attribute -> class name, one mapping an image) as class indices (N,), or UNKNOWN."""
         return {
-            name: torch.tensor(
-                [classes.index(row[name]) if row.get(name) in classes else UNKNOWN for row in labels]
-            )
+            name: torch.tensor([classes.index(row[name]) if row.get(name) in classes else UNKNOWN for row in labels])
             for name, classes in self.attributes.items()
         }
 
@@ -125,9 +123,7 @@ class AttributeClassifier(nn.Module):
             key: (value.half() if value.is_floating_point() else value).contiguous()
             for key, value in self.state_dict().items()
         }
-        save_file(
-            tensors, path, {"format": FORMAT, "attributes": json.dumps(self.attributes), **(card or {})}
-        )
+        save_file(tensors, path, {"format": FORMAT, "attributes": json.dumps(self.attributes), **(card or {})})
 
 
 def load_classifier(path: Path) -> AttributeClassifier:
@@ -137,9 +133,7 @@ def load_classifier(path: Path) -> AttributeClassifier:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
-            raise ConfigError(
-                f"{path} is not an attribute classifier of this program; give one that it saved."
-            )
+            raise ConfigError(f"{path} is not an attribute classifier of this program; give one that it saved.")
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     classifier = AttributeClassifier(json.loads(metadata["attributes"]))
     classifier.load_state_dict(tensors)

@@ -39,9 +39,7 @@ def fit_classifier(
     accuracy per attribute on the untouched images. Raises ConfigError when lengths differ.
     """
     if len(images) != len(labels) or (reconstructions is not None and len(reconstructions) != len(images)):
-        raise ConfigError(
-            f"{len(images)} images need as many labels and reconstructions; render or encode again."
-        )
+        raise ConfigError(f"{len(images)} images need as many labels and reconstructions; render or encode again.")
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     classifier = AttributeClassifier(classes)
@@ -51,12 +49,8 @@ def fit_classifier(
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate, weight_decay=0.02)
     steps = epochs * (train_size // batch_size)
     if steps == 0:
-        raise ConfigError(
-            f"{train_size} training images are fewer than one batch of {batch_size}; render more."
-        )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=steps, pct_start=0.15
-    )
+        raise ConfigError(f"{train_size} training images are fewer than one batch of {batch_size}; render more.")
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.15)
     start = time.monotonic()
     for epoch in range(epochs):
         order = rng.permutation(train_size)
@@ -121,7 +115,5 @@ def _loss(logits: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor
     total = torch.zeros(())
     for name, target in targets.items():
         if (target != UNKNOWN).any():
-            total = total + F.cross_entropy(
-                logits[name].float(), target, ignore_index=UNKNOWN, label_smoothing=0.05
-            )
+            total = total + F.cross_entropy(logits[name].float(), target, ignore_index=UNKNOWN, label_smoothing=0.05)
     return total

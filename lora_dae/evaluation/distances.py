@@ -68,9 +68,7 @@ def frechet_replicates(inner: Gram, weights_x: Tensor, weights_y: Tensor) -> Ten
     ``weights_x`` (R, N) and ``weights_y`` (R, M): how often each image is in the sample, >= 0. Returns (R,)
     float64. About 2 ms a replicate at N = M = 256, growing with the third power of min(N, M).
     """
-    return torch.stack(
-        [_weighted_frechet(inner, wx, wy) for wx, wy in zip(weights_x, weights_y, strict=True)]
-    )
+    return torch.stack([_weighted_frechet(inner, wx, wy) for wx, wy in zip(weights_x, weights_y, strict=True)])
 
 
 def _weighted_frechet(inner: Gram, wx: Tensor, wy: Tensor) -> Tensor:

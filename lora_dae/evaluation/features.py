@@ -27,9 +27,7 @@ def as_float_images(images: Tensor) -> Tensor:
     whether it was made from memory or from the saved files. Raises ConfigError on another shape or range.
     """
     if images.ndim != 4 or images.shape[1] != 3:
-        raise ConfigError(
-            f"images must be N x 3 x H x W, got shape {tuple(images.shape)}; convert them first."
-        )
+        raise ConfigError(f"images must be N x 3 x H x W, got shape {tuple(images.shape)}; convert them first.")
     if images.dtype == torch.uint8:
         return images.float() / 255
     images = images.float()
@@ -37,9 +35,7 @@ def as_float_images(images: Tensor) -> Tensor:
         raise ConfigError("images hold NaN or Inf; check the sampler that made them.")
     low, high = images.aminmax()
     if low < -0.01 or high > 1.01:
-        raise ConfigError(
-            f"float images must lie in [0, 1], got [{low:.2f}, {high:.2f}]; rescale them first."
-        )
+        raise ConfigError(f"float images must lie in [0, 1], got [{low:.2f}, {high:.2f}]; rescale them first.")
     return (images.clamp(0, 1) * 255).round() / 255
 
 

@@ -129,9 +129,7 @@ def _texture(
 ) -> dict[str, MetricValue]:
     real_power = real.power if inside is None else real.garment_power
     if real_power is None:
-        raise ConfigError(
-            "garment masks are given for generated images but not for real ones; give both or none."
-        )
+        raise ConfigError("garment masks are given for generated images but not for real ones; give both or none.")
     suffix = "" if inside is None else "_garment"
     power = texture.band_power(images, inside)
     spectra = power.spectrum(weights), real_power.spectrum(real_weights)
@@ -168,9 +166,7 @@ def _share(right: Tensor, weights: Tensor) -> MetricValue:
 
 def _binary(masks: Tensor, images: Tensor) -> Tensor:
     if masks.shape != (len(images), *images.shape[2:]):
-        raise ConfigError(
-            f"masks must be {(len(images), *images.shape[2:])}, got {tuple(masks.shape)}; resize them."
-        )
+        raise ConfigError(f"masks must be {(len(images), *images.shape[2:])}, got {tuple(masks.shape)}; resize them.")
     return ((masks > 127) if masks.dtype == torch.uint8 else (masks > 0.5)).float()
 
 

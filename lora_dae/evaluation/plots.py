@@ -1,4 +1,4 @@
-"""Pictures about numbers: training curves, texture spectra, labelled image grids.
+"""Pictures about numbers: training curves and texture spectra.
 
 Plots have no background of their own and gray text, so that they read on the light and on the dark page of
 a report alike.
@@ -17,7 +17,6 @@ import numpy as np
 from cycler import cycler
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from lora_dae.config import ConfigError
@@ -73,9 +72,7 @@ def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
     return columns
 
 
-def plot_curves(
-    metrics_csv: Path, output: Path, columns: Mapping[str, str], title: str, ylabel: str = "loss"
-) -> Path:
+def plot_curves(metrics_csv: Path, output: Path, columns: Mapping[str, str], title: str, ylabel: str = "loss") -> Path:
     """Draw columns (legend label -> column name) of metrics.csv over the training step; returns ``output``.
 
     A densely logged column is shown as a pale raw line under its running mean, a sparse one (validation) with
@@ -84,17 +81,13 @@ def plot_curves(
     found = read_metrics(metrics_csv)
     shown = {label: found[name] for label, name in columns.items() if name in found}
     if not shown:
-        raise ConfigError(
-            f"{metrics_csv} holds none of {', '.join(columns.values())}; it has {', '.join(found)}."
-        )
+        raise ConfigError(f"{metrics_csv} holds none of {', '.join(columns.values())}; it has {', '.join(found)}.")
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(title)
         for color, (label, (steps, values)) in zip(PALETTE, shown.items(), strict=False):
             if len(steps) > 40:
                 axes.plot(steps, values, color=color, alpha=0.22, linewidth=0.8)
-                axes.plot(
-                    steps, running_mean(values, window=max(5, len(values) // 40)), color=color, label=label
-                )
+                axes.plot(steps, running_mean(values, window=max(5, len(values) // 40)), color=color, label=label)
             else:
                 axes.plot(steps, values, color=color, marker="o", markersize=3.5, label=label)
         smooth = np.concatenate([running_mean(v, 5) for _, v in shown.values()])
@@ -161,66 +154,6 @@ def running_mean(values: Sequence[float], window: int) -> np.ndarray:
     first = np.maximum(index - window // 2, 0)
     last = np.minimum(index + window // 2, len(values) - 1)
     return (sums[last + 1] - sums[first]) / (last + 1 - first)
-
-
-def image_grid(
-    images: Sequence[np.ndarray],
-    rows: int,
-    cols: int,
-    labels: Sequence[str] | None = None,
-    captions: Sequence[str] | None = None,
-    zoom: int = 1,
-) -> Image.Image:
-    """Lay out uint8 HWC pictures of one size, row by row, on white.
-
-    ``labels`` head the columns ("source", "strength 0", ...); ``captions`` stand beneath the rows, one each,
-    wrapped to the grid's width. ``zoom`` enlarges by a whole number without smoothing, so that pixels stay
-    what they are. Raises ConfigError when the numbers do not fit.
-    """
-    if len(images) != rows * cols or (labels and len(labels) != cols) or (captions and len(captions) != rows):
-        raise ConfigError(
-            f"a {rows} x {cols} grid needs {rows * cols} images, {cols} labels, {rows} captions."
-        )
-    height, width = images[0].shape[0] * zoom, images[0].shape[1] * zoom
-    gap, margin = 6, 16
-    size = max(13, width // 15)
-    line_height = round(1.4 * size)
-    head_font, text_font = _font(size + 2, bold=True), _font(size)
-    full = cols * width + (cols - 1) * gap
-    lines = [_wrap(caption, text_font, full) for caption in captions or [""] * rows]
-    head = 2 * size + 4 if labels else 0
-    beneath = [len(part) * line_height + (size if part else gap) for part in lines]
-    canvas = Image.new("RGB", (full + 2 * margin, 2 * margin + head + rows * height + sum(beneath)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for col, label in enumerate(labels or []):
-        draw.text((margin + col * (width + gap), margin), label, font=head_font, fill="#24292f")
-    top = margin + head
-    for row in range(rows):
-        for col in range(cols):
-            picture = Image.fromarray(images[row * cols + col]).resize(
-                (width, height), Image.Resampling.NEAREST
-            )
-            canvas.paste(picture, (margin + col * (width + gap), top))
-        for number, line in enumerate(lines[row]):
-            draw.text((margin, top + height + 4 + line_height * number), line, font=text_font, fill="#57606a")
-        top += height + beneath[row]
-    return canvas
-
-
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    lines: list[str] = []
-    for word in text.split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
-
-
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans as matplotlib ships it: the same on every machine."""
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
 
 
 def _figure(title: str) -> tuple[Figure, Any]:

@@ -22,12 +22,13 @@ from lora_dae.data.sources import load_splits
 from lora_dae.evaluation.attributes import AttributeClassifier, load_embedded
 from lora_dae.evaluation.features import load_features, stack_images
 from lora_dae.evaluation.measure import Reference, build_reference, evaluate_images
-from lora_dae.evaluation.plots import image_grid, plot_band_power, plot_curves
+from lora_dae.evaluation.plots import plot_band_power, plot_curves
 from lora_dae.evaluation.report import write_report
 from lora_dae.evaluation.table import MetricValue, Protocol, ResultsTable
 from lora_dae.evaluation.texture import band_power
 from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet
+from lora_dae.sampling.sheet import image_grid
 
 GRID_ROWS = 6
 
@@ -82,9 +83,7 @@ def draw_rows(run: LoadedRun, held_out: HeldOut, console: Console, bf16: bool) -
 
         def images(name: str, drawer: Drawer, sources: np.ndarray | None, strength: float) -> np.ndarray:
             task = progress.add_task(f"drawing {name}", total=n)
-            return drawer.images(
-                held_out.captions, sources, strength, on_batch=lambda k: progress.advance(task, k)
-            )
+            return drawer.images(held_out.captions, sources, strength, on_batch=lambda k: progress.advance(task, k))
 
         for strength in strengths:
             sources = held_out.sources if cfg.conditioning == "source" else None
@@ -140,9 +139,7 @@ def _classifier(held_out: HeldOut) -> AttributeClassifier | None:
     return load_embedded() if held_out.attributes is not None else None
 
 
-def write_grid(
-    rows: dict[str, np.ndarray], held_out: HeldOut, path: Path, count: int = GRID_ROWS
-) -> np.ndarray:
+def write_grid(rows: dict[str, np.ndarray], held_out: HeldOut, path: Path, count: int = GRID_ROWS) -> np.ndarray:
     """The picture that people look at first: source, every row, the real photo."""
     columns: dict[str, list[np.ndarray]] = {}
     count = min(count, len(held_out.pairs))
@@ -194,8 +191,7 @@ def _plots(run_dir: Path, rows: dict[str, np.ndarray], real: Reference, cfg: Con
     paired = real.garment_power is not None and cfg.conditioning == "source"
     masks = real.masks if paired else None
     spectra = {
-        name: band_power(stack_images(list(images)).float() / 255, masks).spectrum()
-        for name, images in rows.items()
+        name: band_power(stack_images(list(images)).float() / 255, masks).spectrum() for name, images in rows.items()
     }
     power = (real.garment_power if paired else real.power) or real.power
     plots.append(plot_band_power(spectra, power.spectrum(), run_dir / "plots" / "band_power.svg"))
@@ -237,9 +233,7 @@ def usage(cfg: Config) -> str:
     if not cfg.adapter.full_finetune:
         lines.append('pipe.load_lora_weights("adapter")')
     if cfg.enhancement.enabled:
-        lines.append(
-            f'enhance(pipe, load_enhancement("adapter/enhancement.safetensors"), {cfg.enhancement.strength})'
-        )
+        lines.append(f'enhance(pipe, load_enhancement("adapter/enhancement.safetensors"), {cfg.enhancement.strength})')
     lines.append(
         f'image = pipe("a woman wearing a red plaid shirt", guidance_scale={cfg.sampling.guidance_scale}).images[0]'
     )

@@ -135,9 +135,7 @@ class ResultsTable:
 
     def __post_init__(self) -> None:
         if not self.methods:
-            raise ConfigError(
-                "the results table has no method; give evaluation.baselines or a run to measure."
-            )
+            raise ConfigError("the results table has no method; give evaluation.baselines or a run to measure.")
 
     @property
     def baseline(self) -> str:
@@ -182,9 +180,7 @@ class ResultsTable:
                 cells: list[Text] = []
                 for name in names:
                     value, interval, mark = self.cell(method, name)
-                    cells.append(
-                        Text.assemble((value, styles[mark]), ("\n" + interval if interval else "", "dim"))
-                    )
+                    cells.append(Text.assemble((value, styles[mark]), ("\n" + interval if interval else "", "dim")))
                 table.add_row(method, *cells)
             parts += [table, Text()]
         footer = Text(self.protocol.line() + "\n" + self.legend(), style="dim")
@@ -227,9 +223,7 @@ def load_table(path: Path) -> ResultsTable:
     data = json.loads(path.read_text(encoding="utf-8"))
     methods = {
         method: {
-            name: MetricValue(
-                math.nan if m["value"] is None else m["value"], m["low"], m["high"], m["better"]
-            )
+            name: MetricValue(math.nan if m["value"] is None else m["value"], m["low"], m["high"], m["better"])
             for name, m in metrics.items()
         }
         for method, metrics in data["methods"].items()

@@ -68,9 +68,7 @@ def band_power(images: Tensor, masks: Tensor | None = None, batch_size: int = 32
         areas.append(inside.sum(dim=(1, 2)).double())
     area = torch.cat(areas)
     if area.sum() == 0:
-        raise ConfigError(
-            "no garment mask holds a pixel, so texture cannot be measured; uint8 masks are 0 and 255."
-        )
+        raise ConfigError("no garment mask holds a pixel, so texture cannot be measured; uint8 masks are 0 and 255.")
     return BandPower(torch.cat(sums), area)
 
 

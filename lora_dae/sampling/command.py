@@ -75,9 +75,7 @@ def draw_samples(request: SampleRequest, console: Console) -> Path:
     return path
 
 
-def _images(
-    run: LoadedRun, prompt: str, source: np.ndarray | None, strength: float, count: int
-) -> np.ndarray:
+def _images(run: LoadedRun, prompt: str, source: np.ndarray | None, strength: float, count: int) -> np.ndarray:
     bf16 = choose_precision("auto", run.backbone.device).startswith("bf16")
     sources = None if source is None else np.stack([source] * count)
     return run.drawer(bf16).images([prompt] * count, sources, strength)
@@ -90,15 +88,8 @@ def _strengths(request: SampleRequest, cfg: Config) -> list[float]:
     for s in strengths:
         if s < 0:
             raise ConfigError(f"strength={s} is below 0: 0 switches the enhancement off, 1 is as trained.")
-    if (
-        any(s > 0 for s in strengths)
-        and not cfg.enhancement.enabled
-        and request.strengths is None
-        and request.strength
-    ):
-        raise ConfigError(
-            f"run={request.run} was trained without enhancement: leave strength out, or give 0."
-        )
+    if any(s > 0 for s in strengths) and not cfg.enhancement.enabled and request.strengths is None and request.strength:
+        raise ConfigError(f"run={request.run} was trained without enhancement: leave strength out, or give 0.")
     return strengths
 
 
@@ -129,6 +120,4 @@ def _read(path: Path, resolution: int) -> np.ndarray:
         with Image.open(path) as photo:
             return fit_square(upright_rgb(photo), resolution, whole=True)
     except (OSError, SyntaxError) as error:
-        raise ConfigError(
-            f"source={path} cannot be read as an image ({error}): give a JPEG or PNG."
-        ) from error
+        raise ConfigError(f"source={path} cannot be read as an image ({error}): give a JPEG or PNG.") from error

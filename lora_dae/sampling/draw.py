@@ -21,14 +21,10 @@ from lora_dae.sampling.schedulers import build_scheduler
 def check_sampling(cfg: SamplingConfig) -> None:
     """Raises ConfigError for numbers that cannot be sampled with."""
     if cfg.num_inference_steps < 1:
-        raise ConfigError(
-            f"sampling.num_inference_steps={cfg.num_inference_steps}: at least 1 step is needed."
-        )
+        raise ConfigError(f"sampling.num_inference_steps={cfg.num_inference_steps}: at least 1 step is needed.")
     for name in ("guidance_scale", "source_guidance_scale"):
         if getattr(cfg, name) < 0:
-            raise ConfigError(
-                f"sampling.{name}={getattr(cfg, name)} is negative: use 1 for none, about 2 to steer."
-            )
+            raise ConfigError(f"sampling.{name}={getattr(cfg, name)} is negative: use 1 for none, about 2 to steer.")
 
 
 @dataclass
@@ -75,9 +71,7 @@ class Drawer:
         return np.concatenate(out)
 
     @torch.no_grad()
-    def latents(
-        self, captions: list[str], sources: np.ndarray | None, strength: float, indices: list[int]
-    ) -> Tensor:
+    def latents(self, captions: list[str], sources: np.ndarray | None, strength: float, indices: list[int]) -> Tensor:
         """Clean latents, float32 (N, C, h, w), for one batch."""
         backbone, device = self.backbone, self.backbone.device
         scheduler = build_scheduler(self.cfg.scheduler, backbone.scheduler)

@@ -63,9 +63,7 @@ def load_run(run_dir: Path, device: str | torch.device = "cpu") -> LoadedRun:
     backbone = load_backbone(cfg.backbone, device)
     adapter = run_dir / "adapter"
     if (adapter / "unet").is_dir():
-        unet = UNet2DConditionModel.from_pretrained(
-            adapter / "unet", torch_dtype=torch.float32, use_safetensors=True
-        )
+        unet = UNet2DConditionModel.from_pretrained(adapter / "unet", torch_dtype=torch.float32, use_safetensors=True)
         backbone.unet = unet.to(device)
         prepare_unet(backbone, cfg)
     else:

@@ -28,9 +28,7 @@ class Throughput(Callback):
         if self._end:
             self._waited += self._begin - self._end
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._end = time.perf_counter()
         self._busy += self._end - self._begin
         self._steps += 1
@@ -62,9 +60,7 @@ class Checkpoint(Callback):
             partial.replace(self.path)
         self._saved = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
 
@@ -102,9 +98,7 @@ class SampleGrid(Callback):
     def __init__(self, every_n_steps: int, draw: Callable[[int], None]) -> None:
         self.every_n_steps, self.draw = every_n_steps, draw
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if trainer.is_global_zero and step % self.every_n_steps == 0 and step < trainer.max_steps:
             training = pl_module.unet.training

@@ -61,9 +61,7 @@ class LoraDae(lightning.LightningModule):
         return int(self.noise_scheduler.config.num_train_timesteps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        generator = step_generator(
-            self.cfg.seed, self.global_step, self.global_rank, STAGES.index(self.stage)
-        )
+        generator = step_generator(self.cfg.seed, self.global_step, self.global_rank, STAGES.index(self.stage))
         if self.stage == "adapter":
             draws = draw(batch, self.num_train_timesteps, self.cfg.objective, generator)
             losses = self._losses(batch, draws)
@@ -109,9 +107,7 @@ class LoraDae(lightning.LightningModule):
 
         def factor(step: int) -> float:
             done = max(step - warmup, 0) / max(steps - warmup, 1)
-            return min((step + 1) / warmup, 1.0) * (
-                0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-            )
+            return min((step + 1) / warmup, 1.0) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -35,9 +35,7 @@ def step_generator(seed: int, step: int, rank: int, stream: int = 0) -> torch.Ge
     return torch.Generator().manual_seed(value)
 
 
-def draw(
-    batch: dict[str, Tensor], num_timesteps: int, cfg: ObjectiveConfig, generator: torch.Generator
-) -> Draws:
+def draw(batch: dict[str, Tensor], num_timesteps: int, cfg: ObjectiveConfig, generator: torch.Generator) -> Draws:
     """Draw a step's randomness on the CPU (the same on every device) and move it to the batch's device."""
     shape, device = batch["latent_mean"].shape, batch["latent_mean"].device
     n = shape[0]

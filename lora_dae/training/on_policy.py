@@ -77,14 +77,10 @@ def chain_loss(
     parts: OnPolicyLoss | None = None
     for t in scheduler.timesteps:
         with torch.no_grad():
-            guided, conditional = predict(
-                unet, scheduler.scale_model_input(sample, t), t, conditions, chain.guidance
-            )
+            guided, conditional = predict(unet, scheduler.scale_model_input(sample, t), t, conditions, chain.guidance)
         alpha, sigma = current_level(scheduler, t)
         if alpha > sigma * torch.tensor(WINDOW[0]).exp() and sigma > 1e-3:
-            reference = _teacher_forced(
-                unet, scheduler, t, batch, conditions, chain.reference_noise, prediction_type
-            )
+            reference = _teacher_forced(unet, scheduler, t, batch, conditions, chain.reference_noise, prediction_type)
             inputs = gate_inputs(scheduler, guided, t, sample, conditional)
             delta, log_gain = module.evaluate(*inputs)
             parts = on_policy_loss(inputs.x0 + delta, reference, log_gain)

@@ -78,9 +78,7 @@ def run(cfg: Config) -> Result:
     del trained.module
     loaded = load_run(run_dir, device)
     table, grid = evaluate_run(run_dir, console, run=loaded, bf16=trained.precision.startswith("bf16"))
-    flat = {
-        f"test/{m}/{k}".replace(" ", "_"): v.value for m, row in table.methods.items() for k, v in row.items()
-    }
+    flat = {f"test/{m}/{k}".replace(" ", "_"): v.value for m, row in table.methods.items() for k, v in row.items()}
     tracking.log_metrics(trained.loggers[1:], flat, trained.steps)
     tracking.log_image(trained.loggers, "test/grid", grid)
     tracking.finish(trained.loggers)
@@ -121,9 +119,7 @@ def find_checkpoints(cfg: Config, run_dir: Path) -> dict[str, Path]:
 class Training:
     """The two stages on one set of weights, and what they share."""
 
-    def __init__(
-        self, cfg: Config, run_dir: Path, backbone: Backbone, splits: dict[str, PairDataset]
-    ) -> None:
+    def __init__(self, cfg: Config, run_dir: Path, backbone: Backbone, splits: dict[str, PairDataset]) -> None:
         self.cfg, self.run_dir, self.backbone, self.splits = cfg, run_dir, backbone, splits
         self.steps = int(cfg.trainer.get("max_steps", 500))
         self.enhancement = None
@@ -185,16 +181,12 @@ class Training:
             callbacks.progress_bar(),
         ]  # fmt: skip
         if stage == "adapter" and self.rank == 0 and cfg.tracking.sample_every_n_steps > 0:
-            grids = callbacks.SampleGrid(
-                cfg.tracking.sample_every_n_steps, lambda step: self._grid(ema, step)
-            )
+            grids = callbacks.SampleGrid(cfg.tracking.sample_every_n_steps, lambda step: self._grid(ema, step))
             extra.append(grids)
         loggers = self.loggers if stage == "adapter" else _offset(self.loggers)
         trainer = _trainer(cfg, self.run_dir, self.precision, steps, extra, stage == "adapter", loggers)
         self.module.unet.train(stage == "adapter")
-        trainer.fit(
-            self.module, datamodule=data, ckpt_path=checkpoint, weights_only=checkpoint is not None or None
-        )
+        trainer.fit(self.module, datamodule=data, ckpt_path=checkpoint, weights_only=checkpoint is not None or None)
         if interrupt.interrupted:
             raise InterruptedRunError(
                 f"stopped at step {trainer.global_step} of {steps}; go on with: python train.py <same overrides> "
@@ -213,9 +205,7 @@ class Training:
             cfg.sampling, self.precision.startswith("bf16"),
         )  # fmt: skip
         with ema.swapped(self.module):
-            images = drawer.images(
-                held_out.captions, held_out.sources if cfg.conditioning == "source" else None
-            )
+            images = drawer.images(held_out.captions, held_out.sources if cfg.conditioning == "source" else None)
         grid = write_grid(
             {f"step {step}": images}, held_out, self.run_dir / "samples" / f"step_{step:06d}.png", len(images)
         )
@@ -229,9 +219,7 @@ class Training:
         if self.cfg.adapter.full_finetune:
             save_merged(unet, folder / "unet")
         else:
-            save_adapter(
-                unet, folder, {"backbone": self.cfg.backbone.name, "fingerprint": self.backbone.fingerprint}
-            )
+            save_adapter(unet, folder, {"backbone": self.cfg.backbone.name, "fingerprint": self.backbone.fingerprint})
             if self.cfg.conditioning == "source":
                 save_source_input(unet, folder)
         if self.enhancement is not None:
@@ -275,9 +263,7 @@ def _trainer(
     loggers: Any = False,
 ) -> lightning.Trainer:
     """lightning.Trainer from ``trainer.*``, with what this project needs to be exact."""
-    options = {
-        k: v for k, v in cfg.trainer.items() if k not in ("precision", "max_steps", "val_check_interval")
-    }
+    options = {k: v for k, v in cfg.trainer.items() if k not in ("precision", "max_steps", "val_check_interval")}
     every = min(int(cfg.trainer.get("val_check_interval") or steps), steps)
     try:
         return lightning.Trainer(

@@ -12,9 +12,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lora_dae.backbone.studio", description=__doc__)
     parser.add_argument("step", choices=("autoencoder", "denoiser", "card"))
     parser.add_argument("--minutes", type=float, default=150, help="training time in all, over every call")
-    parser.add_argument(
-        "--work", type=Path, default=Path("build/backbone"), help="data cache and checkpoints"
-    )
+    parser.add_argument("--work", type=Path, default=Path("build/backbone"), help="data cache and checkpoints")
     parser.add_argument("--weights", type=Path, default=STUDIO, help="where the diffusers folder goes")
     parser.add_argument("--photos", type=Path, help="a folder of real photos with captions, mixed in")
     args = parser.parse_args()

@@ -1,8 +1,8 @@
 """Step 2 of the recipe: the UNet and its text encoder, trained together on BASE latents.
 
 v-prediction (2202.00512) with min-SNR weights (gamma 5, 2303.09556), SD's scaled-linear schedule, 10 % of
-the captions dropped for classifier-free guidance; bf16 autocast, channels_last, plain attention (SDPA's
-bf16 backward is many times slower on CPU); EMA weights are what ships.
+the captions dropped for classifier-free guidance; bf16 autocast, channels_last, the attention
+that measures fastest; EMA weights are what ships.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from lora_dae.backbone.attention import choose_attention
 from lora_dae.backbone.studio import recipe, words
+from lora_dae.backbone.studio.autoencoder import LATENT_CHANNELS
 from lora_dae.backbone.studio.recipe import Averaged, Schedule, console
 from lora_dae.data.studio.attributes import draw_look, stream
 from lora_dae.data.studio.captions import caption
@@ -32,8 +33,8 @@ def build(vocabulary: int, eos: int) -> tuple[UNet2DConditionModel, CLIPTextMode
     """About 7.4 M and 0.8 M parameters; all of it in SD 1.5's own classes."""
     unet = UNet2DConditionModel(
         sample_size=32,
-        in_channels=8,
-        out_channels=8,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
         block_out_channels=(64, 96, 160),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -74,15 +75,12 @@ def scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def encode(vae: AutoencoderTiny, images: np.ndarray, file: Path) -> np.ndarray:
-    """Latents of all images, float16 (N, 8, 32, 32), kept in ``file``."""
+    """Latents of all images, float16 (N, 12, 32, 32), kept in ``file``."""
     if not file.exists():
         console.print(f"encoding {len(images)} images into {file.name}")
         out = []
         for k in range(0, len(images), 32):
-            x = (
-                torch.from_numpy(np.ascontiguousarray(images[k : k + 32])).permute(0, 3, 1, 2).float() / 127.5
-                - 1
-            )
+            x = torch.from_numpy(np.ascontiguousarray(images[k : k + 32])).permute(0, 3, 1, 2).float() / 127.5 - 1
             with torch.autocast("cpu", torch.bfloat16):
                 z = vae.encode(x.contiguous(memory_format=torch.channels_last)).latents
             out.append(z.float().numpy().astype(np.float16))
@@ -137,14 +135,14 @@ def train(minutes: float, work: Path, weights: Path, photo_root: Path | None, se
     tokens, val_tokens = base_tokens(data, tokenizer), base_tokens(val, tokenizer)[:, 0]
     empty = tokenize(tokenizer, [""])[0]
     real_latents = encode(vae, real, work / "photo_latents.npy") if len(real) else latents[:0]
-    real_tokens = (
-        tokenize(tokenizer, [PHOTO_PREFIX + c for c in real_captions]) if len(real) else tokens[:0, 0]
-    )
+    real_tokens = tokenize(tokenizer, [PHOTO_PREFIX + c for c in real_captions]) if len(real) else tokens[:0, 0]
 
     torch.manual_seed(seed)
     unet, text = build(eos_vocabulary, tokenizer.eos_token_id)
     unet.to(memory_format=torch.channels_last)
-    unet.set_attn_processor(AttnProcessor())
+    choose_attention(
+        unet, torch.bfloat16, (BATCH, LATENT_CHANNELS, 32, 32), words.MAX_LENGTH, "auto", work / "attention.json"
+    )
     model = Denoiser(unet, text)
     console.print(
         f"UNet {unet.num_parameters() / 1e6:.2f} M, text encoder {text.num_parameters() / 1e6:.2f} M parameters"
@@ -181,9 +179,7 @@ def train(minutes: float, work: Path, weights: Path, photo_root: Path | None, se
         averaged.update(schedule.step)
         losses.append(float(loss.detach()))
         if schedule.step % 200 == 0:
-            console.print(
-                f"{schedule.spent / 60:6.1f} min  step {schedule.step}  loss {np.mean(losses[-200:]):.4f}"
-            )
+            console.print(f"{schedule.spent / 60:6.1f} min  step {schedule.step}  loss {np.mean(losses[-200:]):.4f}")
         if schedule.step % 1500 == 0 or schedule.finished:
             recipe.save_state(state, averaged, optimizer, schedule)
             averaged.swap()
@@ -200,8 +196,7 @@ def validation_loss(model: Denoiser, latents: Tensor, tokens: Tensor) -> float:
     t = torch.linspace(0, 999, n).long()
     noise = torch.randn(latents[:n].shape, generator=generator)
     parts = [
-        model.loss(latents[k : k + 32], tokens[k : k + 32], t[k : k + 32], noise[k : k + 32])
-        for k in range(0, n, 32)
+        model.loss(latents[k : k + 32], tokens[k : k + 32], t[k : k + 32], noise[k : k + 32]) for k in range(0, n, 32)
     ]
     return float(torch.cat(parts).mean())
 

@@ -29,9 +29,7 @@ def base_data(cache: Path) -> tuple[StudioDataset, StudioDataset]:
 
 def target_data(cache: Path) -> tuple[StudioDataset, StudioDataset]:
     """TARGET pairs: for the autoencoder and the attribute classifier only, never for the denoiser."""
-    return StudioDataset(cache, "target", "train", TARGET_TRAIN), StudioDataset(
-        cache, "target", "val", TARGET_VAL
-    )
+    return StudioDataset(cache, "target", "train", TARGET_TRAIN), StudioDataset(cache, "target", "val", TARGET_VAL)
 
 
 def photos(root: Path | None) -> tuple[np.ndarray, list[str]]:

@@ -21,9 +21,7 @@ light dark bright pale navy teal khaki maroon cream studio image picture garment
 
 
 def corpus() -> list[str]:
-    texts = [
-        caption(draw_look(9, i, d), stream(9, i, "caption")) for d in ("base", "target") for i in range(3000)
-    ]
+    texts = [caption(draw_look(9, i, d), stream(9, i, "caption")) for d in ("base", "target") for i in range(3000)]
     return texts + [_COMMON] * 20
 
 

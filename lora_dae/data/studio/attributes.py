@@ -111,11 +111,7 @@ class Look:
     def words(self) -> dict[str, str]:
         """The attributes as words, for captions, classifiers and questions."""
         g = self.garment
-        named = {
-            k: str(v)
-            for k, v in asdict(g).items()
-            if k in ("color", "pattern", "sleeve", "length", "neckline")
-        }
+        named = {k: str(v) for k, v in asdict(g).items() if k in ("color", "pattern", "sleeve", "length", "neckline")}
         return {
             "garment": g.kind,
             **named,

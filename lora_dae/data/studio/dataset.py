@@ -57,9 +57,7 @@ class StudioDataset:
         difficulty: str = "aligned", workers: int | None = None,
     ):  # fmt: skip
         if difficulty not in DIFFICULTIES:
-            raise ConfigError(
-                f"data.difficulty={difficulty!r} is unknown: choose one of {', '.join(DIFFICULTIES)}."
-            )
+            raise ConfigError(f"data.difficulty={difficulty!r} is unknown: choose one of {', '.join(DIFFICULTIES)}.")
         self.domain, self.seed, self.size, self.resolution, self.difficulty = (
             domain,
             seed,

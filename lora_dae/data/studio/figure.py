@@ -20,9 +20,7 @@ _TROUSERS = (
 _MANNEQUINS = ((0.88, 0.85, 0.79), (0.93, 0.93, 0.92), (0.30, 0.30, 0.31), (0.72, 0.58, 0.42))
 
 
-def _legs(
-    canvas: Array, body: Body, color: tuple[float, ...], light: tuple[float, float], loose: float = 0.0
-) -> None:
+def _legs(canvas: Array, body: Body, color: tuple[float, ...], light: tuple[float, float], loose: float = 0.0) -> None:
     for side in (-1, 1):
         rows = body.leg(side)
         left = [(x - w - loose, y) for y, x, w in rows]
@@ -61,9 +59,7 @@ def _hand(body: Body, side: int) -> Array:
         a = wrist + k * r * p + 0.26 * d
         b = a + length * d + 0.10 * k * r * p + 0.03 * p
         mask = np.maximum(mask, draw.stroke(body.n, body.px(np.array([a, b])), 0.058 * s))
-    thumb = np.array(
-        [wrist + 0.9 * r * p + 0.08 * d, wrist + 1.6 * r * p + 0.22 * d, wrist + 1.55 * r * p + 0.34 * d]
-    )
+    thumb = np.array([wrist + 0.9 * r * p + 0.08 * d, wrist + 1.6 * r * p + 0.22 * d, wrist + 1.55 * r * p + 0.34 * d])
     return np.maximum(mask, draw.stroke(body.n, body.px(thumb), 0.062 * s))
 
 
@@ -90,9 +86,7 @@ def draw_under(canvas: Array, body: Body, garment: Garment, seed: int, skin: tup
         _legs(canvas, body, _TROUSERS[int(rng.integers(len(_TROUSERS)))], light, 0.05)
 
 
-def draw_plain_top(
-    canvas: Array, body: Body, garment: Garment, seed: int, light: tuple[float, float]
-) -> None:
+def draw_plain_top(canvas: Array, body: Body, garment: Garment, seed: int, light: tuple[float, float]) -> None:
     """The fitted plain top that goes with a skirt."""
     rng = np.random.default_rng(seed)
     pale = garment.color not in ("white", "beige", "yellow")
@@ -124,9 +118,7 @@ def mannequin_color(seed: int) -> tuple[float, ...]:
 def draw_stand(canvas: Array, body: Body) -> None:
     """The pole below a mannequin."""
     c = float(body.center(3.8))
-    pole = draw.fill(
-        body.n, body.px(np.array([(c - 0.05, 3.6), (c + 0.05, 3.6), (c + 0.05, 9), (c - 0.05, 9)]))
-    )
+    pole = draw.fill(body.n, body.px(np.array([(c - 0.05, 3.6), (c + 0.05, 3.6), (c + 0.05, 9), (c - 0.05, 9)])))
     x, _ = body.grid()
     metal = 0.62 + 0.3 * np.exp(-(((x - c + 0.015) / 0.018) ** 2))
     draw.over(canvas, draw.tint((1.0, 1.0, 1.0), np.broadcast_to(metal, pole.shape), pole), pole)
@@ -180,9 +172,7 @@ class Head:
                 (0, -0.07), (w + 0.07, 0.16), (w + 0.13, 0.6), (w + 0.10, 1.02), (0, 1.0), (-w - 0.10, 1.02),
                 (-w - 0.13, 0.6), (-w - 0.07, 0.16)]), 0.72)  # fmt: skip
         elif style == "bun":
-            self._paint_hair(
-                canvas, self._mask([(0, -0.32), (0.2, -0.14), (0.15, 0.1), (-0.15, 0.1), (-0.2, -0.14)])
-            )
+            self._paint_hair(canvas, self._mask([(0, -0.32), (0.2, -0.14), (0.15, 0.1), (-0.15, 0.1), (-0.2, -0.14)]))
         elif style == "curly":
             big = 0.16 if self.person.gender == "woman" else 0.07
             t = np.linspace(0, 2 * np.pi, 22, endpoint=False)
@@ -223,9 +213,7 @@ class Head:
         draw.over(canvas, self.skin * np.array((0.98, 0.78, 0.76)), 0.45 * cheek)
         for side in (-1, 1):
             x = turn + side * 0.155 * (1 - 0.15 * side * turn / 0.075)
-            socket = draw.blur(
-                draw.fill(n, self._px(np.array((x, 0.50)) + np.array((0.10, 0.06)) * _DISC)), 0.03 * s
-            )
+            socket = draw.blur(draw.fill(n, self._px(np.array((x, 0.50)) + np.array((0.10, 0.06)) * _DISC)), 0.03 * s)
             draw.darken(canvas, socket, 0.10)
             eye = draw.fill(n, self._px(np.array((x, 0.515)) + np.array((0.082, 0.040)) * _DISC))
             draw.over(canvas, (0.95, 0.94, 0.93), eye)
@@ -247,15 +235,9 @@ class Head:
             0.022 * s,
         )
         draw.darken(canvas, draw.blur(nose, 0.018 * s), 0.30)
-        nostrils = draw.fill(
-            n, *[self._px(np.array((turn * 1.4 + x, 0.705)) + 0.017 * _DISC) for x in (-0.045, 0.045)]
-        )
+        nostrils = draw.fill(n, *[self._px(np.array((turn * 1.4 + x, 0.705)) + 0.017 * _DISC) for x in (-0.045, 0.045)])
         draw.darken(canvas, nostrils, 0.5)
-        lip = (
-            self.skin * np.array((0.84, 0.58, 0.56))
-            if man
-            else np.array((0.72, 0.30, 0.32)) * 0.6 + self.skin * 0.3
-        )
+        lip = self.skin * np.array((0.84, 0.58, 0.56)) if man else np.array((0.72, 0.30, 0.32)) * 0.6 + self.skin * 0.3
         mouth = self._mask([(turn - 0.125, 0.815), (turn - 0.04, 0.785), (turn, 0.795), (turn + 0.04, 0.785),
                             (turn + 0.125, 0.815), (turn + 0.05, 0.865), (turn - 0.05, 0.865)])  # fmt: skip
         draw.over(canvas, np.clip(lip, 0, 1), 0.9 * mouth)

@@ -218,9 +218,7 @@ class Tailor:
                 tone = 0.96 if g.color not in ("white", "beige", "yellow") else 0.42
                 draw.over(canvas, (tone, tone, tone * 0.97), button * mask)
             for side in (-1, 1):
-                leaf = np.array(
-                    [(side * 0.25, 1.13), (side * 0.38, 1.34), (side * 0.22, 1.60), (side * 0.01, 1.52)]
-                )
+                leaf = np.array([(side * 0.25, 1.13), (side * 0.38, 1.34), (side * 0.22, 1.60), (side * 0.01, 1.52)])
                 collar = draw.fill(n, body.px(leaf))
                 self._part(canvas, collar, self.x + 0.3, self.y, self._folds(2, 0.03), 0.05, 0.5)
         if g.kind == "jacket":
@@ -253,9 +251,7 @@ class Tailor:
         mask = mask * np.clip((end + 0.05 * across**2 - along) * body.scale, 0, 1)
         u = 0.30 * np.arcsin(np.clip(across, -0.97, 0.97)) + 0.4 * side
         wobble = float(self.rng.uniform(0, 6)) + self._folds(3, 2.0)
-        elbow = np.exp(-(((along - upper) / 0.3) ** 2)) * np.sin(
-            along * 2 * np.pi / 0.27 + 1.8 * across + wobble
-        )
+        elbow = np.exp(-(((along - upper) / 0.3) ** 2)) * np.sin(along * 2 * np.pi / 0.27 + 1.8 * across + wobble)
         folds = self._folds(4, 0.10) + (0.0 if short else 0.016) * elbow.astype(np.float32)
         self._part(canvas, mask, u, along, folds, 0.12, 0.42)
         if g.kind == "sweater":

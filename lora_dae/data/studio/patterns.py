@@ -114,9 +114,7 @@ def _knit(main, fx, fy) -> np.ndarray:
 
 def _floral(main, second, n: int, rng: np.random.Generator) -> np.ndarray:
     cloth = np.broadcast_to(main, (n, n, 3)).astype(np.float32).copy()
-    flower = (
-        second if rng.uniform() < 0.5 else 0.45 * second + 0.55 * np.array((0.96, 0.56, 0.62), np.float32)
-    )
+    flower = second if rng.uniform() < 0.5 else 0.45 * second + 0.55 * np.array((0.96, 0.56, 0.62), np.float32)
     leaf = np.array((0.30, 0.52, 0.30), np.float32)
     if np.abs(leaf - main).sum() < 0.5:
         leaf = np.array((0.80, 0.86, 0.56), np.float32)
@@ -135,9 +133,7 @@ def _floral(main, second, n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _flower(cloth, cx, cy, radius, turn, flower, leaf, heart) -> None:
-    if not (
-        -2 * radius < cx < cloth.shape[1] + 2 * radius and -2 * radius < cy < cloth.shape[0] + 2 * radius
-    ):
+    if not (-2 * radius < cx < cloth.shape[1] + 2 * radius and -2 * radius < cy < cloth.shape[0] + 2 * radius):
         return
     for k in (0, 2):
         a = turn + 0.6 + k
@@ -153,8 +149,6 @@ def _flower(cloth, cx, cy, radius, turn, flower, leaf, heart) -> None:
 def _denim(main, x, y, n: int, rng: np.random.Generator) -> np.ndarray:
     """A 3/1 twill: steep diagonal lines in undyed weft, mottled by wear."""
     diagonal = ((x + y) % 1 < 0.38).astype(np.float32)
-    mottle = cv2.resize(
-        rng.normal(0, 1, (n // 16, n // 16)).astype(np.float32), (n, n), interpolation=cv2.INTER_CUBIC
-    )
+    mottle = cv2.resize(rng.normal(0, 1, (n // 16, n // 16)).astype(np.float32), (n, n), interpolation=cv2.INTER_CUBIC)
     pale = 0.45 * main + 0.55 if main.mean() < 0.8 else main * 0.62
     return np.clip(_mix(main * 0.92, pale, 0.62 * diagonal) + 0.045 * mottle[..., None], 0, 1)

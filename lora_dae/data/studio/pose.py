@@ -117,9 +117,7 @@ class Body:
     def center(self, y: Array | float) -> Array:
         """x of the middle of the trunk at height y: an S-curve from the neck to the hips."""
         lean = self.pose.lean
-        return smooth_interp(
-            y, [(0.9, 0.0), (1.46, 0.02 * lean), (2.6, 0.45 * lean), (3.5, lean), (6.5, 0.55 * lean)]
-        )
+        return smooth_interp(y, [(0.9, 0.0), (1.46, 0.02 * lean), (2.6, 0.45 * lean), (3.5, lean), (6.5, 0.55 * lean)])
 
     def half_width(self, y: Array | float) -> Array:
         return smooth_interp(y, _TRUNK[self.build])
@@ -153,9 +151,7 @@ class Body:
         ]  # fmt: skip
 
 
-def limb(
-    body: Body, joints: tuple[Array, Array, Array], radii: tuple[float, ...]
-) -> tuple[Array, Array, Array]:
+def limb(body: Body, joints: tuple[Array, Array, Array], radii: tuple[float, ...]) -> tuple[Array, Array, Array]:
     """Mask and cloth coordinates of a bent limb through three joints.
 
     Returns the anti-aliased mask, the way along it and the way across it (both hu), each (n, n).

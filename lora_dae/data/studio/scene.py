@@ -42,9 +42,7 @@ def _light(rng: np.random.Generator) -> Light:
 
 def _finish(canvas: Array, mask: Array, resolution: int, rng: np.random.Generator) -> Photo:
     exposure = float(rng.uniform(0.96, 1.04))
-    image = cv2.resize(
-        np.clip(canvas * exposure, 0, 1), (resolution, resolution), interpolation=cv2.INTER_AREA
-    )
+    image = cv2.resize(np.clip(canvas * exposure, 0, 1), (resolution, resolution), interpolation=cv2.INTER_AREA)
     small = cv2.resize(mask, (resolution, resolution), interpolation=cv2.INTER_AREA)
     return Photo(np.round(image * 255).astype(np.uint8), (small > 0.5).astype(np.uint8) * 255)
 
@@ -56,9 +54,7 @@ def _cast_shadow(canvas: Array, body: Body, light: Light) -> None:
     draw.darken(canvas, blob.astype(np.float32), 0.07)
 
 
-def model_photo(
-    look: Look, pose: Pose, drape: np.random.Generator, rng: np.random.Generator, resolution: int
-) -> Photo:
+def model_photo(look: Look, pose: Pose, drape: np.random.Generator, rng: np.random.Generator, resolution: int) -> Photo:
     """A person wearing the garment. ``drape`` draws the folds, ``rng`` light and backdrop."""
     n = 2 * resolution
     body = Body.for_garment(look.garment, pose, look.person.gender, n)
@@ -126,14 +122,10 @@ def flat_photo(garment: Garment, background: str, rng: np.random.Generator, drap
     if garment.kind not in ("skirt",):
         cloth = tailor.cloth[:-1, :-1].reshape(-1, 3).mean(0) * 0.45
         draw.over(layer, cloth, inside * (1 - tailor.mask) * draw.blur(tailor.mask, 0.12 * scale))
-        whole = np.maximum(
-            tailor.mask, (inside * draw.blur(tailor.mask, 0.12 * scale) > 0.2).astype(np.float32)
-        )
+        whole = np.maximum(tailor.mask, (inside * draw.blur(tailor.mask, 0.12 * scale) > 0.2).astype(np.float32))
     else:
         whole = tailor.mask
-    shadow = draw.blur(
-        np.roll(whole, (round(0.06 * scale), round(-0.05 * scale * light[0])), (0, 1)), 0.07 * scale
-    )
+    shadow = draw.blur(np.roll(whole, (round(0.06 * scale), round(-0.05 * scale * light[0])), (0, 1)), 0.07 * scale)
     draw.darken(canvas, shadow, 0.35)
     draw.over(canvas, layer, whole)
     turn = float(rng.uniform(-9, 9))
@@ -150,9 +142,7 @@ def photo(look: Look, seed: int, index: int, resolution: int) -> Photo:
         return flat_photo(look.garment, look.background, rng, drape, resolution)
     pose = draw_pose(stream(seed, index, "pose"))
     if look.view == "mannequin":
-        return mannequin_photo(
-            look.garment, look.person.gender, look.background, pose, drape, rng, resolution
-        )
+        return mannequin_photo(look.garment, look.person.gender, look.background, pose, drape, rng, resolution)
     return model_photo(look, pose, drape, rng, resolution)
 
 

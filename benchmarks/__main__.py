@@ -1,0 +1,133 @@
+"""``python -m benchmarks``: what the adapter and the enhancement cost, against the frozen network alone.
+
+Interleaved repeats, medians. Every figure is a ratio of two things measured in the same process on the same
+tensors; seconds are printed for orientation only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lora_dae.adapter.inject import inject
+from lora_dae.backbone.attention import choose_attention
+from lora_dae.backbone.load import load_backbone
+from lora_dae.config import AdapterConfig, BackboneConfig
+from lora_dae.data.studio.attributes import draw_look
+from lora_dae.data.studio.scene import photo
+from lora_dae.enhancement.gates import EnhancementModule
+
+console = Console()
+
+
+def interleaved(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Median seconds of each function, run in turns so that drift hits all alike; one warm-up each."""
+    for f in functions.values():
+        f()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, f in functions.items():
+            start = time.perf_counter()
+            f()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def studio_unet() -> UNet2DConditionModel:
+    unet = load_backbone(BackboneConfig()).unet
+    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    choose_attention(unet, torch.bfloat16, (16, 8, 32, 32), 32, "auto")
+    return unet
+
+
+def training(repeats: int) -> dict[str, float]:
+    """A step of the adapter against the frozen network's forward and backward to its input (the floor)."""
+    frozen, adapted = studio_unet(), studio_unet()
+    frozen.requires_grad_(False)
+    inject(adapted, AdapterConfig())
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad])
+    x = torch.randn(16, frozen.config["in_channels"], 32, 32).contiguous(memory_format=torch.channels_last)
+    text = torch.randn(16, 32, frozen.config["cross_attention_dim"])
+    t = torch.randint(0, 1000, (16,))
+
+    def step(unet: UNet2DConditionModel, inputs: Tensor, update: bool) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = unet(inputs, t, text).sample.float().square().mean()
+        loss.backward()
+        if update:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    seconds = interleaved(
+        {
+            "floor": lambda: step(frozen, x.clone().requires_grad_(), False),
+            "adapter": lambda: step(adapted, x, True),
+        },
+        repeats,
+    )
+    return {"floor_seconds": seconds["floor"], "adapter_step_ratio": seconds["adapter"] / seconds["floor"]}
+
+
+def enhancement(repeats: int) -> dict[str, float]:
+    """The module against one UNet call, on the studio's latents and on SD 1.5's (random weights)."""
+    result = {}
+    sd15 = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    cases: dict[str, tuple[UNet2DConditionModel, tuple[int, ...], int]] = {
+        "studio": (studio_unet(), (32, 8, 32, 32), 32),
+        "sd15": (sd15.to(memory_format=torch.channels_last), (1, 4, 64, 64), 77),  # type: ignore[call-overload]
+    }
+    module = EnhancementModule()
+    torch.nn.init.normal_(module.output.weight, std=0.1)
+    for name, (unet, shape, length) in cases.items():
+        unet.requires_grad_(False).eval()
+        x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+        text = torch.randn(shape[0], length, unet.config["cross_attention_dim"])
+        conditional = x + 0.1 * torch.randn_like(x)
+
+        def network(unet: UNet2DConditionModel = unet, x: Tensor = x, text: Tensor = text) -> None:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                unet(x, 500, text)
+
+        def gates(x: Tensor = x, conditional: Tensor = conditional) -> None:
+            with torch.no_grad():
+                module(x, conditional, x, 0.7, 0.714, 0.3)
+
+        seconds = interleaved({"unet": network, "gates": gates}, repeats if name == "studio" else 3)
+        result[f"enhancement_share_{name}"] = seconds["gates"] / seconds["unet"]
+    return result
+
+
+def rendering(count: int) -> dict[str, float]:
+    """Images a second of one core; the cache is rendered on all of them."""
+    start = time.perf_counter()
+    for i in range(count):
+        photo(draw_look(0, i, "target"), 0, i, 128)
+    return {"render_images_per_second_per_core": count / (time.perf_counter() - start)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks.json"))
+    args = parser.parse_args()
+    results = {**training(args.repeats), **enhancement(args.repeats), **rendering(40)}
+    table = Table("measured", "value")
+    for name, value in results.items():
+        table.add_row(name, f"{value:.3f}")
+    console.print(table)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

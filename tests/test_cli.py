@@ -1,0 +1,51 @@
+"""The commands as a user types them: one sentence for a mistake, an exit code, no traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_dae.config import Config, check, conf_dir, from_dict, to_dict
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(tmp_path: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train.py", "experiment=rank99"), "rank99"),
+        (("train.py", "adapter.rnak=3"), "rnak"),
+        (("train.py", "adapter.rank=many"), "many"),
+        (("train.py", "enhancement.strength=-1"), "enhancement.strength=-1"),
+        (("sample.py", "run=nowhere"), "run=nowhere does not exist"),
+        (("evaluate.py", "run=nowhere"), "run=nowhere does not exist"),
+    ],
+)
+def test_mistakes(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    done = command(tmp_path, *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_config_begins_with_the_command_that_runs_it() -> None:
+    files = sorted(conf_dir().rglob("*.yaml"))
+    assert len(files) >= 20
+    for file in files:
+        head = file.read_text(encoding="utf-8").splitlines()[:2]
+        assert any(line.startswith("# python ") for line in head), file
+
+
+def test_config_survives_its_yaml() -> None:
+    cfg = Config(run_dir="somewhere")
+    assert from_dict(to_dict(cfg)) == cfg
+    check(cfg)

@@ -1,0 +1,75 @@
+"""The guided reverse loop against diffusers' own pipelines, and the algebra of two guidance scales."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from lora_dae.backbone.load import load_backbone
+from lora_dae.config import SCHEDULERS, BackboneConfig, ConfigError
+from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, sample_latents
+from lora_dae.sampling.schedulers import build_scheduler
+
+
+@pytest.mark.parametrize("name", [s for s in SCHEDULERS if s != "ddpm"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_equals_the_pipeline_of_diffusers(name: str, scale: float, tiny_backbone: Path) -> None:
+    backbone = load_backbone(BackboneConfig(path=str(tiny_backbone)))
+    noise = initial_noise(0, [0, 1], (8, 8, 8))
+    captions = ["a red dress", "a blue shirt"]
+    text = backbone.encode_text(["", *captions])
+    ours = sample_latents(
+        backbone.unet,
+        build_scheduler(name, backbone.scheduler),
+        noise,
+        Conditions(text[1:], text[0]),
+        Guidance(scale),
+        6,
+    )
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_backbone)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = build_scheduler(name, backbone.scheduler)
+    theirs = pipe(
+        captions,
+        latents=noise.clone(),
+        num_inference_steps=6,
+        guidance_scale=scale,
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=2e-3)
+
+
+def brooks(none: torch.Tensor, source: torch.Tensor, full: torch.Tensor, text: float, image: float) -> torch.Tensor:
+    """InstructPix2Pix, equation 3."""
+    return none + image * (source - none) + text * (full - source)
+
+
+@pytest.mark.parametrize(("text", "image"), [(1.0, 1.0), (3.0, 1.0), (2.0, 2.0), (3.0, 1.5), (1.0, 2.0)])
+def test_guidance_is_equation_3_of_instructpix2pix(text: float, image: float) -> None:
+    values = dict(zip(("none", "source", "full"), torch.randn(3, 2, 4, 8, 8, dtype=torch.float64), strict=True))
+    guidance = Guidance(text, image)
+    branches = guidance.branches(has_source=True)
+    mixed = guidance.mix({b: values[b] for b in branches})
+    torch.testing.assert_close(mixed, brooks(values["none"], values["source"], values["full"], text, image))
+
+
+def test_no_more_network_calls_than_the_formula_needs() -> None:
+    assert Guidance(1, 1).branches(True) == ("full",)
+    assert len(Guidance(2, 2).branches(True)) == 2
+    assert len(Guidance(2, 1).branches(True)) == 2
+    assert len(Guidance(2, 1.5).branches(True)) == 3
+    assert Guidance(1).branches(False) == ("full",)
+
+
+def test_noise_belongs_to_seed_and_index() -> None:
+    a = initial_noise(5, [3, 9], (2, 4, 4))
+    assert torch.equal(a[1], initial_noise(5, [9], (2, 4, 4))[0])
+    assert not torch.equal(a[0], initial_noise(6, [3], (2, 4, 4))[0])
+
+
+def test_unknown_scheduler(tiny_backbone: Path) -> None:
+    with pytest.raises(ConfigError, match="magic"):
+        build_scheduler("magic", load_backbone(BackboneConfig(path=str(tiny_backbone))).scheduler)

@@ -1,0 +1,265 @@
+"""Whole runs, shortened: resuming is exact, every experiment runs, bad input is one sentence."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from compose import config
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from lora_dae.config import Config, ConfigError, conf_dir
+from lora_dae.sampling.load import load_run
+from lora_dae.training import run as training
+from lora_dae.training.module import LoraDae, NonFiniteLossError
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all runs of this file: the studio is rendered once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def make(tiny_backbone: Path, tmp_path: Path, cache: Path) -> Make:
+    return lambda *overrides, name="run": config(tiny_backbone, tmp_path / name, cache, *overrides)
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    files = sorted((run_dir / "adapter").rglob("*.safetensors"))
+    return {f"{f.name}:{k}": v for f in files for k, v in load_file(f).items()}
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_backbone: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished default run."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    training.run(config(tiny_backbone, run_dir, cache, "tracking.sample_every_n_steps=2"))
+    return run_dir
+
+
+def test_run_folder_holds_what_people_look_for(finished: Path) -> None:
+    for name in (
+        "config.yaml", "metrics.json", "table.md", "report.html", "csv/metrics.csv", "samples/grid.png",
+        "samples/step_000002.png", "checkpoints/adapter.ckpt", "checkpoints/enhancement.ckpt", "adapter/README.md",
+        "adapter/pytorch_lora_weights.safetensors", "adapter/source_input.safetensors",
+        "adapter/enhancement.safetensors", "plots/loss.svg", "plots/band_power.svg",
+    ):  # fmt: skip
+        assert (finished / name).stat().st_size > 0, name
+    table = json.loads((finished / "metrics.json").read_text())
+    assert list(table["methods"]) == ["strength 0", "frozen backbone", "strength 1"]
+    assert {"fd_effnet", "kd_effnet", "psnr_garment", "ssim_garment", "attr_pattern"} <= set(
+        table["methods"]["strength 0"]
+    )
+    with (finished / "csv" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert any(row.get("val/loss") for row in rows)
+
+
+def test_two_runs_of_one_seed_are_bit_identical(make: Make, finished: Path) -> None:
+    training.run(make("tracking.sample_every_n_steps=2"))
+    again = weights(Path(make().run_dir))
+    first = weights(finished)
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[k], again[k]) for k in first)
+
+
+def test_another_seed_gives_other_weights(make: Make, finished: Path) -> None:
+    training.run(make("seed=1"))
+    other, first = weights(Path(make().run_dir)), weights(finished)
+    assert not all(torch.equal(first[k], other[k]) for k in first)
+
+
+def test_resumed_run_equals_straight_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """N + N steps = 2N steps, bit for bit: weights, moving average, enhancement."""
+    options = ("trainer.max_steps=4", "trainer.val_check_interval=2", "enhancement.max_steps=2")
+    training.run(make(*options, name="straight"))
+    cut = make(*options, name="cut")
+
+    class KilledError(Exception):
+        pass
+
+    original = LoraDae.training_step
+
+    def dies_at_step_3(self: LoraDae, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if self.stage == "adapter" and self.global_step == 3:
+            raise KilledError
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(LoraDae, "training_step", dies_at_step_3)
+    with pytest.raises(KilledError):
+        training.run(cut)
+    monkeypatch.setattr(LoraDae, "training_step", original)
+    training.run(make(*options, "ckpt_path=last", name="cut"))
+    straight, resumed = (weights(Path(make(name=n).run_dir)) for n in ("straight", "cut"))
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(straight[k], resumed[k]) for k in straight)
+
+
+def test_checkpoint_holds_trainables_only(finished: Path) -> None:
+    checkpoint = torch.load(finished / "checkpoints" / "adapter.ckpt", weights_only=True)
+    names = set(checkpoint["state_dict"])
+    assert names and all("lora" in n or n.startswith(("enhancement.", "unet.source_input.")) for n in names)
+
+
+def test_plain_diffusers_draws_with_the_saved_adapter(finished: Path, tiny_backbone: Path) -> None:
+    """The LoRA file alone, in a plain pipeline, changes the picture as it does in our own UNet."""
+    run = load_run(finished)
+    ours = run.drawer(bf16=False).images(["a blue shirt"], None, 0.0)
+    assert ours.shape == (1, 64, 64, 3)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_backbone)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> np.ndarray:
+        latents = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+        return pipe("a blue shirt", latents=latents, num_inference_steps=2, output_type="latent").images
+
+    base = draw()
+    pipe.load_lora_weights(finished / "adapter")
+    tuned = draw()
+    assert not np.allclose(base, tuned)
+    sample, t = torch.randn(2, 8, 16, 16), 500
+    text = torch.randn(2, 16, 32)
+    with torch.no_grad():
+        expected = run.backbone.unet(sample, t, text).sample
+        torch.testing.assert_close(pipe.unet(sample, t, text).sample, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_strength_zero_is_the_run_without_enhancement(finished: Path) -> None:
+    run = load_run(finished)
+    pairs = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), np.uint8)
+    captions = ["a red dress", "a blue shirt"]
+    with_module = run.drawer(False).images(captions, pairs, 0.0)
+    strong = run.drawer(False).images(captions, pairs, 5.0)
+    run.enhancement = None
+    assert np.array_equal(with_module, run.drawer(False).images(captions, pairs, 3.0))
+    assert not np.array_equal(with_module, strong)
+
+
+def test_batches_do_not_change_images(finished: Path) -> None:
+    run = load_run(finished)
+    captions = ["a red dress", "a blue shirt", "a green skirt"]
+    together = run.drawer(False).images(captions, None, 0.0)
+    run.cfg.sampling.batch_size = 1
+    alone = run.drawer(False).images(captions, None, 0.0)
+    assert np.abs(together.astype(int) - alone).max() <= 1  # float sums in another order
+
+
+EXPERIMENTS = sorted(p.stem for p in (conf_dir() / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_runs(experiment: str, make: Make) -> None:
+    rank = ["adapter.rank=2"] if experiment != "full_finetune" else []
+    cfg = make(f"experiment={experiment}", "trainer.max_steps=1", "evaluation.frozen=false", *rank)
+    result = training.run(cfg)
+    assert result.table is not None and np.isfinite(result.table.methods["strength 0"]["fd_effnet"].value)
+    assert (result.run_dir / "config.yaml").read_text().count(f"name: {experiment}") == 1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("enhancement=direction",),
+        ("adapter=attention", "adapter.use_dora=true"),
+        ("sampling.scheduler=dpm++", "adapter.use_rslora=true", "adapter.dropout=0.1", "adapter.init=gaussian"),
+        ("data.difficulty=reposed", "objective.min_snr_gamma=0"),
+    ],
+    ids=lambda o: ",".join(o),
+)
+def test_other_configs_run(overrides: tuple[str, ...], make: Make) -> None:
+    result = training.run(make(*overrides, "trainer.max_steps=1", "evaluation.frozen=false", "adapter.rank=2"))
+    assert result.table is not None
+
+
+def test_folder_of_photos_trains(make: Make, tiny_folder: Path) -> None:
+    cfg = make(
+        "data=folder", f"data.root={tiny_folder}", "conditioning=none", "trainer.max_steps=1", "adapter.rank=2",
+        "data.val_fraction=0.25", "data.test_fraction=0.25", "evaluation.frozen=false",
+    )  # fmt: skip
+    result = training.run(cfg)
+    assert result.table is not None
+    assert "attr_color" not in result.table.methods["strength 0"]  # nothing is known about these photos
+
+
+def test_nan_loss_stops_and_keeps_the_last_checkpoint(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = LoraDae._losses
+
+    def broken(self: LoraDae, batch: dict[str, torch.Tensor], draws: object) -> torch.Tensor:
+        losses = original(self, batch, draws)
+        return losses * (float("nan") if self.global_step == 3 and self.training else 1.0)
+
+    monkeypatch.setattr(LoraDae, "_losses", broken)
+    cfg = make("trainer.val_check_interval=2")
+    with pytest.raises(NonFiniteLossError, match=r"step 3 on samples \d+"):
+        training.run(cfg)
+    checkpoint = torch.load(Path(cfg.run_dir) / "checkpoints" / "adapter.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert all(v.isfinite().all() for v in checkpoint["state_dict"].values())
+
+
+def test_sampling_and_evaluating_commands(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from lora_dae.sampling.command import SampleRequest, draw_samples
+
+    none = dict.fromkeys(SampleRequest.__dataclass_fields__)
+    request = SampleRequest(**{**none, "run": str(finished), "num_images": 2, "strengths": [0.0, 1.0], "seed": 3})
+    picture = Image.open(draw_samples(request, Console()))
+    assert picture.width > 3 * 64
+    prompt = {**none, "run": str(finished), "num_images": 1, "prompt": "a red dress", "strength": 0.5}
+    assert draw_samples(SampleRequest(**prompt), Console()).is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("adapter.rank=0",), "adapter.rank=0"),
+        (("adapter.rank=4096",), "4096"),
+        (("enhancement.strength=-1",), "enhancement.strength=-1"),
+        (("adapter.targets=[everything]",), "adapter.targets=everything"),
+        (("data=folder", "data.root=null"), "data.root"),
+        (("data=folder", "data.root=nowhere"), "nowhere"),
+        (("data.resolution=60",), "60"),
+        (("backbone.path=nowhere",), "nowhere"),
+        (("sampling.scheduler=magic",), "magic"),
+        (("ckpt_path=nowhere.ckpt",), "nowhere.ckpt"),
+        (("ckpt_path=last",), "checkpoints"),
+        (("tracking.wandb=loud",), "tracking.wandb=loud"),
+        (("enhancement=direction", "sampling.scheduler=dpm++"), "direction"),
+        (("conditioning=telepathy",), "telepathy"),
+        (("data.difficulty=impossible",), "impossible"),
+        (("objective.caption_dropout=1.5",), "caption_dropout"),
+        (("trainer.max_steps=0",), "max_steps"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_is_one_sentence(overrides: tuple[str, ...], message: str, make: Make) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        training.run(make(*overrides))
+    assert "\n" not in str(caught.value)
+    assert not Path(make().run_dir).exists()  # nothing was begun
+
+
+def test_source_conditioning_needs_pairs(make: Make, tiny_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="conditioning=none"):
+        training.run(make("data=folder", f"data.root={tiny_folder}"))
+
+
+def test_checkpoint_of_another_config_is_refused(make: Make, finished: Path) -> None:
+    with pytest.raises(ConfigError, match="adapter"):
+        training.run(make("adapter.rank=3", f"ckpt_path={finished / 'checkpoints' / 'adapter.ckpt'}"))
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a finished run"):
+        load_run(tmp_path)
