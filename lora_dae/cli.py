@@ -85,6 +85,7 @@ class EvaluateRequest:
 @_one_sentence
 def evaluate(cfg: DictConfig) -> None:
     """``python evaluate.py run=<dir>``: measure a finished run again."""
+    from lora_dae.backbone.precision import best_device, choose_precision
     from lora_dae.config import check
     from lora_dae.evaluation.run import evaluate_run
     from lora_dae.sampling.command import override_sampling
@@ -99,14 +100,8 @@ def evaluate(cfg: DictConfig) -> None:
     if request.num_samples is not None:
         run_cfg = replace(run_cfg, evaluation=replace(run_cfg.evaluation, num_samples=request.num_samples))
     check(run_cfg)
-    loaded = load_run(Path(request.run))
+    device = best_device()
+    loaded = load_run(Path(request.run), device)
     loaded.cfg = run_cfg
-    evaluate_run(Path(request.run), console, split=request.split, run=loaded, bf16=_bf16())
-
-
-def _bf16() -> bool:
-    import torch
-
-    from lora_dae.backbone.precision import choose_precision
-
-    return choose_precision("auto", torch.device("cpu")).startswith("bf16")
+    bf16 = choose_precision("auto", device) == "bf16-mixed"
+    evaluate_run(Path(request.run), console, split=request.split, run=loaded, bf16=bf16)

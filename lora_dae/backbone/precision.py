@@ -1,4 +1,4 @@
-"""Which precision trains fastest here: measured, not assumed."""
+"""Which device and precision are fastest here: measured, not assumed."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ def choose_precision(setting: str, device: torch.device) -> str:
     if device.type != "cpu":
         return "32-true"
     return "bf16-mixed" if _time(torch.float32) > CLEAR_WIN * _time(torch.bfloat16) else "32-true"
+
+
+def best_device() -> torch.device:
+    """The first accelerator that is there, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
 
 
 def _time(dtype: torch.dtype) -> float:

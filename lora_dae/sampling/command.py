@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from lora_dae.backbone.precision import choose_precision
+from lora_dae.backbone.precision import best_device, choose_precision
 from lora_dae.config import Config, ConfigError, check
 from lora_dae.data.pair import Pair
 from lora_dae.data.sources import load_splits
@@ -55,7 +55,7 @@ def draw_samples(request: SampleRequest, console: Console) -> Path:
     prompt, source = _conditions(request, cfg)
     if cfg.conditioning == "source" and source is None:
         console.print("no source photo given: drawing from the caption alone")
-    run = load_run(Path(request.run))
+    run = load_run(Path(request.run), best_device())
     run.cfg = cfg
     columns = [_images(run, prompt, source, s, request.num_images) for s in strengths]
     output = Path(request.output) if request.output else Path(request.run) / "samples"
@@ -76,7 +76,7 @@ def draw_samples(request: SampleRequest, console: Console) -> Path:
 
 
 def _images(run: LoadedRun, prompt: str, source: np.ndarray | None, strength: float, count: int) -> np.ndarray:
-    bf16 = choose_precision("auto", run.backbone.device).startswith("bf16")
+    bf16 = choose_precision("auto", run.backbone.device) == "bf16-mixed"
     sources = None if source is None else np.stack([source] * count)
     return run.drawer(bf16).images([prompt] * count, sources, strength)
 

@@ -106,5 +106,15 @@ class SampleGrid(Callback):
             pl_module.unet.train(training)
 
 
-def progress_bar() -> RichProgressBar:
-    return RichProgressBar(leave=True, theme=RichProgressBarTheme(metrics_format=".4g"))
+class StepProgress(RichProgressBar):
+    """Lightning's rich bar, counting steps: the training stream has no epochs."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__(leave=True, theme=RichProgressBarTheme(metrics_format=".4g", metrics_text_delimiter="  "))
+        self.title = title
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"training {self.title}"
+
+    def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:  # type: ignore[override]
+        return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}

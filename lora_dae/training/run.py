@@ -301,6 +301,7 @@ def _quiet() -> None:
         ".*does not have many workers.*",
         ".*srun.*",
         ".*LeafSpec.*",
+        ".*eval mode at the start.*",
         ".*_pytree.*",
         ".*weights_only.*",
     ):

@@ -262,7 +262,8 @@ class Head:
         part = 0.12 if self.rng.uniform() < 0.5 else -0.12
         if style == "buzzed":
             cap = self._mask([(-w - 0.005, 0.40), (-w - 0.01, 0.2), (-0.2, -0.02), (0.2, -0.02), (w + 0.01, 0.2),
-                              (w + 0.005, 0.40), (w - 0.06, 0.24), (0.15, 0.15), (-0.15, 0.15), (-w + 0.06, 0.24)])  # fmt: skip
+                              (w + 0.005, 0.40), (w - 0.06, 0.24), (0.15, 0.15), (-0.15, 0.15),
+                              (-w + 0.06, 0.24)])  # fmt: skip
             draw.over(canvas, self.hair * 0.9, 0.75 * cap)
             return
         top = -0.10 if style in ("short", "curly") else -0.06
@@ -270,12 +271,14 @@ class Head:
         inner = 0.075 if style in ("long", "bob") else 0.035
         cap = [(-w - 0.05, side_low), (-w - 0.06, 0.25), (-0.24, top + 0.03), (0.0, top - 0.02), (0.24, top + 0.03),
                (w + 0.06, 0.25), (w + 0.05, side_low), (w - inner, side_low - 0.05), (w - 0.03, 0.38),
-               (part + 0.2, 0.21), (part, 0.13), (part - 0.2, 0.21), (-w + 0.03, 0.38), (-w + inner, side_low - 0.05)]  # fmt: skip
+               (part + 0.2, 0.21), (part, 0.13), (part - 0.2, 0.21), (-w + 0.03, 0.38),
+               (-w + inner, side_low - 0.05)]  # fmt: skip
         self._paint_hair(canvas, self._mask(cap))
         if style == "long":
             for side in (-1, 1):
                 lock = self._mask([(side * (w + 0.02), 0.7), (side * (w + 0.10), 1.1), (side * (w + 0.09), 1.72),
-                                   (side * (w - 0.04), 1.86), (side * (w - 0.12), 1.5), (side * (w - 0.08), 1.0)])  # fmt: skip
+                                   (side * (w - 0.04), 1.86), (side * (w - 0.12), 1.5), (side *
+                                   (w - 0.08), 1.0)])  # fmt: skip
                 draw.darken(canvas, draw.blur(lock, 0.04 * self.body.scale), 0.3)
                 self._paint_hair(canvas, lock)
 

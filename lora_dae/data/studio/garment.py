@@ -207,7 +207,8 @@ class Tailor:
         if g.neckline == "turtleneck":
             wide = 0.30 if body.build == "woman" else 0.35
             roll = draw.fill(n, body.px(draw.closed_spline(np.array(
-                [(-wide, 1.0), (0, 1.05), (wide, 1.0), (wide + 0.04, 1.28), (0, 1.38), (-wide - 0.04, 1.28)]))))  # fmt: skip
+                [(-wide, 1.0), (0, 1.05), (wide, 1.0), (wide + 0.04, 1.28), (0, 1.38),
+                 (-wide - 0.04, 1.28)]))))  # fmt: skip
             self._part(canvas, roll, self.x, self.y, self._folds(2, 0.05), 0.08)
             draw.darken(canvas, roll * (0.5 + 0.5 * np.sin(self.x * 2 * np.pi / 0.085)), 0.2)
         if g.kind == "shirt":
