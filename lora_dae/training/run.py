@@ -130,6 +130,8 @@ class Training:
         probe = _trainer(cfg, run_dir, "32-true", self.steps, [], False)
         self.rank = probe.global_rank
         self.device = probe.strategy.root_device
+        backbone.vae.to(self.device)  # they fill the cache
+        backbone.text_encoder.to(self.device)  # type: ignore[arg-type]
         self.precision = choose_precision(str(cfg.trainer.get("precision", "auto")), self.device)
         attention = prepare_unet(backbone, cfg)
         if cfg.adapter.full_finetune:
@@ -178,7 +180,7 @@ class Training:
         path = self.run_dir / "checkpoints" / f"{stage}.ckpt"
         extra: list[Any] = [
             ema, interrupt, callbacks.Checkpoint(path, every), callbacks.Throughput(data.batch_size),
-            callbacks.progress_bar(),
+            callbacks.StepProgress(stage),
         ]  # fmt: skip
         if stage == "adapter" and self.rank == 0 and cfg.tracking.sample_every_n_steps > 0:
             grids = callbacks.SampleGrid(cfg.tracking.sample_every_n_steps, lambda step: self._grid(ema, step))

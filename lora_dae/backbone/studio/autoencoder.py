@@ -128,6 +128,8 @@ def train(minutes: float, work: Path, weights: Path, photo_root: Path | None, se
     schedule, state = Schedule(minutes, 1.2e-3), work / "autoencoder.safetensors"
     if state.exists():
         recipe.load_state(state, averaged, optimizer, schedule)
+    else:
+        recipe.warm_start(averaged, {"vae": weights / "vae" / "diffusion_pytorch_model.safetensors"})
     losses: list[float] = []
     while not schedule.finished:
         rate = schedule.tick()

@@ -92,7 +92,7 @@ def _text(work: Path, weights: Path, rows: dict[str, dict[str, float]]) -> str:
             "|---|---|---|---|",
             f"| vae | AutoencoderTiny, 1.7 M parameters | {ae_steps:,} steps of {autoencoder.BATCH} crops of 64 x 64 "
             f"| {ae_minutes:.0f} minutes |",
-            f"| unet, text_encoder | UNet2DConditionModel 7.5 M, CLIPTextModel 0.8 M | {unet_steps:,} steps of 24 "
+            f"| unet, text_encoder | UNet2DConditionModel 7.5 M, CLIPTextModel 0.8 M | {unet_steps:,} steps of 16 "
             f"| {unet_minutes:.0f} minutes |",
             "",
             "## Autoencoder on images that it never saw",

@@ -25,7 +25,7 @@ from lora_dae.data.studio.captions import caption
 from lora_dae.data.studio.dataset import StudioDataset
 from lora_dae.diffusion import min_snr_weight
 
-BATCH, WIDTH, VARIANTS, PHOTO_SHARE = 24, 128, 3, 0.08
+BATCH, WIDTH, VARIANTS, PHOTO_SHARE = 16, 128, 3, 0.08
 PHOTO_PREFIX = "a product photo of "
 
 
@@ -153,6 +153,11 @@ def train(minutes: float, work: Path, weights: Path, photo_root: Path | None, se
     schedule, state = Schedule(minutes, 1e-3, warmup=300), work / "denoiser.safetensors"
     if state.exists():
         recipe.load_state(state, averaged, optimizer, schedule)
+    else:
+        recipe.warm_start(averaged, {
+                "unet": weights / "unet" / "diffusion_pytorch_model.safetensors",
+                "text": weights / "text_encoder" / "model.safetensors",
+            })
     losses: list[float] = []
     while not schedule.finished:
         rate = schedule.tick()

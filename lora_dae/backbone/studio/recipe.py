@@ -86,6 +86,21 @@ class Averaged:
             self.mean[k].copy_(kept)
 
 
+def warm_start(averaged: Averaged, files: dict[str, Path]) -> bool:
+    """Begin from shipped weights (module name -> safetensors) where all of them fit; says whether it did."""
+    if not all(f.is_file() for f in files.values()):
+        return False
+    tensors = {f"{name}.{k}": v for name, f in files.items() for k, v in load_file(f).items()}
+    if any(k not in tensors or tensors[k].shape != p.shape for k, p in averaged.live.items()):
+        return False
+    with torch.no_grad():
+        for k, p in averaged.live.items():
+            p.copy_(tensors[k])
+            averaged.mean[k].copy_(tensors[k])
+    console.print("beginning from the shipped weights")
+    return True
+
+
 def save_state(path: Path, averaged: Averaged, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
     """Write everything that resuming needs as one safetensors file, atomically."""
     names = {id(p): k for k, p in averaged.live.items()}
