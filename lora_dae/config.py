@@ -45,9 +45,9 @@ class DataConfig:
     batch_size: int = 16
     seed: int = 0  # of the split (folder) or of the renderer (studio)
     difficulty: str = "aligned"  # studio pairs: aligned | shifted | reposed
-    train_size: int = 1600  # studio
-    val_size: int = 192  # studio
-    test_size: int = 256  # studio
+    train_size: int = 1200  # studio
+    val_size: int = 128  # studio
+    test_size: int = 128  # studio
     val_fraction: float = 0.06  # folder
     test_fraction: float = 0.06  # folder
     max_images: int | None = None  # folder: use only the first so many
@@ -79,7 +79,7 @@ class EnhancementConfig:
     levels: int = 3  # undecimated frequency bands
     hidden: int = 32
     max_log_gain: float = 0.405  # log(1.5)
-    max_steps: int = 60  # of its own training; each is one whole sampling chain
+    max_steps: int = 30  # of its own training; each is one whole sampling chain
     batch_size: int = 8
     learning_rate: float = 2e-2
     guidance_range: list[float] = field(default_factory=lambda: [1.0, 5.0])
@@ -107,7 +107,7 @@ class OptimizerConfig:
 @dataclass
 class SamplingConfig:
     scheduler: str = "ddim"
-    num_inference_steps: int = 20
+    num_inference_steps: int = 16
     guidance_scale: float = 2.0
     source_guidance_scale: float = 1.5
     batch_size: int = 32
@@ -116,7 +116,7 @@ class SamplingConfig:
 
 @dataclass
 class EvaluationConfig:
-    num_samples: int = 256
+    num_samples: int = 128
     features: str = "effnet"  # effnet (offline) | inception (needs `pip install lora-dae[fid]`)
     frozen: bool = True  # also measure the frozen backbone
     bootstrap: int = 1000

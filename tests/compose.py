@@ -19,7 +19,6 @@ SHORT = [
     "trainer.max_steps=4",
     "trainer.accelerator=cpu",
     "trainer.precision=32-true",
-    "trainer.enable_progress_bar=false",
     "optimizer.warmup_steps=1",
     "enhancement.max_steps=1",
     "enhancement.batch_size=2",

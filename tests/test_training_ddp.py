@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from compose import SHORT
+
 from lora_dae.sampling.load import load_run
 
 ROOT = Path(__file__).parent.parent

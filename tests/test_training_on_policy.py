@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from diffusers import DDIMScheduler
+
 from lora_dae.config import EnhancementConfig
 from lora_dae.enhancement.gates import EnhancementModule
 from lora_dae.enhancement.hook import enhance_scheduler

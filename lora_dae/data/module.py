@@ -62,7 +62,7 @@ class StepBatchSampler(Sampler[list[int]]):
 
 
 class PairDataModule(lightning.LightningDataModule):
-    """Encodes the three splits once, then serves batches of ``data.cache.LatentCache``.
+    """Encodes each split once, when it is first needed, then serves batches of ``data.cache.LatentCache``.
 
     The Trainer needs ``use_distributed_sampler=False`` (ranks take their shares here), ``max_steps`` (the
     training stream has no end and no epochs) and ``check_val_every_n_epoch=None`` with a whole number as
@@ -95,13 +95,14 @@ class PairDataModule(lightning.LightningDataModule):
         self.seed = seed
 
     def prepare_data(self) -> None:
-        """Builds what is missing. Lightning calls this on one process per machine."""
-        for name in self.pairs:
+        """Builds what training reads and is missing. Lightning calls this on one process per machine."""
+        for name in ("train", "val"):
             self._cache(name)
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens the caches, on every rank."""
-        self.caches = {name: self._cache(name) for name in self.pairs}
+        """Opens the caches, on every rank; that of the test split only for ``stage="test"``."""
+        names = ("test",) if stage == "test" else ("train", "val")
+        self.caches |= {name: self._cache(name) for name in names}
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The training stream, from the trainer's present step on."""

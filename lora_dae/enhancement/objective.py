@@ -1,8 +1,8 @@
 """What the enhancement module learns from, and the closed forms that say what a first-order solver loses.
 
-The loss is on-policy: x0 comes from a state that the sampler itself visited, and is compared as a
-distribution with predictions from truly noised images at the same noise level. It never asks x0 for the band
-energy of real images: a posterior mean lacks energy by right, and restoring it every step blows the chain up.
+The loss is on-policy: it compares a state that the sampler itself reached, as a distribution of local band
+energies, with really noised images at the same noise level. It never asks the predicted x0 for the band energy
+of real images: a posterior mean lacks energy by right, and restoring it every step blows the chain up.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ class OnPolicyLoss(NamedTuple):
     regularization: Tensor
 
 
-def on_policy_loss(x0: Tensor, x0_reference: Tensor, log_gain: Tensor, mask: Tensor | None = None) -> OnPolicyLoss:
-    """Distance of the enhanced on-policy ``x0`` from teacher-forced ``x0_reference``, mean over bands.
+def on_policy_loss(
+    state: Tensor, reference_state: Tensor, log_gain: Tensor, mask: Tensor | None = None
+) -> OnPolicyLoss:
+    """Distance of an on-policy ``state`` from really noised ``reference_state``, mean over bands.
 
-    ``x0``, ``x0_reference``: (B, C, H, W), predictions at one noise level, on the sampler's own state and on
-    really noised images; only their statistics over the batch are compared. ``log_gain``: (B, levels, H, W)
-    as ``EnhancementModule.evaluate`` returns it. ``mask``: optional bool (B, 1, H, W), the places that count
-    in both, at least one. Sums the 1-D Wasserstein distance of local log energies, the absolute log ratio
-    of band power, and 1e-3 of the gains' mean square and total variation.
+    Both (B, C, H, W), at one noise level; only their statistics over the batch are compared. ``log_gain``:
+    (B, levels, H, W) as ``EnhancementModule.evaluate`` returns it. ``mask``: optional bool (B, 1, H, W), the
+    places that count in both, at least one. Sums the 1-D Wasserstein distance of local log energies, the
+    absolute log ratio of band power, and 1e-3 of the gains' mean square and total variation.
     """
     levels = log_gain.shape[1]
-    bands, reference = split_bands(x0, levels)[0], split_bands(x0_reference.detach(), levels)[0]
-    places = torch.ones_like(x0[:, 0], dtype=torch.bool) if mask is None else mask[:, 0].bool()
+    bands, reference = split_bands(state, levels)[0], split_bands(reference_state.detach(), levels)[0]
+    places = torch.ones_like(state[:, 0], dtype=torch.bool) if mask is None else mask[:, 0].bool()
     distribution = sorted_distance(_at(places, local_log_energy(bands)), _at(places, local_log_energy(reference)))
     power = (_log_power(bands, places) - _log_power(reference, places)).abs().mean()
     regularization = gain_regularization(log_gain)

@@ -49,15 +49,13 @@ class Drawer:
     ) -> np.ndarray:
         """uint8 (N, H, W, 3), one image per caption; ``sources`` uint8 (N, H, W, 3) steer them.
 
+        A run with ``conditioning=source`` draws from captions alone as well: it was trained with source dropout.
+
         ``indices`` choose the noise of each image together with ``cfg.seed``, so the same index gives the
         same image at any batch size. ``on_batch`` is told how many images each batch finished.
         """
-        if (self.conditioning == "source") != (sources is not None):
-            raise ConfigError(
-                "this run was trained with conditioning=source: give a source photo for each caption."
-                if sources is None
-                else "this run was trained with conditioning=none: it takes captions alone."
-            )
+        if self.conditioning == "none" and sources is not None:
+            raise ConfigError("this run was trained with conditioning=none: it takes captions alone.")
         indices = list(range(len(captions))) if indices is None else indices
         out = []
         for k in range(0, len(captions), self.cfg.batch_size):
@@ -81,6 +79,8 @@ class Drawer:
         noise = initial_noise(self.cfg.seed, indices, (backbone.latent_channels, size, size)).to(device)
         embedded = backbone.encode_text(["", *captions])
         source = None if sources is None else backbone.encode_images(sources)[0]
+        if source is None and backbone.unet.config["in_channels"] == 2 * backbone.latent_channels:
+            source = torch.zeros_like(noise)  # a fully fine-tuned UNet has the extra channels for good
         backbone.unet.eval()
         with self._precision():
             return sample_latents(

@@ -1,13 +1,16 @@
 """How the enhancement module learns: on the states that the sampler itself visits.
 
 One training step runs one whole sampling chain (random guidance, number of steps and solver) with the module
-in it. At every state the enhanced prediction is compared, as a distribution of local band energies, with what
-the same network predicts at the same noise level from *really noised* images (teacher forcing, no guidance).
-A chain that lost texture lies below that; where nothing is missing the module learns to do nothing.
+in it. Every state that a step leads to is compared, as a distribution of local band energies, with real images
+noised to the same level: an identity of the forward process, so nothing is asked for that should not be there.
+(Asking it of the predicted x0 instead would be wrong: a posterior mean lacks energy by right. Comparing x0 with
+teacher-forced x0 is right but too weak: it cannot see what the coming step will lose.) A chain that lost texture
+lies below; where nothing is missing the module learns to do nothing.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_dae.config import EnhancementConfig
-from lora_dae.diffusion import add_noise, current_level, is_sigma_space, predict_x0
+from lora_dae.diffusion import add_noise, current_level, is_sigma_space, next_level, x0_delta_to_output_delta
 from lora_dae.enhancement.gates import WINDOW, EnhancementModule
-from lora_dae.enhancement.hook import enhance_scheduler, gate_inputs
+from lora_dae.enhancement.hook import gate_inputs
 from lora_dae.enhancement.objective import OnPolicyLoss, on_policy_loss
 from lora_dae.sampling.loop import Conditions, Guidance, predict
 from lora_dae.sampling.schedulers import build_scheduler
@@ -68,10 +71,10 @@ def chain_loss(
     chain: Chain,
 ) -> tuple[Tensor, OnPolicyLoss]:
     """Mean loss along one chain (with gradient into the module only), and its parts at the last state."""
-    scheduler = enhance_scheduler(build_scheduler(chain.solver, base_scheduler), module, 1.0)
+    scheduler = build_scheduler(chain.solver, base_scheduler)
     scheduler.set_timesteps(chain.num_inference_steps, device=chain.noise.device)
     conditions = Conditions(batch["text"], null_text, batch.get("source"))
-    prediction_type = base_scheduler.config.prediction_type
+    prediction_type, sigma_space = base_scheduler.config.prediction_type, is_sigma_space(scheduler)
     sample = chain.noise * scheduler.init_noise_sigma
     losses: list[Tensor] = []
     parts: OnPolicyLoss | None = None
@@ -79,26 +82,17 @@ def chain_loss(
         with torch.no_grad():
             guided, conditional = predict(unet, scheduler.scale_model_input(sample, t), t, conditions, chain.guidance)
         alpha, sigma = current_level(scheduler, t)
-        if alpha > sigma * torch.tensor(WINDOW[0]).exp() and sigma > 1e-3:
-            reference = _teacher_forced(unet, scheduler, t, batch, conditions, chain.reference_noise, prediction_type)
-            inputs = gate_inputs(scheduler, guided, t, sample, conditional)
-            delta, log_gain = module.evaluate(*inputs)
-            parts = on_policy_loss(inputs.x0 + delta, reference, log_gain)
+        reached = next_level(scheduler, t)
+        inputs = gate_inputs(scheduler, guided, t, sample, conditional)
+        delta, log_gain = module.evaluate(*inputs)
+        edit = x0_delta_to_output_delta(delta, alpha, sigma, prediction_type, sigma_space)
+        sample = scheduler.step(guided + edit, t, sample).prev_sample
+        if alpha > sigma * math.exp(WINDOW[0]):  # elsewhere the module is off
+            reference = add_noise(batch["latent_mean"], chain.reference_noise, *reached)
+            parts = on_policy_loss(sample, reference, log_gain)
             losses.append(parts.total)
-        with torch.no_grad():
-            scheduler.set_conditional(conditional)
-            sample = scheduler.step(guided, t, sample).prev_sample
+        sample = sample.detach()
+        if hasattr(scheduler, "model_outputs"):  # a multistep solver's memory: each state is judged on its own
+            scheduler.model_outputs = [None if o is None else o.detach() for o in scheduler.model_outputs]
     assert parts is not None  # every schedule ends at low noise
     return torch.stack(losses).mean(), parts
-
-
-@torch.no_grad()
-def _teacher_forced(
-    unet: nn.Module, scheduler: Any, t: Tensor, batch: dict[str, Tensor], conditions: Conditions, noise: Tensor,
-    prediction_type: str,
-) -> Tensor:  # fmt: skip
-    """The network's own estimate of x0 from real images noised to level t: a posterior mean, rightly soft."""
-    alpha, sigma = current_level(scheduler, t)
-    noisy = add_noise(batch["latent_mean"], noise, alpha, sigma)
-    output, _ = predict(unet, scheduler.scale_model_input(noisy, t), t, conditions, Guidance())
-    return predict_x0(output, noisy, alpha, sigma, prediction_type, is_sigma_space(scheduler))

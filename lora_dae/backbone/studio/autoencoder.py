@@ -7,6 +7,7 @@ both make the latents smooth, so that a small denoiser can learn them. No advers
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ def reconstruct(vae: AutoencoderTiny, images: np.ndarray) -> Tensor:
     """uint8 (N, H, W, 3) -> float32 (N, 3, H, W) in [0, 1], by encoding and decoding in float32."""
     out = []
     for k in range(0, len(images), 16):
-        x = torch.from_numpy(np.ascontiguousarray(images[k : k + 16])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = torch.from_numpy(np.array(images[k : k + 16])).permute(0, 3, 1, 2).float() / 127.5 - 1
         out.append((vae.decode(vae.encode(x).latents).sample / 2 + 0.5).clamp(0, 1))
     return torch.cat(out)
 
@@ -96,9 +97,9 @@ def fidelity(vae: AutoencoderTiny, images: np.ndarray, masks: np.ndarray) -> dic
 
     Bands are rings of the radial power spectrum, in cycles per image; Nyquist is 64 at 128 pixels.
     """
-    real = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+    real = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
     fake = reconstruct(vae, images)
-    mask = torch.from_numpy(np.ascontiguousarray(masks))[:, None].float() / 255
+    mask = torch.from_numpy(np.array(masks))[:, None].float() / 255
     error = (real - fake).square()
     psnr = (-10 * error.mean((1, 2, 3)).log10()).mean()
     inside = (error * mask).sum((1, 2, 3)) / (3 * mask.sum((1, 2, 3))).clamp(min=1)
@@ -155,4 +156,8 @@ def train(minutes: float, work: Path, weights: Path, photo_root: Path | None, se
             averaged.swap()
     averaged.swap()
     vae.eval().half().save_pretrained(weights / "vae")
+    config = weights / "vae" / "config.json"
+    entries = json.loads(config.read_text(encoding="utf-8"))
+    entries.pop("block_out_channels", None)  # diffusers writes it, then warns about it when it reads it
+    config.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     averaged.swap()

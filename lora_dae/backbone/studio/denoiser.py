@@ -80,7 +80,7 @@ def encode(vae: AutoencoderTiny, images: np.ndarray, file: Path) -> np.ndarray:
         console.print(f"encoding {len(images)} images into {file.name}")
         out = []
         for k in range(0, len(images), 32):
-            x = torch.from_numpy(np.ascontiguousarray(images[k : k + 32])).permute(0, 3, 1, 2).float() / 127.5 - 1
+            x = torch.from_numpy(np.array(images[k : k + 32])).permute(0, 3, 1, 2).float() / 127.5 - 1
             with torch.autocast("cpu", torch.bfloat16):
                 z = vae.encode(x.contiguous(memory_format=torch.channels_last)).latents
             out.append(z.float().numpy().astype(np.float16))
@@ -154,10 +154,13 @@ def train(minutes: float, work: Path, weights: Path, photo_root: Path | None, se
     if state.exists():
         recipe.load_state(state, averaged, optimizer, schedule)
     else:
-        recipe.warm_start(averaged, {
+        recipe.warm_start(
+            averaged,
+            {
                 "unet": weights / "unet" / "diffusion_pytorch_model.safetensors",
                 "text": weights / "text_encoder" / "model.safetensors",
-            })
+            },
+        )
     losses: list[float] = []
     while not schedule.finished:
         rate = schedule.tick()

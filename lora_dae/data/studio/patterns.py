@@ -149,6 +149,7 @@ def _flower(cloth, cx, cy, radius, turn, flower, leaf, heart) -> None:
 def _denim(main, x, y, n: int, rng: np.random.Generator) -> np.ndarray:
     """A 3/1 twill: steep diagonal lines in undyed weft, mottled by wear."""
     diagonal = ((x + y) % 1 < 0.38).astype(np.float32)
-    mottle = cv2.resize(rng.normal(0, 1, (n // 16, n // 16)).astype(np.float32), (n, n), interpolation=cv2.INTER_CUBIC)
+    wear = np.tile(rng.normal(0, 1, (n // 16, n // 16)).astype(np.float32), (3, 3))  # so that it wraps around
+    mottle = cv2.resize(wear, (3 * n, 3 * n), interpolation=cv2.INTER_CUBIC)[n : 2 * n, n : 2 * n]
     pale = 0.45 * main + 0.55 if main.mean() < 0.8 else main * 0.62
     return np.clip(_mix(main * 0.92, pale, 0.62 * diagonal) + 0.045 * mottle[..., None], 0, 1)

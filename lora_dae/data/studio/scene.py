@@ -35,13 +35,17 @@ def _backdrop(n: int, color: str, rng: np.random.Generator, flat: bool) -> Array
     return np.clip(base * fall[..., None], 0, 1).astype(np.float32)
 
 
+def _exposure(rng: np.random.Generator) -> float:
+    """Drawn first, so that a model and a mannequin from one stream share it."""
+    return float(rng.uniform(0.96, 1.04))
+
+
 def _light(rng: np.random.Generator) -> Light:
     angle = rng.uniform(-2.5, -0.65)  # from above, left to right
     return float(np.cos(angle)), float(np.sin(angle))
 
 
-def _finish(canvas: Array, mask: Array, resolution: int, rng: np.random.Generator) -> Photo:
-    exposure = float(rng.uniform(0.96, 1.04))
+def _finish(canvas: Array, mask: Array, resolution: int, exposure: float) -> Photo:
     image = cv2.resize(np.clip(canvas * exposure, 0, 1), (resolution, resolution), interpolation=cv2.INTER_AREA)
     small = cv2.resize(mask, (resolution, resolution), interpolation=cv2.INTER_AREA)
     return Photo(np.round(image * 255).astype(np.uint8), (small > 0.5).astype(np.uint8) * 255)
@@ -58,6 +62,7 @@ def model_photo(look: Look, pose: Pose, drape: np.random.Generator, rng: np.rand
     """A person wearing the garment. ``drape`` draws the folds, ``rng`` light and backdrop."""
     n = 2 * resolution
     body = Body.for_garment(look.garment, pose, look.person.gender, n)
+    exposure = _exposure(rng)
     canvas, light = _backdrop(n, look.background, rng, False), _light(rng)
     _cast_shadow(canvas, body, light)
     head = figure.Head(body, look.person, light)
@@ -68,7 +73,7 @@ def model_photo(look: Look, pose: Pose, drape: np.random.Generator, rng: np.rand
     before = canvas.copy()
     head.draw_front(canvas)
     hidden = draw.changed(before, canvas, 0.02)
-    return _finish(canvas, mask * (1 - hidden), resolution, rng)
+    return _finish(canvas, mask * (1 - hidden), resolution, exposure)
 
 
 def mannequin_photo(
@@ -78,6 +83,7 @@ def mannequin_photo(
     """The garment on a headless mannequin."""
     n = 2 * resolution
     body = Body.for_garment(garment, pose, build, n)
+    exposure = _exposure(rng)
     canvas, light = _backdrop(n, background, rng, False), _light(rng)
     _cast_shadow(canvas, body, light)
     color = figure.mannequin_color(int(rng.integers(2**31)))
@@ -85,7 +91,7 @@ def mannequin_photo(
     figure.draw_trunk(canvas, body, color, light)
     mask = _dress(canvas, body, garment, drape, light, None, color)
     figure.draw_neck_cap(canvas, body, color)
-    return _finish(canvas, mask, resolution, rng)
+    return _finish(canvas, mask, resolution, exposure)
 
 
 def _dress(canvas, body: Body, garment: Garment, drape, light: Light, top_seed: int | None, skin) -> Array:
@@ -113,6 +119,7 @@ def flat_photo(garment: Garment, background: str, rng: np.random.Generator, drap
     wide = 3.6 if garment.sleeve == "long" else (2.6 if garment.kind != "skirt" else 2.2)
     scale = float(rng.uniform(0.80, 0.90)) * n / max(bottom - top, wide)
     body = Body(n, pose, "woman", scale, n * 0.5, n * 0.5 - scale * (top + bottom) / 2)
+    exposure = _exposure(rng)
     canvas, light = _backdrop(n, background, rng, True), _light(rng)
     layer = canvas.copy()
     tailor = Tailor(garment, body, drape, light)
@@ -132,7 +139,7 @@ def flat_photo(garment: Garment, background: str, rng: np.random.Generator, drap
     matrix = cv2.getRotationMatrix2D((n / 2, n / 2), turn, 1.0)
     canvas = cv2.warpAffine(canvas, matrix, (n, n), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
     mask = cv2.warpAffine(tailor.mask, matrix, (n, n), flags=cv2.INTER_LINEAR)
-    return _finish(canvas, mask, resolution, rng)
+    return _finish(canvas, mask, resolution, exposure)
 
 
 def photo(look: Look, seed: int, index: int, resolution: int) -> Photo:
