@@ -109,7 +109,7 @@ class SamplingConfig:
     scheduler: str = "ddim"
     num_inference_steps: int = 16
     guidance_scale: float = 2.0
-    source_guidance_scale: float = 1.5
+    source_guidance_scale: float = 2.0  # equal to guidance_scale: two network calls a step, else three
     batch_size: int = 32
     seed: int = 1234
 

@@ -183,7 +183,7 @@ def test_other_configs_run(overrides: tuple[str, ...], make: Make) -> None:
 
 def test_folder_of_photos_trains(make: Make, tiny_folder: Path) -> None:
     cfg = make(
-        "data=folder", f"data.root={tiny_folder}", "conditioning=none", "trainer.max_steps=1", "adapter.rank=2",
+        "data=folder", f"data.root={tiny_folder}", "trainer.max_steps=1", "adapter.rank=2",
         "data.val_fraction=0.25", "data.test_fraction=0.25", "evaluation.frozen=false",
     )  # fmt: skip
     result = training.run(cfg)
@@ -252,7 +252,7 @@ def test_bad_input_is_one_sentence(overrides: tuple[str, ...], message: str, mak
 
 def test_source_conditioning_needs_pairs(make: Make, tiny_folder: Path) -> None:
     with pytest.raises(ConfigError, match="conditioning=none"):
-        training.run(make("data=folder", f"data.root={tiny_folder}"))
+        training.run(make("data=folder", f"data.root={tiny_folder}", "conditioning=source"))
 
 
 def test_checkpoint_of_another_config_is_refused(make: Make, finished: Path) -> None:

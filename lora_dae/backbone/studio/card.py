@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from lora_dae.backbone.studio import autoencoder, recipe
 from lora_dae.backbone.studio.denoiser import PHOTO_PREFIX
+from lora_dae.data.studio.dataset import StudioDataset
 
 PROMPTS = (
     "a woman with long brown hair wearing a red plaid shirt, white background",
@@ -30,10 +31,8 @@ def write(work: Path, weights: Path) -> None:
     """Measure, draw a sample sheet, write ``README.md`` and ``samples.jpg`` into ``weights``."""
     vae = AutoencoderTiny.from_pretrained(weights / "vae", torch_dtype=torch.float32).eval()
     rows = {}
-    for name, data in (
-        ("TARGET", recipe.target_data(work / "cache")[1]),
-        ("BASE", recipe.base_data(work / "cache")[1]),
-    ):
+    for domain, size in (("target", recipe.TARGET_VAL), ("base", recipe.BASE_VAL)):
+        data, name = StudioDataset(work / "cache", domain, "val", size), domain.upper()
         rows[name] = autoencoder.fidelity(vae, np.asarray(data.images[:256]), np.asarray(data.masks[:256]))
     _sheet(weights)
     (weights / "README.md").write_text(_text(work, weights, rows), encoding="utf-8")

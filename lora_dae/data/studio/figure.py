@@ -269,11 +269,11 @@ class Head:
         top = -0.10 if style in ("short", "curly") else -0.06
         side_low = {"short": 0.46, "curly": 0.48, "bun": 0.42, "long": 1.0, "bob": 0.9}[style]
         inner = 0.075 if style in ("long", "bob") else 0.035
-        cap = [(-w - 0.05, side_low), (-w - 0.06, 0.25), (-0.24, top + 0.03), (0.0, top - 0.02), (0.24, top + 0.03),
+        outline = [(-w - 0.05, side_low), (-w - 0.06, 0.25), (-0.24, top + 0.03), (0.0, top - 0.02), (0.24, top + 0.03),
                (w + 0.06, 0.25), (w + 0.05, side_low), (w - inner, side_low - 0.05), (w - 0.03, 0.38),
                (part + 0.2, 0.21), (part, 0.13), (part - 0.2, 0.21), (-w + 0.03, 0.38),
                (-w + inner, side_low - 0.05)]  # fmt: skip
-        self._paint_hair(canvas, self._mask(cap))
+        self._paint_hair(canvas, self._mask(outline))
         if style == "long":
             for side in (-1, 1):
                 lock = self._mask([(side * (w + 0.02), 0.7), (side * (w + 0.10), 1.1), (side * (w + 0.09), 1.72),
