@@ -82,6 +82,7 @@ def load_run(run_dir: Path, device: str | torch.device = "cpu") -> LoadedRun:
 def prepare_unet(backbone: Backbone, cfg: Config) -> str:
     """channels_last and the fastest attention here, before anything is injected; returns what was chosen."""
     backbone.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    backbone.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = cfg.data.resolution // backbone.vae_scale_factor
     shape = (cfg.data.batch_size, backbone.latent_channels, size, size)
     chosen = choose_attention(
