@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
+
 from lora_dae.backbone.layout import STUDIO
 from lora_dae.backbone.load import load_backbone
 from lora_dae.backbone.studio.autoencoder import fidelity

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from lora_dae.training import run as training
 from lora_dae.training.module import LoraDae, NonFiniteLossError
 
 Make = Callable[..., Config]
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -183,7 +187,7 @@ def test_other_configs_run(overrides: tuple[str, ...], make: Make) -> None:
 
 def test_folder_of_photos_trains(make: Make, tiny_folder: Path) -> None:
     cfg = make(
-        "data=folder", f"data.root={tiny_folder}", "trainer.max_steps=1", "adapter.rank=2",
+        "backbone=folder", "data=folder", f"data.root={tiny_folder}", "trainer.max_steps=1", "adapter.rank=2",
         "data.val_fraction=0.25", "data.test_fraction=0.25", "evaluation.frozen=false",
     )  # fmt: skip
     result = training.run(cfg)
@@ -218,6 +222,27 @@ def test_sampling_and_evaluating_commands(finished: Path, capsys: pytest.Capture
     assert picture.width > 3 * 64
     prompt = {**none, "run": str(finished), "num_images": 1, "prompt": "a red dress", "strength": 0.5}
     assert draw_samples(SampleRequest(**prompt), Console()).is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "made"),
+    [
+        (("evaluate.py", "num_samples=3", "strength=0.5", "num_inference_steps=2", "split=val"), "strength 0.5"),
+        (("sample.py", "prompt='a red dress'", "num_images=1", "seed=3", "strength=0.5", "output=here"), "images"),
+    ],
+    ids=["evaluate", "sample"],
+)
+def test_commands_on_a_finished_run(arguments: tuple[str, ...], made: str, finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    script, *overrides = arguments
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), f"run={copy}", *overrides],
+        cwd=tmp_path, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert made in done.stdout
+    assert script != "sample.py" or len(list((tmp_path / "here").glob("seed3_*.png"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -126,13 +127,13 @@ class Training:
         if cfg.enhancement.enabled and cfg.enhancement.placement != "none":
             e = cfg.enhancement
             self.enhancement = EnhancementModule(e.levels, e.hidden, e.max_log_gain)
-        self.data = self._data(cfg.data.batch_size)
         probe = _trainer(cfg, run_dir, "32-true", self.steps, [], False)
         self.rank = probe.global_rank
         self.device = probe.strategy.root_device
         backbone.vae.to(self.device)  # they fill the cache
         backbone.text_encoder.to(self.device)  # type: ignore[arg-type]
         self.precision = choose_precision(str(cfg.trainer.get("precision", "auto")), self.device)
+        self.data = self._data(cfg.data.batch_size)
         attention = prepare_unet(backbone, cfg)
         if cfg.adapter.full_finetune:
             make_full_finetune(backbone.unet)
@@ -158,10 +159,16 @@ class Training:
     def _data(self, batch_size: int) -> PairDataModule:
         return PairDataModule(
             self.splits["train"], self.splits["val"], self.splits["test"],
-            cache_dir=Path(self.cfg.data.cache_dir) / "latents", encode_images=self.backbone.encode_images,
-            encode_text=self.backbone.encode_text, backbone_fingerprint=self.backbone.fingerprint,
+            cache_dir=Path(self.cfg.data.cache_dir) / "latents", encode_images=self._encode_images,
+            encode_text=self.backbone.encode_text, backbone_fingerprint=f"{self.backbone.fingerprint}-{self.precision}",
             batch_size=batch_size, seed=self.cfg.seed,
         )  # fmt: skip
+
+    def _encode_images(self, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """In the training precision: on a CPU with bfloat16 this halves the wait before the first step."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision.startswith("bf16")):
+            mean, std = self.backbone.encode_images(images)
+        return mean.float(), std.float()
 
     def fit(self, checkpoints: dict[str, Path]) -> None:
         """Adapter first, then the enhancement on the adapter's averaged weights."""
