@@ -46,7 +46,7 @@ def interleaved(functions: dict[str, Callable[[], None]], repeats: int) -> dict[
 def studio_unet() -> UNet2DConditionModel:
     unet = load_backbone(BackboneConfig()).unet
     unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    choose_attention(unet, torch.bfloat16, (16, 8, 32, 32), 32, "auto")
+    choose_attention(unet, torch.bfloat16, (16, 12, 32, 32), 32, "auto")
     return unet
 
 
@@ -83,7 +83,7 @@ def enhancement(repeats: int) -> dict[str, float]:
     result = {}
     sd15 = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
     cases: dict[str, tuple[UNet2DConditionModel, tuple[int, ...], int]] = {
-        "studio": (studio_unet(), (32, 8, 32, 32), 32),
+        "studio": (studio_unet(), (32, 12, 32, 32), 32),
         "sd15": (sd15.to(memory_format=torch.channels_last), (1, 4, 64, 64), 77),  # type: ignore[call-overload]
     }
     module = EnhancementModule()
