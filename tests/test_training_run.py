@@ -104,6 +104,7 @@ def test_resumed_run_equals_straight_run(make: Make, monkeypatch: pytest.MonkeyP
         training.run(cut)
     monkeypatch.setattr(LoraDae, "training_step", original)
     training.run(make(*options, "ckpt_path=last", name="cut"))
+    assert (Path(cut.run_dir) / "csv" / "metrics_before_0.csv").is_file()  # the log up to the kill is kept
     straight, resumed = (weights(Path(make(name=n).run_dir)) for n in ("straight", "cut"))
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(straight[k], resumed[k]) for k in straight)

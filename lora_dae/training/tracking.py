@@ -41,6 +41,9 @@ def _logged_in() -> bool:
 
 def build_loggers(cfg: Config, run_dir: Path, plain: dict[str, Any], console: Console) -> list[Logger]:
     """The CSV logger (``csv/metrics.csv``) and, unless disabled, W&B."""
+    log = run_dir / "csv" / "metrics.csv"
+    if log.is_file():  # a resumed run: CSVLogger would delete what came before
+        log.rename(log.with_name(f"metrics_before_{len(list(log.parent.glob('metrics_before_*')))}.csv"))
     loggers: list[Logger] = [CSVLogger(run_dir, name="csv", version="")]
     mode = wandb_mode(cfg.tracking.wandb)
     if mode == "disabled":
