@@ -53,7 +53,8 @@ def finished(tiny_backbone: Path, cache: Path, tmp_path_factory: pytest.TempPath
 
 def test_run_folder_holds_what_people_look_for(finished: Path) -> None:
     for name in (
-        "config.yaml", "metrics.json", "table.md", "report.html", "csv/metrics.csv", "samples/grid.png",
+        "config.yaml", "metrics.json", "table.md", "report.html", "csv/metrics.csv", "csv/enhancement/metrics.csv",
+        "samples/grid.png",
         "samples/step_000002.png", "checkpoints/adapter.ckpt", "checkpoints/enhancement.ckpt", "adapter/README.md",
         "adapter/pytorch_lora_weights.safetensors", "adapter/source_input.safetensors",
         "adapter/enhancement.safetensors", "plots/loss.svg", "plots/band_power.svg",

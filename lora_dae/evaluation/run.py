@@ -6,7 +6,7 @@ table.md, samples/, plots, report.html.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +40,12 @@ class HeldOut:
     pairs: list[Pair]
 
     @classmethod
-    def take(cls, dataset: PairDataset, count: int) -> HeldOut:
-        """The first ``count`` pairs of a split; fewer than 2 raise ConfigError."""
+    def take(cls, dataset: PairDataset, count: int, conditioning: str) -> HeldOut:
+        """The first ``count`` pairs of a split, without sources where none steer; fewer than 2 raise ConfigError."""
         if len(dataset) < 2:
             raise ConfigError(f"the split to evaluate on has {len(dataset)} images: give it at least 2.")
-        return cls([dataset[i] for i in range(min(count, len(dataset)))])
+        pairs = [dataset[i] for i in range(min(count, len(dataset)))]
+        return cls(pairs if conditioning == "source" else [replace(p, source=None) for p in pairs])
 
     @property
     def captions(self) -> list[str]:
@@ -86,8 +87,7 @@ def draw_rows(run: LoadedRun, held_out: HeldOut, console: Console, bf16: bool) -
             return drawer.images(held_out.captions, sources, strength, on_batch=lambda k: progress.advance(task, k))
 
         for strength in strengths:
-            sources = held_out.sources if cfg.conditioning == "source" else None
-            rows[row_name(strength)] = images(row_name(strength), run.drawer(bf16), sources, strength)
+            rows[row_name(strength)] = images(row_name(strength), run.drawer(bf16), held_out.sources, strength)
         if cfg.evaluation.frozen:
             frozen = load_backbone(cfg.backbone, run.backbone.device)
             prepare_unet(frozen, cfg)
@@ -113,7 +113,7 @@ def measure_rows(
             classifier=classifier,
             bootstrap=cfg.evaluation.bootstrap,
             seed=cfg.seed,
-            paired=cfg.conditioning == "source" and held_out.sources is not None,
+            paired=held_out.sources is not None,
         )
     sampling = cfg.sampling
     protocol = Protocol(
@@ -163,7 +163,7 @@ def evaluate_run(
     """
     run = run or load_run(run_dir)
     cfg = run.cfg
-    held_out = HeldOut.take(load_splits(cfg.data)[split], cfg.evaluation.num_samples)
+    held_out = HeldOut.take(load_splits(cfg.data)[split], cfg.evaluation.num_samples, cfg.conditioning)
     rows = draw_rows(run, held_out, console, bf16)
     with console.status("measuring"):
         table, real = measure_rows(cfg, rows, held_out, split)

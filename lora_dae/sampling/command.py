@@ -84,11 +84,12 @@ def _images(run: LoadedRun, prompt: str, source: np.ndarray | None, strength: fl
 def _strengths(request: SampleRequest, cfg: Config) -> list[float]:
     strengths = request.strengths
     if strengths is None:
-        strengths = [cfg.enhancement.strength if request.strength is None else request.strength]
+        own = cfg.enhancement.strength if cfg.enhancement.enabled else 0.0
+        strengths = [own if request.strength is None else request.strength]
     for s in strengths:
         if s < 0:
             raise ConfigError(f"strength={s} is below 0: 0 switches the enhancement off, 1 is as trained.")
-    if any(s > 0 for s in strengths) and not cfg.enhancement.enabled and request.strengths is None and request.strength:
+    if any(s > 0 for s in strengths) and not cfg.enhancement.enabled:
         raise ConfigError(f"run={request.run} was trained without enhancement: leave strength out, or give 0.")
     return strengths
 

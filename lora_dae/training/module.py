@@ -47,10 +47,10 @@ class LoraDae(lightning.LightningModule):
         self.register_buffer("null_text", null_text, persistent=False)
         self.strict_loading = False  # checkpoints leave the frozen weights out
         self._kept = set(trainable_parameters(self))
-        self.stage = stage
-        self._set_stage(stage)
+        self.set_stage(stage)
 
-    def _set_stage(self, stage: str) -> None:
+    def set_stage(self, stage: str) -> None:
+        """Let only what ``stage`` trains require a gradient."""
         self.stage = stage
         for name, parameter in self.named_parameters():
             in_enhancement = name.startswith("enhancement.")

@@ -55,7 +55,7 @@ def run(cfg: Config) -> Result:
     check(cfg)
     run_dir = Path(cfg.run_dir)
     checkpoints = find_checkpoints(cfg, run_dir)
-    folder = inspect_backbone(cfg.backbone, cfg.data.resolution)
+    inspect_backbone(cfg.backbone, cfg.data.resolution)
     tracking.wandb_mode(cfg.tracking.wandb)
     _quiet()
     splits = load_splits(cfg.data)
@@ -64,7 +64,6 @@ def run(cfg: Config) -> Result:
         splits = {name: _without_source(split) for name, split in splits.items()}
     console.print(f"run folder {run_dir}", soft_wrap=True, highlight=False)
     backbone = load_backbone(cfg.backbone)
-    del folder
     lightning.seed_everything(cfg.seed, verbose=False)  # before the adapter draws its weights
     trained = Training(cfg, run_dir, backbone, splits)
     if trained.rank == 0:
@@ -142,15 +141,11 @@ class Training:
         if cfg.conditioning == "source":
             attach_source_input(backbone.unet)
         null = backbone.encode_text([""])[0]
-        self.module = LoraDae(backbone, cfg, self.enhancement, null, "adapter")
-        if self.rank == 0:
+        if self.rank == 0:  # before the stages take turns in what requires a gradient
             extra = {} if self.enhancement is None else {"enhancement": self.enhancement}
-            self.module.requires_grad_(False)
-            for name, parameter in self.module.named_parameters():
-                parameter.requires_grad_(name in self.module._kept)
             console.print(adapter_table(backbone.unet, extra))  # type: ignore[arg-type]
-            self.module._set_stage("adapter")
             console.print(f"{self.device}, {self.precision}, {attention} attention", highlight=False)
+        self.module = LoraDae(backbone, cfg, self.enhancement, null, "adapter")
         self.loggers: list[Any] = []
         if self.rank == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -180,7 +175,7 @@ class Training:
 
     def _stage(self, stage: str, steps: int, data: PairDataModule, checkpoint: Path | None) -> None:
         cfg = self.cfg
-        self.module._set_stage(stage)
+        self.module.set_stage(stage)
         ema = EMACallback(cfg.optimizer.ema_decay if stage == "adapter" else 0.0)
         interrupt = callbacks.CleanInterrupt()
         every = min(int(cfg.trainer.get("val_check_interval") or steps), steps)
@@ -192,7 +187,9 @@ class Training:
         if stage == "adapter" and self.rank == 0 and cfg.tracking.sample_every_n_steps > 0:
             grids = callbacks.SampleGrid(cfg.tracking.sample_every_n_steps, lambda step: self._grid(ema, step))
             extra.append(grids)
-        loggers = self.loggers if stage == "adapter" else _offset(self.loggers)
+        loggers = self.loggers
+        if loggers and stage == "enhancement":  # the columns of two fits do not mix in one file
+            loggers = [tracking.csv_logger(self.run_dir, stage), *loggers[1:]]
         trainer = _trainer(cfg, self.run_dir, self.precision, steps, extra, stage == "adapter", loggers)
         self.module.unet.train(stage == "adapter")
         trainer.fit(self.module, datamodule=data, ckpt_path=checkpoint, weights_only=checkpoint is not None or None)
@@ -208,13 +205,13 @@ class Training:
     def _grid(self, ema: EMACallback, step: int) -> None:
         """The fixed validation prompts on the averaged weights, as they stand now."""
         cfg = self.cfg
-        held_out = HeldOut.take(self.splits["val"], cfg.tracking.num_grid_prompts)
+        held_out = HeldOut.take(self.splits["val"], cfg.tracking.num_grid_prompts, cfg.conditioning)
         drawer = Drawer(
-            replace(self.backbone, vae=self.backbone.vae), None, "none", cfg.conditioning, cfg.data.resolution,
+            self.backbone, None, "none", cfg.conditioning, cfg.data.resolution,
             cfg.sampling, self.precision.startswith("bf16"),
         )  # fmt: skip
         with ema.swapped(self.module):
-            images = drawer.images(held_out.captions, held_out.sources if cfg.conditioning == "source" else None)
+            images = drawer.images(held_out.captions, held_out.sources)
         grid = write_grid(
             {f"step {step}": images}, held_out, self.run_dir / "samples" / f"step_{step:06d}.png", len(images)
         )
@@ -257,11 +254,6 @@ def _without_source(dataset: PairDataset) -> PairDataset:
     return _WithoutSource(dataset) if dataset.has_source else dataset
 
 
-def _offset(loggers: list[Any]) -> list[Any]:
-    """The second stage logs to W&B under its own names; CSV columns of two fits do not mix."""
-    return [logger for logger in loggers if not isinstance(logger, lightning.pytorch.loggers.CSVLogger)]
-
-
 def _trainer(
     cfg: Config,
     run_dir: Path,
@@ -290,6 +282,8 @@ def _trainer(
                 "num_sanity_val_steps": 0,
                 "check_val_every_n_epoch": None,
                 "val_check_interval": every,
+                # The enhancement's steps are few and long: each is logged.
+                "log_every_n_steps": options.get("log_every_n_steps", 50) if validate else 1,
                 "limit_val_batches": options.get("limit_val_batches", 1.0) if validate else 0,
             }
         )

@@ -39,12 +39,17 @@ def _logged_in() -> bool:
     return False
 
 
+def csv_logger(run_dir: Path, stage: str = "") -> CSVLogger:
+    """``csv/metrics.csv``, or ``csv/<stage>/metrics.csv``; a resumed run keeps what was logged before."""
+    log = run_dir / "csv" / stage / "metrics.csv"
+    if log.is_file():  # CSVLogger would delete it
+        log.rename(log.with_name(f"metrics_before_{len(list(log.parent.glob('metrics_before_*')))}.csv"))
+    return CSVLogger(run_dir, name="csv", version=stage)
+
+
 def build_loggers(cfg: Config, run_dir: Path, plain: dict[str, Any], console: Console) -> list[Logger]:
     """The CSV logger (``csv/metrics.csv``) and, unless disabled, W&B."""
-    log = run_dir / "csv" / "metrics.csv"
-    if log.is_file():  # a resumed run: CSVLogger would delete what came before
-        log.rename(log.with_name(f"metrics_before_{len(list(log.parent.glob('metrics_before_*')))}.csv"))
-    loggers: list[Logger] = [CSVLogger(run_dir, name="csv", version="")]
+    loggers: list[Logger] = [csv_logger(run_dir)]
     mode = wandb_mode(cfg.tracking.wandb)
     if mode == "disabled":
         return loggers
