@@ -134,7 +134,7 @@ def draw_garment(seed: int, index: int, patterns: tuple[str, ...], coarse: bool)
     if pattern == "denim":
         color = _pick(rng, ["blue", "black", "gray", "white"])
     base = {"stripes": 0.27, "gingham": 0.30, "plaid": 0.62, "dots": 0.25, "herringbone": 0.30}
-    base |= {"houndstooth": 0.27, "knit": 0.19, "floral": 0.62, "denim": 0.10, "solid": 0.3}
+    base |= {"houndstooth": 0.27, "knit": 0.40, "floral": 0.62, "denim": 0.10, "solid": 0.3}
     period = base[pattern] * float(rng.uniform(0.9, 1.25)) * (1.8 if coarse else 1.0)
     return Garment(
         kind=kind,

@@ -18,7 +18,7 @@ from lora_dae.data.studio.attributes import draw_look, stream
 from lora_dae.data.studio.captions import caption
 from lora_dae.data.studio.scene import photo, source_photo
 
-RENDERER_VERSION = 2  # raise it when a change moves pixels: old caches are then left alone
+RENDERER_VERSION = 3  # raise it when a change moves pixels: old caches are then left alone
 # Splits are ranges of indices far apart, so they can never share an item.
 SPLIT_START = {"train": 0, "val": 10_000_000, "test": 20_000_000}
 _CHUNK = 16

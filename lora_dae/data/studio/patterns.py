@@ -102,14 +102,16 @@ def _houndstooth(main, second, fx, fy) -> np.ndarray:
 
 
 def _knit(main, fx, fy) -> np.ndarray:
-    """Stockinette: columns of V-shaped stitches, lit along each leg."""
-    side = np.abs(fx - 0.5) * 2
-    v = (fy + 0.55 * side) % 1
-    leg = np.clip(1 - ((v - 0.5) / 0.42) ** 2, 0, 1)
-    groove = np.clip((1 - side) / 0.14, 0, 1) * np.clip(side / 0.16, 0, 1)
-    light = 0.42 + 0.72 * leg * (0.35 + 0.65 * groove)
+    """Aran cables: two ropes that cross over each other, on a ground of ribs in the shade."""
+    swing, width = 0.15 * np.cos(2 * np.pi * fy), 0.17
+    ropes = [np.clip(1 - ((fx - 0.36 - way * swing) / width) ** 2, 0, 1) for way in (1, -1)]
+    first_above = np.sin(2 * np.pi * fy) > 0
+    above, below = np.where(first_above, ropes[0], ropes[1]), np.where(first_above, ropes[1], ropes[0])
+    cable = np.where(above > 0, above**0.6, 0.75 * below**0.6)
+    rib = 0.5 * np.clip(1 - ((fx - 0.86) / 0.10) ** 2, 0, 1)
+    light = 0.50 + 0.58 * np.maximum(cable, rib)
     bright = float(main.mean())
-    return np.clip(main * light[..., None] + (0.10 if bright < 0.25 else 0.0) * leg[..., None], 0, 1)
+    return np.clip(main * light[..., None] + (0.12 if bright < 0.25 else 0.0) * light[..., None], 0, 1)
 
 
 def _floral(main, second, n: int, rng: np.random.Generator) -> np.ndarray:
