@@ -7,6 +7,7 @@ tensors; seconds are printed for orientation only.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -22,6 +23,7 @@ from torch import Tensor
 from lora_dae.adapter.inject import inject
 from lora_dae.backbone.attention import choose_attention
 from lora_dae.backbone.load import load_backbone
+from lora_dae.backbone.studio.autoencoder import LATENT_CHANNELS
 from lora_dae.config import AdapterConfig, BackboneConfig
 from lora_dae.data.studio.attributes import draw_look
 from lora_dae.data.studio.scene import photo
@@ -46,36 +48,35 @@ def interleaved(functions: dict[str, Callable[[], None]], repeats: int) -> dict[
 def studio_unet() -> UNet2DConditionModel:
     unet = load_backbone(BackboneConfig()).unet
     unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    choose_attention(unet, torch.bfloat16, (16, 12, 32, 32), 32, "auto")
+    choose_attention(unet, torch.bfloat16, (16, unet.config["in_channels"], 32, 32), 32, "auto")
     return unet
 
 
 def training(repeats: int) -> dict[str, float]:
     """A step of the adapter against the frozen network's forward and backward to its input (the floor)."""
-    frozen, adapted = studio_unet(), studio_unet()
-    frozen.requires_grad_(False)
-    inject(adapted, AdapterConfig())
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad])
+    frozen = studio_unet().requires_grad_(False)
+    adapted = {kernel: studio_unet() for kernel in ("fused", "peft")}
+    optimizers = {}
+    for kernel, unet in adapted.items():
+        inject(unet, AdapterConfig(kernel=kernel))
+        optimizers[kernel] = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], fused=True)
     x = torch.randn(16, frozen.config["in_channels"], 32, 32).contiguous(memory_format=torch.channels_last)
     text = torch.randn(16, 32, frozen.config["cross_attention_dim"])
     t = torch.randint(0, 1000, (16,))
 
-    def step(unet: UNet2DConditionModel, inputs: Tensor, update: bool) -> None:
+    def step(unet: UNet2DConditionModel, inputs: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             loss = unet(inputs, t, text).sample.float().square().mean()
         loss.backward()
-        if update:
+        if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    seconds = interleaved(
-        {
-            "floor": lambda: step(frozen, x.clone().requires_grad_(), False),
-            "adapter": lambda: step(adapted, x, True),
-        },
-        repeats,
-    )
-    return {"floor_seconds": seconds["floor"], "adapter_step_ratio": seconds["adapter"] / seconds["floor"]}
+    functions = {"floor": lambda: step(frozen, x.clone().requires_grad_())}
+    functions |= {k: functools.partial(step, adapted[k], x, optimizers[k]) for k in adapted}
+    seconds = interleaved(functions, repeats)
+    ratios = {f"adapter_step_ratio_{kernel}": seconds[kernel] / seconds["floor"] for kernel in adapted}
+    return {"floor_seconds": seconds["floor"], **ratios}
 
 
 def enhancement(repeats: int) -> dict[str, float]:
@@ -83,7 +84,7 @@ def enhancement(repeats: int) -> dict[str, float]:
     result = {}
     sd15 = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
     cases: dict[str, tuple[UNet2DConditionModel, tuple[int, ...], int]] = {
-        "studio": (studio_unet(), (32, 12, 32, 32), 32),
+        "studio": (studio_unet(), (32, LATENT_CHANNELS, 32, 32), 32),
         "sd15": (sd15.to(memory_format=torch.channels_last), (1, 4, 64, 64), 77),  # type: ignore[call-overload]
     }
     module = EnhancementModule()

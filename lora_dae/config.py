@@ -66,6 +66,7 @@ class AdapterConfig:
     init: str = "kaiming"  # kaiming (PEFT's default) | gaussian
     use_dora: bool = False
     use_rslora: bool = False
+    kernel: str = "fused"  # fused (one product per layer) | peft (PEFT's own three)
     full_finetune: bool = False  # train every UNet weight instead of an adapter (a baseline)
 
 
@@ -182,6 +183,7 @@ def check(cfg: Config) -> None:
     _one_of("sampling.scheduler", cfg.sampling.scheduler, SCHEDULERS)
     _one_of("data.name", cfg.data.name, ("studio", "folder"))
     _one_of("adapter.init", cfg.adapter.init, ("kaiming", "gaussian"))
+    _one_of("adapter.kernel", cfg.adapter.kernel, ("fused", "peft"))
     _one_of("evaluation.features", cfg.evaluation.features, ("effnet", "inception"))
     for group in cfg.adapter.targets:
         _one_of("adapter.targets", group, TARGET_GROUPS)

@@ -14,6 +14,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft import LoraConfig
 from torch import nn
 
+from lora_dae.adapter.fused import fuse
 from lora_dae.adapter.source_input import get_source_input
 from lora_dae.adapter.targets import is_spatial_conv, largest_rank, select
 from lora_dae.config import AdapterConfig, ConfigError
@@ -40,6 +41,8 @@ def inject(unet: UNet2DConditionModel, cfg: AdapterConfig) -> None:
     for name, parameter in unet.named_parameters():
         if ".lora_" in name:
             _train(parameter)
+    if cfg.kernel == "fused":
+        fuse(unet)
     source_input = get_source_input(unet)
     if source_input is not None:
         for parameter in source_input.parameters():

@@ -1,0 +1,153 @@
+"""LoRA layers that cost little more than the frozen layer below them.
+
+PEFT computes W x + s B A x as three products and a sum, each with its own backward. Here the weight W + s B A is formed
+once per call and used for the output and for the input's gradient; the gradients of A and B come from
+low-rank products, so the full weight gradient never exists (RunLoRA, Cherniuk et al. 2023, 2312.03415, for linear
+layers; the same for convolutions):
+
+    H = A x        G = s B^T dL/dy        dL/dB = s dL/dy H^T        dL/dA = G x^T
+
+Parameters, names and files stay PEFT's. Layers with few positions (a time embedding) keep PEFT's order, which
+is the cheaper one there; so does every case that PEFT treats apart (dropout, DoRA, several adapters, merged).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Conv2d, Linear, LoraLayer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def fuse(model: nn.Module) -> int:
+    """Let every plain LoRA layer (Linear, Conv2d) of ``model`` compute this way; returns how many."""
+    count = 0
+    for module in model.modules():
+        if type(module) is Linear:
+            module.__class__ = FusedLinear
+        elif type(module) is Conv2d and _is_plain(module.base_layer):
+            module.__class__ = FusedConv2d
+        else:
+            continue
+        count += 1
+    return count
+
+
+def _is_plain(conv: nn.Conv2d) -> bool:
+    return conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
+
+
+def merging_pays(positions: int, inputs: int, outputs: int) -> bool:
+    """True if B A, rank x inputs x outputs products, costs less than B A x, rank x positions x (inputs + outputs)."""
+    return positions * (inputs + outputs) > inputs * outputs
+
+
+def _plain_adapter(layer: LoraLayer, x: Tensor, extra: dict[str, Any]) -> str | None:
+    """The name of the one adapter whose output is exactly W x + s B A x; None if PEFT has to decide."""
+    if extra or layer.disable_adapters or layer.merged:
+        return None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or active[0] in layer.lora_variant or layer.lora_bias[active[0]]:
+        return None
+    dropout = layer.lora_dropout[active[0]]
+    return None if layer.training and not isinstance(dropout, nn.Identity) else active[0]
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class FusedLinear(Linear):
+    """PEFT's LoRA Linear in one product."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = _plain_adapter(self, x, {**kwargs, **dict(enumerate(args))})
+        base = self.base_layer
+        if name is None or not merging_pays(x.numel() // x.shape[-1], base.in_features, base.out_features):
+            return super().forward(x, *args, **kwargs)
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        return _LinearProduct.apply(x, base.weight, base.bias, a, b, self.scaling[name], _compute_dtype(x))
+
+
+class FusedConv2d(Conv2d):
+    """PEFT's LoRA Conv2d (A has the kernel, stride and padding, B is 1x1) in one convolution."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name = _plain_adapter(self, x, {**kwargs, **dict(enumerate(args))})
+        base = self.base_layer
+        positions = x.shape[0] * x.shape[2] * x.shape[3] // (base.stride[0] * base.stride[1])
+        if name is None or not merging_pays(positions, base.weight[0].numel(), base.out_channels):
+            return super().forward(x, *args, **kwargs)
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        geometry = (base.stride, base.padding)
+        return _ConvProduct.apply(x, base.weight, base.bias, a, b, self.scaling[name], _compute_dtype(x), geometry)
+
+
+def _merge(weight: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """W + scale B A in the adapter's precision, then rounded once."""
+    delta = (b.flatten(1) @ a.flatten(1)).view(weight.shape)
+    merged = torch.add(weight.to(a.dtype), delta, alpha=scale)
+    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        return merged.to(dtype, memory_format=torch.channels_last)
+    return merged.to(dtype)
+
+
+class _LinearProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale, dtype):  # type: ignore[no-untyped-def]
+        with torch.autocast(x.device.type, enabled=False):
+            x, merged = x.to(dtype), _merge(weight, a, b, scale, dtype)
+            ctx.save_for_backward(x, merged, a, b)
+            ctx.scale = scale
+            return F.linear(x, merged, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, merged, a, b = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            dx = grad @ merged if ctx.needs_input_grad[0] else None
+            rows, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+            # The scale enters where the tensors are smallest.
+            db = (rows.T @ (x @ a.to(x.dtype).T)).to(b.dtype) * ctx.scale
+            da = ((rows @ b.to(x.dtype)).T @ x).to(a.dtype) * ctx.scale
+        return dx, None, None, da, db, None, None
+
+
+class _ConvProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, scale, dtype, geometry):  # type: ignore[no-untyped-def]
+        with torch.autocast(x.device.type, enabled=False):
+            x, merged = x.to(dtype), _merge(weight, a, b, scale, dtype)
+            ctx.save_for_backward(x, merged, a, b)
+            ctx.scale, ctx.geometry = scale, geometry
+            return F.conv2d(x, merged, None if bias is None else bias.to(dtype), *geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, merged, a, b = ctx.saved_tensors
+        stride, padding = ctx.geometry
+
+        def gradients(weight: Tensor, output: Tensor, which: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
+            return torch.ops.aten.convolution_backward(
+                output, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1, which
+            )
+
+        with torch.autocast(x.device.type, enabled=False):
+            dx = gradients(merged, grad, (True, False, False))[0] if ctx.needs_input_grad[0] else None
+            low = a.to(x.dtype)
+            if x.is_contiguous(memory_format=torch.channels_last):
+                low = low.contiguous(memory_format=torch.channels_last)
+            up = b.flatten(1).to(x.dtype)
+            rows = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
+            h = F.conv2d(x, low, None, stride, padding).permute(0, 2, 3, 1).reshape(-1, up.shape[1])
+            db = (rows.T @ h).to(b.dtype).view(b.shape) * ctx.scale
+            n, _, height, width = grad.shape
+            g = (rows @ up).view(n, height, width, -1).permute(0, 3, 1, 2)
+            da = gradients(low, g, (False, True, False))[1].to(a.dtype) * ctx.scale
+        return dx, None, None, da, db, None, None, None

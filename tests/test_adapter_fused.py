@@ -1,0 +1,160 @@
+"""Fused LoRA layers are PEFT's: same outputs, same gradients, same parameters, for every geometry."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from adapter_models import FAMILIES, predict, randomize, tiny_unet
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from lora_dae.adapter import fused
+from lora_dae.adapter.fused import FusedConv2d, FusedLinear, fuse, merging_pays
+from lora_dae.adapter.inject import inject, trainable_parameters
+from lora_dae.config import AdapterConfig
+
+CONVOLUTIONS = {
+    "3x3": nn.Conv2d(6, 10, 3, padding=1),
+    "stride": nn.Conv2d(6, 10, 3, stride=2, padding=1),
+    "no bias": nn.Conv2d(6, 10, 3, padding=1, bias=False),
+    "1x1": nn.Conv2d(6, 10, 1),
+    "no padding": nn.Conv2d(6, 10, 3),
+    "oblong": nn.Conv2d(6, 4, (3, 5), padding=(0, 2), stride=(1, 2)),
+}
+
+
+class One(nn.Module):
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def pair(layer: nn.Module, dtype: torch.dtype, **options: object) -> tuple[One, One]:
+    """The same adapted layer computed by PEFT and fused."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=["layer"], init_lora_weights=False, **options)  # type: ignore[arg-type]
+    theirs = One(copy.deepcopy(layer)).to(dtype)
+    theirs.requires_grad_(False)
+    inject_adapter_in_model(config, theirs)
+    theirs.to(dtype)
+    ours = copy.deepcopy(theirs)
+    assert fuse(ours) == 1
+    return theirs, ours
+
+
+def everything(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output and every gradient of a loss that weighs each output differently."""
+    x = x.clone().requires_grad_()
+    y = model(x)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    assert x.grad is not None
+    return {"output": y.detach(), "x": x.grad} | {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_convolutions_give_peft_s_output_and_gradients(
+    kind: str, dtype: torch.dtype, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "merging_pays", lambda *sizes: True)
+    theirs, ours = pair(CONVOLUTIONS[kind].to(memory_format=memory_format), dtype)
+    x = torch.randn(2, 6, 9, 8, dtype=dtype).to(memory_format=memory_format)
+    expected, got = everything(theirs, x), everything(ours, x)
+    assert expected.keys() == got.keys() and len(got) == 4
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linears_give_peft_s_output_and_gradients(dtype: torch.dtype, bias: bool) -> None:
+    theirs, ours = pair(nn.Linear(6, 10, bias=bias), dtype)
+    x = torch.randn(4, 5, 6, dtype=dtype)
+    assert merging_pays(20, 6, 10)
+    expected, got = everything(theirs, x), everything(ours, x)
+    assert expected.keys() == got.keys() and len(got) == 4
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_gradients_are_the_derivatives() -> None:
+    """Against finite differences, independent of PEFT."""
+    _, ours = pair(nn.Conv2d(2, 3, 3, stride=2, padding=1), torch.float64)
+    parameters = {k: p for k, p in ours.named_parameters() if p.requires_grad}
+    x = torch.randn(2, 2, 5, 5, dtype=torch.float64, requires_grad=True)
+    names = list(parameters)
+
+    def output(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(ours, dict(zip(names, values, strict=True)), (x,))
+
+    assert merging_pays(2 * 25 // 4, 18, 3)
+    assert torch.autograd.gradcheck(output, (x, *(parameters[k].detach().requires_grad_() for k in names)))
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 10), nn.Conv2d(6, 10, 3, padding=1)], ids=["linear", "conv"])
+def test_bf16_autocast_gives_bf16_output_and_float32_gradients_near_the_exact_ones(layer: nn.Module) -> None:
+    theirs, ours = pair(layer, torch.float32)
+    x = torch.randn(16, 8, 6) if isinstance(layer, nn.Linear) else torch.randn(8, 6, 9, 8)
+    exact = everything(theirs, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = everything(ours, x)
+    assert got["output"].dtype == torch.bfloat16 and all(
+        v.dtype == torch.float32 for k, v in got.items() if k != "output"
+    )
+    for name, value in exact.items():
+        gap = (got[name].float() - value).norm() / value.norm()
+        assert gap < 0.02, (name, gap)  # bf16 keeps 8 bits: relative 2^-9 a rounding
+
+
+def test_the_split_order_is_taken_where_it_is_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One position through a square layer: B A x costs 2n, forming B A costs n * n."""
+    assert not merging_pays(1, 100, 100) and merging_pays(51, 100, 100) and not merging_pays(50, 100, 100)
+    _, ours = pair(nn.Linear(100, 100), torch.float32)
+    monkeypatch.setattr(fused, "_merge", lambda *a: pytest.fail("merged"))
+    ours(torch.randn(50, 100))
+    with pytest.raises(pytest.fail.Exception):
+        ours(torch.randn(51, 100))
+
+
+def test_dropout_is_peft_s_in_training_and_fused_without() -> None:
+    theirs, ours = pair(nn.Linear(6, 10), torch.float32, lora_dropout=0.5)
+    x = torch.randn(40, 6)
+    for mode in (True, False):
+        outputs = []
+        for model in (theirs, ours):
+            torch.manual_seed(1)
+            outputs.append(model.train(mode)(x))
+        torch.testing.assert_close(outputs[1], outputs[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}, {"alpha": 3.0, "conv_alpha": 1.0}])
+def test_a_whole_unet_predicts_the_same_with_either_kernel(family: str, options: dict) -> None:
+    predictions, names = [], []
+    for kernel in ("peft", "fused"):
+        unet = tiny_unet(family)
+        torch.manual_seed(5)
+        inject(unet, AdapterConfig(rank=2, kernel=kernel, **options))
+        assert any(isinstance(m, (FusedLinear, FusedConv2d)) for m in unet.modules()) == (kernel == "fused")
+        randomize(unet)
+        predictions.append(predict(unet, family=family))
+        names.append(list(trainable_parameters(unet)))
+    assert names[0] == names[1]
+    torch.testing.assert_close(predictions[1], predictions[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_disabled_adapter_leaves_the_backbone() -> None:
+    unet = tiny_unet()
+    base = predict(unet)
+    inject(unet, AdapterConfig(rank=2))
+    randomize(unet)
+    unet.eval().disable_adapters()
+    torch.testing.assert_close(predict(unet), base, rtol=0, atol=0)
+    unet.enable_adapters()
+    assert not torch.equal(predict(unet), base)
