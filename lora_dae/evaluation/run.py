@@ -31,6 +31,7 @@ from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet
 from lora_dae.sampling.sheet import image_grid
 
 GRID_ROWS = 6
+FROZEN = "frozen backbone"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def draw_rows(run: LoadedRun, held_out: HeldOut, console: Console, bf16: bool) -
             frozen = load_backbone(cfg.backbone, run.backbone.device)
             prepare_unet(frozen, cfg)
             drawer = Drawer(frozen, None, "none", "none", cfg.data.resolution, cfg.sampling, bf16)
-            rows = {"frozen backbone": images("frozen backbone", drawer, None, 0.0), **rows}
+            rows = {FROZEN: images(FROZEN, drawer, None, 0.0), **rows}
     return rows
 
 
@@ -113,7 +114,7 @@ def measure_rows(
             classifier=classifier,
             bootstrap=cfg.evaluation.bootstrap,
             seed=cfg.seed,
-            paired=held_out.sources is not None,
+            paired=held_out.sources is not None and name != FROZEN,
         )
     sampling = cfg.sampling
     protocol = Protocol(
@@ -131,6 +132,9 @@ def measure_rows(
     )
     # Strength 0 comes first: it is what every other row is compared with.
     order = sorted(methods, key=lambda name: name != row_name(0.0))
+    if FROZEN in methods:  # it saw no source: nothing that compares with the real photo of the same pair applies
+        comparable = methods[row_name(0.0)]
+        methods[FROZEN] = {k: v for k, v in methods[FROZEN].items() if k in comparable}
     return ResultsTable({name: methods[name] for name in order}, protocol), real
 
 
