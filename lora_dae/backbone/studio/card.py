@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from lora_dae.backbone.studio import autoencoder, recipe
-from lora_dae.backbone.studio.denoiser import PHOTO_PREFIX
+from lora_dae.backbone.studio.autoencoder import LATENT_CHANNELS
+from lora_dae.backbone.studio.denoiser import BATCH, PHOTO_PREFIX
 from lora_dae.data.studio.dataset import StudioDataset
 
 PROMPTS = (
@@ -24,6 +25,7 @@ PROMPTS = (
     "flat lay of an orange striped sweater, white background",
     "a purple dress on a mannequin, gray background",
 )
+PARTS = ("vae", "unet", "text_encoder")
 SHEET_PROMPTS = (*PROMPTS, f"{PHOTO_PREFIX}a blue t-shirt", f"{PHOTO_PREFIX}black pants")
 
 
@@ -65,13 +67,12 @@ def _sheet(weights: Path) -> None:
 
 
 def _text(work: Path, weights: Path, rows: dict[str, dict[str, float]]) -> str:
-    size = sum(f.stat().st_size for f in weights.rglob("*.safetensors")) / 1e6
+    count = {part: sum(f.stat().st_size for f in (weights / part).glob("*.safetensors")) / 2e6 for part in PARTS}
+    size = 2 * sum(count.values())
     ae_minutes, ae_steps = _clock(work / "autoencoder.safetensors")
     unet_minutes, unet_steps = _clock(work / "denoiser.safetensors")
     names = list(next(iter(rows.values())))
-    head = (
-        "| held-out images (256) | " + " | ".join(n.replace("_", " ").replace("power ", "power ") for n in names) + " |"
-    )
+    head = "| held-out images (256) | " + " | ".join(n.replace("_", " ") for n in names) + " |"
     body = [
         f"| {name} | " + " | ".join(f"{v:.2f}" if k.startswith("psnr") else f"{v:.3f}" for k, v in row.items()) + " |"
         for name, row in rows.items()
@@ -80,8 +81,9 @@ def _text(work: Path, weights: Path, rows: dict[str, dict[str, float]]) -> str:
         [
             "# The embedded studio backbone",
             "",
-            "A tiny Stable Diffusion in the ordinary diffusers layout: 128 x 128 pixels, 32 x 32 x 12 latents,",
-            "v-prediction. It knows one thing: studio photos of clothes, as the package's own renderer draws them.",
+            "A tiny Stable Diffusion in the ordinary diffusers layout: 128 x 128 pixels,",
+            f"32 x 32 x {LATENT_CHANNELS} latents, v-prediction. It knows one thing: studio photos of clothes, as the",
+            "package's own renderer draws them.",
             "",
             "![samples](samples.jpg)",
             "",
@@ -89,10 +91,12 @@ def _text(work: Path, weights: Path, rows: dict[str, dict[str, float]]) -> str:
             "",
             "| part | class | training | wall-clock on 2 CPU cores |",
             "|---|---|---|---|",
-            f"| vae | AutoencoderTiny, 1.7 M parameters | {ae_steps:,} steps of {autoencoder.BATCH} crops of 64 x 64 "
+            f"| vae | AutoencoderTiny, {count['vae']:.2f} M parameters; encoder: principal components, not trained "
+            f"| {ae_steps:,} steps of {autoencoder.BATCH} crops of 64 x 64 "
             f"| {ae_minutes:.0f} minutes |",
-            f"| unet, text_encoder | UNet2DConditionModel 7.5 M, CLIPTextModel 0.8 M | {unet_steps:,} steps of 16 "
-            f"| {unet_minutes:.0f} minutes |",
+            f"| unet | UNet2DConditionModel, {count['unet']:.2f} M parameters "
+            f"| {unet_steps:,} steps of {BATCH} | {unet_minutes:.0f} minutes |",
+            f"| text_encoder | CLIPTextModel, {count['text_encoder']:.2f} M parameters | with the unet | |",
             "",
             "## Autoencoder on images that it never saw",
             "",

@@ -19,13 +19,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from lora_dae.backbone.attention import choose_attention
 from lora_dae.backbone.studio import recipe, words
 from lora_dae.backbone.studio.autoencoder import LATENT_CHANNELS
-from lora_dae.backbone.studio.recipe import Averaged, Schedule, console
+from lora_dae.backbone.studio.recipe import Averaged, Optimizer, Schedule, console
 from lora_dae.data.studio.attributes import draw_look, stream
 from lora_dae.data.studio.captions import caption
 from lora_dae.data.studio.dataset import StudioDataset
 from lora_dae.diffusion import min_snr_weight
 
 BATCH, WIDTH, VARIANTS, PHOTO_SHARE = 16, 128, 3, 0.08
+MUON_LR = 2e-3
 PHOTO_PREFIX = "a product photo of "
 
 
@@ -75,7 +76,7 @@ def scheduler() -> DDIMScheduler:
 
 @torch.no_grad()
 def encode(vae: AutoencoderTiny, images: np.ndarray, file: Path) -> np.ndarray:
-    """Latents of all images, float16 (N, 12, 32, 32), kept in ``file``."""
+    """Latents of all images, float16 (N, 16, 32, 32), kept in ``file``."""
     if not file.exists():
         console.print(f"encoding {len(images)} images into {file.name}")
         out = []
@@ -148,24 +149,15 @@ def train(minutes: float, work: Path, weights: Path, photo_root: Path | None, se
         f"UNet {unet.num_parameters() / 1e6:.2f} M, text encoder {text.num_parameters() / 1e6:.2f} M parameters"
     )
     averaged = Averaged({"unet": unet, "text": text}, 0.999)
-    parameters = [*unet.parameters(), *text.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    schedule, state = Schedule(minutes, 1e-3, warmup=300), work / "denoiser.safetensors"
+    files = {"unet": weights / "unet" / "diffusion_pytorch_model.safetensors"}
+    recipe.warm_start(averaged, files | {"text": weights / "text_encoder" / "model.safetensors"})
+    optimizer = Optimizer(averaged.live, MUON_LR, 1e-3, 0.01)
+    schedule, state = Schedule(minutes), work / "denoiser.safetensors"
     if state.exists():
         recipe.load_state(state, averaged, optimizer, schedule)
-    else:
-        recipe.warm_start(
-            averaged,
-            {
-                "unet": weights / "unet" / "diffusion_pytorch_model.safetensors",
-                "text": weights / "text_encoder" / "model.safetensors",
-            },
-        )
     losses: list[float] = []
     while not schedule.finished:
-        rate = schedule.tick()
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        share = schedule.tick()
         rng = np.random.default_rng((seed, schedule.step))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + schedule.step)
         n_real = int(rng.binomial(BATCH, PHOTO_SHARE)) if len(real) else 0
@@ -180,10 +172,8 @@ def train(minutes: float, work: Path, weights: Path, photo_root: Path | None, se
         t = torch.randint(0, 1000, (BATCH,), generator=generator)
         noise = torch.randn(z.shape, generator=generator)
         loss = model.loss(z, ids, t, noise).mean()
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        optimizer.step(share, clip=1.0)
         averaged.update(schedule.step)
         losses.append(float(loss.detach()))
         if schedule.step % 200 == 0:

@@ -1,10 +1,10 @@
-"""What the recipe's steps share: pictures, wall-clock schedules, EMA, resumable state."""
+"""What the recipe's steps share: pictures, optimizer, wall-clock schedules, EMA, resumable state."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -44,23 +44,74 @@ def photos(root: Path | None) -> tuple[np.ndarray, list[str]]:
 class Schedule:
     """Warm-up and cosine over wall-clock minutes: a recipe promises hours, not steps."""
 
-    def __init__(self, minutes: float, peak: float, warmup: int = 200, floor: float = 0.02):
-        self.seconds, self.peak, self.warmup, self.floor = 60 * minutes, peak, warmup, floor
+    def __init__(self, minutes: float, warmup: int = 200, floor: float = 0.02):
+        self.seconds, self.warmup, self.floor = 60 * minutes, warmup, floor
         self.spent, self.step, self._last = 0.0, 0, time.monotonic()
 
     def tick(self) -> float:
-        """Count one step; return its learning rate. A pause (a stopped process) is not counted."""
+        """Count one step; return its share of the peak learning rate. A pause (a stopped process) is not counted."""
         now = time.monotonic()
         self.spent += min(now - self._last, 5.0)
         self._last = now
         self.step += 1
         done = min(self.spent / self.seconds, 1.0)
         cosine = self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done))
-        return self.peak * min(self.step / self.warmup, 1.0) * cosine
+        return min(self.step / self.warmup, 1.0) * cosine
 
     @property
     def finished(self) -> bool:
         return self.spent >= self.seconds
+
+
+class Optimizer:
+    """Muon for matrices and convolution kernels, AdamW for biases, norms and embeddings.
+
+    Muon (orthogonalized momentum, 2502.16982) is torch's own and knows matrices only, so it is handed each
+    kernel as an (out, in x height x width) matrix on the same memory. On the autoencoder it reached in
+    3 minutes what AdamW had not reached in 30.
+    """
+
+    def __init__(self, named: dict[str, nn.Parameter], muon_lr: float, adam_lr: float, weight_decay: float):
+        self.named = named
+        self.matrices = {
+            k: nn.Parameter(_matrix(p, p)) for k, p in named.items() if p.ndim in (2, 4) and "embedding" not in k
+        }
+        rest = [p for k, p in named.items() if k not in self.matrices]
+        self.adam = torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+        self.muon = torch.optim.Muon(
+            self.matrices.values(), lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        self.peaks = [(self.muon, muon_lr), (self.adam, adam_lr)]
+
+    def step(self, share: float, clip: float) -> None:
+        """Update all parameters at ``share`` of the peak learning rates, and clear the gradients."""
+        torch.nn.utils.clip_grad_norm_(self.named.values(), clip)
+        for k, matrix in self.matrices.items():
+            matrix.grad = _matrix(self.named[k].grad, self.named[k])  # type: ignore[arg-type]
+        for optimizer, peak in self.peaks:
+            for group in optimizer.param_groups:
+                group["lr"] = peak * share
+            optimizer.step()
+        for p in (*self.named.values(), *self.matrices.values()):
+            p.grad = None
+
+    def _holders(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for k, p in self.named.items():
+            yield k, (self.muon.state[self.matrices[k]] if k in self.matrices else self.adam.state[p])
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{key}.{k}": torch.as_tensor(v) for k, held in self._holders() for key, v in held.items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        for k, held in self._holders():
+            for key in ("momentum_buffer",) if k in self.matrices else ("step", "exp_avg", "exp_avg_sq"):
+                held[key] = tensors[f"{key}.{k}"]
+
+
+def _matrix(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` as one row per output; columns in the order in which ``like`` lies in memory."""
+    x = x.detach()
+    return x if x.ndim == 2 else (x if like.is_contiguous() else x.permute(0, 2, 3, 1)).flatten(1)
 
 
 class Averaged:
@@ -101,15 +152,11 @@ def warm_start(averaged: Averaged, files: dict[str, Path]) -> bool:
     return True
 
 
-def save_state(path: Path, averaged: Averaged, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
+def save_state(path: Path, averaged: Averaged, optimizer: Optimizer, schedule: Schedule) -> None:
     """Write everything that resuming needs as one safetensors file, atomically."""
-    names = {id(p): k for k, p in averaged.live.items()}
     tensors: dict[str, Tensor] = {f"live.{k}": p.detach() for k, p in averaged.live.items()}
     tensors |= {f"mean.{k}": v for k, v in averaged.mean.items()}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            for key, value in optimizer.state.get(p, {}).items():
-                tensors[f"optimizer.{key}.{names[id(p)]}"] = torch.as_tensor(value)
+    tensors |= {f"optimizer.{k}": v for k, v in optimizer.state().items()}
     tensors["clock"] = torch.tensor([schedule.spent, schedule.step], dtype=torch.float64)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
@@ -117,16 +164,15 @@ def save_state(path: Path, averaged: Averaged, optimizer: torch.optim.Optimizer,
     partial.rename(path)
 
 
-def load_state(path: Path, averaged: Averaged, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
+def load_state(path: Path, averaged: Averaged, optimizer: Optimizer, schedule: Schedule) -> None:
     """Go on where ``save_state`` stopped."""
     tensors = load_file(path)
     with torch.no_grad():
         for k, p in averaged.live.items():
             p.copy_(tensors[f"live.{k}"])
             averaged.mean[k].copy_(tensors[f"mean.{k}"])
-            state = {key: tensors.get(f"optimizer.{key}.{k}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            if state["step"] is not None:
-                optimizer.state[p] = {key: v for key, v in state.items() if v is not None}
+    head = "optimizer."
+    optimizer.load({k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)})
     schedule.spent, schedule.step = float(tensors["clock"][0]), int(tensors["clock"][1])
     console.print(f"going on after step {schedule.step}, {schedule.spent / 60:.1f} minutes")
 
