@@ -6,6 +6,7 @@ procedural data set are independent, so that any part of it is a fair sample).
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_dae.backbone.studio.recipe import Optimizer
 from lora_dae.config import ConfigError
 from lora_dae.evaluation.attributes import UNKNOWN, AttributeClassifier
 
@@ -27,7 +29,6 @@ def fit_classifier(
     reconstructions: np.ndarray | None = None,
     epochs: int = 8,
     batch_size: int = 64,
-    learning_rate: float = 3e-3,
     held_out: float = 0.06,
     seed: int = 0,
 ) -> tuple[AttributeClassifier, dict[str, float]]:
@@ -46,12 +47,11 @@ def fit_classifier(
     classifier.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     targets = classifier.encode(labels)
     train_size = len(images) - max(1, round(len(images) * held_out))
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate, weight_decay=0.02)
+    optimizer = Optimizer(dict(classifier.named_parameters()), muon_lr=5e-3, adam_lr=3e-3, weight_decay=0.02)
     steps = epochs * (train_size // batch_size)
     if steps == 0:
         raise ConfigError(f"{train_size} training images are fewer than one batch of {batch_size}; render more.")
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.15)
-    start = time.monotonic()
+    start, step = time.monotonic(), 0
     for epoch in range(epochs):
         order = rng.permutation(train_size)
         losses = []
@@ -65,10 +65,9 @@ def fit_classifier(
             with torch.autocast("cpu", torch.bfloat16):  # 1.8x faster on a CPU with AVX512-BF16
                 logits = classifier(pixels)
             loss = _loss(logits, {name: target[index] for name, target in targets.items()})
-            optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            optimizer.step()
-            schedule.step()
+            optimizer.step(_share(step, steps), clip=1.0)
+            step += 1
             losses.append(loss.item())
         seconds = time.monotonic() - start
         print(
@@ -85,12 +84,19 @@ def fit_classifier(
     return classifier, accuracy
 
 
+def _share(step: int, steps: int) -> float:
+    """Of the peak learning rate: linear warm-up over 15 % of the steps, then a cosine to 0."""
+    done = (step + 1) / steps
+    return done / 0.15 if done < 0.15 else 0.5 * (1 + math.cos(math.pi * (done - 0.15) / 0.85))
+
+
 def augment(images: Tensor) -> Tensor:
-    """Light changes that keep every attribute: shift, brightness, slight blur, slight noise. Never color.
+    """Light changes that keep every attribute: flip, shift, brightness, slight blur and noise. Never color.
 
     Float NCHW in [0, 1] in and out; random numbers from torch's global generator.
     """
     n, _, height, width = images.shape
+    images = torch.where(torch.rand(n, 1, 1, 1) < 0.5, images.flip(3), images)
     padded = F.pad(images, [MAX_SHIFT] * 4, mode="replicate")
     top, left = torch.randint(0, 2 * MAX_SHIFT + 1, (2, n)).unbind()
     rows = (top[:, None] + torch.arange(height))[:, None, :, None]

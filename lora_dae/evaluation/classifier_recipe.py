@@ -1,6 +1,6 @@
 """How the shipped attribute classifier was made: ``make classifier``.
 
-    python -m lora_dae.evaluation.classifier_recipe [--work build/backbone] [--epochs 5]
+    python -m lora_dae.evaluation.classifier_recipe [--work build/backbone] [--epochs 8]
 
 Trained on the recipe's BASE and TARGET photos, the latter also as autoencoder reconstructions; judged on TARGET photos
 that it never saw. The card beside the weights holds the numbers.
@@ -42,7 +42,7 @@ def words(labels: dict[str, str]) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/backbone"), help="the backbone recipe's folder")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=8)
     args = parser.parse_args()
     base, _ = base_data(args.work / "cache")
     target, held_out = target_data(args.work / "cache")
