@@ -164,7 +164,8 @@ def write_pictures(folder: Path, items: Sequence[Item], images: Sequence[np.ndar
 
 def read_pictures(folder: Path, count: int | None = None) -> tuple[list[Item], list[np.ndarray]]:
     """Items and pictures of a folder, in the order of metadata.jsonl; ConfigError names the line that is wrong."""
-    items, images = [], []
+    items: list[Item] = []
+    images: list[np.ndarray] = []
     lines = (folder / METADATA).read_text(encoding="utf-8").splitlines()
     for number, line in enumerate((line for line in lines if line.strip()), start=1):
         if count is not None and len(items) == count:
