@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from lora_dae.config import ConfigError
 from lora_dae.evaluation.compare import compare_paired
 from lora_dae.evaluation.pictures import Item, gather
 from lora_dae.evaluation.preference import strengths, win_rates
+from lora_dae.evaluation.table import without_nan
 from lora_dae.vqa.ask import Answer, Task, ask_all
 from lora_dae.vqa.bank import Bank, load_bank
 from lora_dae.vqa.cache import AnswerCache
@@ -170,7 +170,7 @@ def _write(
     answers: Mapping[str, Sequence[Answer]],
     compared: Mapping[str, Sequence[Answer]],
 ) -> None:
-    text = json.dumps(_finite(result), indent=2, ensure_ascii=False)
+    text = json.dumps(without_nan(result), indent=2, ensure_ascii=False)
     (output / "vqa.json").write_text(text + "\n", encoding="utf-8")
     (output / "vqa.md").write_text(write_markdown(result), encoding="utf-8")
     with (output / "answers.jsonl").open("w", encoding="utf-8") as file:
@@ -182,12 +182,3 @@ def _write(
                     "read": a.parsed.how if a.raw is not None else "unanswered", "raw": a.raw,
                 }  # fmt: skip
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """NaN and Inf as null: JSON knows neither."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
