@@ -231,5 +231,14 @@ def load_table(path: Path) -> ResultsTable:
     return ResultsTable(methods, Protocol(**data["protocol"]))
 
 
+def without_nan(value: Any) -> Any:
+    """The same dictionaries and lists with NaN and Inf as None: JSON knows neither."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _belongs(name: str, keys: tuple[str, ...]) -> bool:
     return any(name.startswith(key) if key.endswith("_") else name.split("_")[0] == key for key in keys)

@@ -1,0 +1,98 @@
+"""Make a study: pictures under random names, trials of every rater, links."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+from rich.console import Console
+
+from lora_dae.config import ConfigError
+from lora_dae.evaluation.pictures import PictureSets, gather
+from lora_dae.study.exclude import Rules
+from lora_dae.study.plan import CLEAR, DEGRADED, REFERENCE, plan
+from lora_dae.study.store import FILE, create_database, hashed
+
+
+@dataclass
+class CreateRequest:
+    """The keys of ``python -m lora_dae.study create``."""
+
+    runs: list[str] = field(default_factory=list)
+    output: str = "study"  # a new folder
+    title: str = "Fashion pictures"
+    split: str = "test"
+    num_samples: int = 32  # prompts
+    raters: int = 20
+    pairs: int = 40  # comparisons a rater
+    opinions: int = 10  # single pictures a rater
+    seed: int = 0  # of sides and order
+    url: str = "http://127.0.0.1:8000"  # what the links begin with
+
+
+def create_study(request: CreateRequest, console: Console) -> Path:
+    """Write ``output``: study.db, pictures/ and links.txt. Raises ConfigError before anything is drawn or written."""
+    output = Path(request.output)
+    if output.exists():
+        raise ConfigError(f"output={output} exists: a study is never overwritten, give a new folder.")
+    plan(1, ["a", "b"][: max(1, len(request.runs))], request.raters, request.pairs, request.opinions, True, 0)
+    sets = gather(request.runs, request.split, request.num_samples, console)
+    methods = list(sets.methods)
+    sources = [item.source for item in sets.items]
+    trials = plan(
+        len(sets.items), methods, request.raters, request.pairs, request.opinions,
+        all(source is not None for source in sources), request.seed,
+    )  # fmt: skip
+    building = output.with_name(output.name + ".part")  # a killed `create` leaves no half study under the name
+    shutil.rmtree(building, ignore_errors=True)
+    (building / "pictures").mkdir(parents=True)
+    pictures = _write_pictures(sets, building / "pictures")
+    tokens = [secrets.token_urlsafe(24) for _ in range(request.raters)]
+    admin = secrets.token_urlsafe(24)
+    meta = {
+        "title": request.title, "methods": methods, "seed": request.seed, "created": time.time(),
+        "admin": hashed(admin), "rules": asdict(Rules()), "runs": request.runs,
+    }  # fmt: skip
+    create_database(building / FILE, meta, [i.prompt for i in sets.items], pictures, tokens, trials)
+    links = [f"rater {k + 1:03d}  {request.url}/r/{token}" for k, token in enumerate(tokens)]
+    text = "\n".join([f"admin      {request.url}/admin/{admin}", *links]) + "\n"
+    path = building / "links.txt"
+    path.touch(mode=0o600)  # who has a link can vote
+    path.write_text(text, encoding="utf-8")
+    building.rename(output)
+    console.print(f"study    {output}: {request.raters} raters, {len(trials[0])} trials each", soft_wrap=True)
+    console.print(f"links    {output / 'links.txt'}  (one for each rater; keep the file private)", soft_wrap=True)
+    return output
+
+
+def degraded(image: np.ndarray) -> np.ndarray:
+    """A picture that nobody could take for a photo: sixteen blocks a side, blurred, half the contrast. uint8 RGB."""
+    picture = Image.fromarray(image)
+    small = picture.resize((16, 16), Image.Resampling.BOX).resize(picture.size, Image.Resampling.NEAREST)
+    blurred = np.asarray(small.filter(ImageFilter.GaussianBlur(picture.width / 64))).astype(float)
+    return (0.5 * blurred + 64).round().astype(np.uint8)
+
+
+def _write_pictures(sets: PictureSets, folder: Path) -> dict[str, tuple[int, str]]:
+    """PNG files under random names, without metadata; returns name -> (item, method)."""
+    known: dict[str, tuple[int, str]] = {}
+
+    def save(image: np.ndarray, item: int, method: str) -> None:
+        name = f"{secrets.token_hex(12)}.png"
+        Image.fromarray(image).save(folder / name)
+        known[name] = (item, method)
+
+    for k, item in enumerate(sets.items):
+        for method, images in sets.methods.items():
+            save(images[k], k, method)
+        clear = item.real if item.real is not None else next(iter(sets.methods.values()))[k]
+        save(clear, k, CLEAR)
+        save(degraded(clear), k, DEGRADED)
+        if item.source is not None:
+            save(item.source, k, REFERENCE)
+    return known

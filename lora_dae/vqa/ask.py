@@ -1,0 +1,106 @@
+"""Put questions to a judge: cached, several at once, resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_dae.config import ConfigError
+from lora_dae.vqa.bank import Question
+from lora_dae.vqa.cache import AnswerCache, image_hash
+from lora_dae.vqa.judges import PROMPT_VERSION, Judge, JudgeFailedError, prompt
+from lora_dae.vqa.parse import Parsed, parse_answer
+
+GIVE_UP_AFTER = 5  # failures in a row: the endpoint is down
+
+
+@dataclass(frozen=True)
+class Task:
+    """A question about one picture, or two (uint8 (H, W, 3)), of prompt ``item``; ``methods`` made them."""
+
+    item: int
+    methods: tuple[str, ...]
+    images: tuple[np.ndarray, ...]
+    question: Question
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``raw`` is None when the judge failed on this question: unanswered, which is not the same as unreadable."""
+
+    task: Task
+    raw: str | None
+    parsed: Parsed
+
+
+def ask_all(
+    tasks: Sequence[Task], judge: Judge, cache: AnswerCache, on_answer: Callable[[], None] | None = None
+) -> list[Answer]:
+    """Answers to all tasks that the judge takes, in their order; what the cache holds is not asked again.
+
+    A question that fails after the judge's retries is left unanswered. Raises ConfigError when the judge is down (5
+    failures in a row), refuses, or reaches its limits; everything answered until then is in the cache.
+    """
+    tasks = [t for t in tasks if judge.takes(t.question)]
+    hashes: dict[int, str] = {id(image): "" for t in tasks for image in t.images}
+    for t in tasks:
+        for image in t.images:
+            hashes[id(image)] = hashes[id(image)] or image_hash(image)
+    keys = [(tuple(hashes[id(i)] for i in t.images), prompt(t.question), judge.key, PROMPT_VERSION) for t in tasks]
+    raws: list[str | None] = [cache.get(*key) for key in keys]
+    # The same picture may stand in two rows (a method that reproduces the photo): it is asked about once.
+    first = {key: k for k, key in reversed(list(enumerate(keys)))}
+    todo = [k for k, raw in enumerate(raws) if raw is None and first[keys[k]] == k]
+    for _ in range(len(tasks) - len(todo)):
+        _told(on_answer)
+    failed: list[str] = []  # in a row, until the next answer
+
+    def one(k: int) -> str:
+        raw = judge.ask(tasks[k].images, tasks[k].question).raw
+        cache.put(*keys[k], raw)
+        return raw
+
+    pool = ThreadPoolExecutor(judge.concurrency)
+    running: dict[Future[str], int] = {}
+    waiting = iter(todo)
+    try:
+        for k in waiting:
+            running[pool.submit(one, k)] = k
+            while len(running) >= judge.concurrency:
+                _collect(running, raws, failed, on_answer)
+        while running:
+            _collect(running, raws, failed, on_answer)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    if failed and all(raw is None for raw in raws):
+        raise ConfigError(f"{failed[-1]} (None of its {len(tasks)} questions was answered.)")
+    raws = [raws[first[key]] for key in keys]
+    return [
+        Answer(t, raw, Parsed(None, "missing") if raw is None else parse_answer(raw, t.question.options))
+        for t, raw in zip(tasks, raws, strict=True)
+    ]
+
+
+def _collect(
+    running: dict[Future[str], int], raws: list[str | None], failed: list[str], on_answer: Callable[[], None] | None
+) -> None:
+    """Take finished answers; ConfigError when the judge failed too often in a row."""
+    done, _ = wait(running, return_when=FIRST_COMPLETED)
+    for future in done:
+        k = running.pop(future)
+        try:
+            raws[k] = future.result()
+            failed.clear()
+        except JudgeFailedError as error:
+            failed.append(str(error))
+            if len(failed) >= GIVE_UP_AFTER:
+                raise ConfigError(f"{error} ({len(failed)} questions in a row; earlier answers are kept.)") from error
+        _told(on_answer)
+
+
+def _told(on_answer: Callable[[], None] | None) -> None:
+    if on_answer is not None:
+        on_answer()

@@ -1,0 +1,134 @@
+"""A judge behind any OpenAI-compatible endpoint: hosted, vLLM, Ollama, LM Studio."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_dae.config import ConfigError
+from lora_dae.vqa.bank import Question
+from lora_dae.vqa.judges import JudgeConfig, JudgeFailedError, Reply, enlarged, prompt
+from lora_dae.vqa.parse import answer_schema
+
+
+class EndpointJudge:
+    """Asks by chat completions at temperature 0, pictures as PNG data URLs, answers by JSON schema."""
+
+    def __init__(self, name: str, cfg: JudgeConfig) -> None:
+        """Raises ConfigError without the ``openai`` package, or without a key where the hosted API needs one."""
+        try:
+            import openai
+        except ImportError as error:
+            raise ConfigError(f"judges.{name} needs the openai package: pip install 'lora-dae[judge]'.") from error
+        self._secret = os.environ.get(cfg.api_key_env, "")
+        if not self._secret and cfg.base_url is None:
+            raise ConfigError(f"judges.{name} needs a key: export {cfg.api_key_env}=..., or give base_url of a server.")
+        self._openai = openai
+        self._client: Any = openai.OpenAI(
+            api_key=self._secret or "none",  # local servers want a header, not a secret
+            base_url=cfg.base_url,
+            max_retries=cfg.retries,
+            timeout=cfg.timeout,
+        )
+        self.name = name
+        self.cfg = cfg
+        self.concurrency = cfg.concurrency
+        self.key = f"endpoint {cfg.base_url or 'hosted'} {cfg.model} schema={cfg.json_schema} max={cfg.max_tokens}"
+        self.cost = 0.0
+        self._lock = threading.Lock()
+        self._next = 0.0
+
+    def takes(self, question: Question) -> bool:
+        return True
+
+    def ask(self, images: Sequence[np.ndarray], question: Question) -> Reply:
+        self._wait()
+        self._check_cost()
+        content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _data_url(i)}} for i in images]
+        content.append({"type": "text", "text": prompt(question)})
+        request: dict[str, Any] = {
+            "model": self.cfg.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": self.cfg.max_tokens,
+        }
+        if self.cfg.json_schema:
+            schema = {"name": "answer", "strict": True, "schema": answer_schema(question.options)}
+            request["response_format"] = {"type": "json_schema", "json_schema": schema}
+        errors = self._openai
+        try:
+            reply = self._streamed(request) if self.cfg.stream else self._whole(request)
+        except (errors.AuthenticationError, errors.PermissionDeniedError) as error:
+            raise ConfigError(self._say("refuses the key", error, f"check {self.cfg.api_key_env}")) from None
+        except errors.NotFoundError as error:
+            raise ConfigError(self._say("does not know the model", error, "check model and base_url")) from None
+        except (errors.BadRequestError, errors.UnprocessableEntityError) as error:
+            raise ConfigError(self._say("refuses the request", error, "json_schema=false may help")) from None
+        except (errors.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
+            raise JudgeFailedError(self._say("gave no answer", error, "is it running?")) from None
+        with self._lock:
+            prices = reply.prompt_tokens * self.cfg.price_in + reply.completion_tokens * self.cfg.price_out
+            self.cost += prices / 1e6
+        return reply
+
+    def _whole(self, request: dict[str, Any]) -> Reply:
+        done = self._client.chat.completions.create(**request)
+        choices = getattr(done, "choices", None)
+        message = getattr(choices[0], "message", None) if choices else None
+        if message is None:
+            raise JudgeFailedError(f"{self.name}: the endpoint's answer is no chat completion.")
+        return Reply(message.content or "", *_tokens(done))
+
+    def _streamed(self, request: dict[str, Any]) -> Reply:
+        text, tokens, ended = "", (0, 0), False
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        for chunk in self._client.chat.completions.create(**request, **options):
+            if chunk.choices:
+                text += chunk.choices[0].delta.content or ""
+                ended = ended or chunk.choices[0].finish_reason is not None
+            if chunk.usage:
+                tokens = _tokens(chunk)
+        if not ended:  # half an answer must not be read as a whole one
+            raise JudgeFailedError(f"{self.name}: the stream broke off before the answer's end.")
+        return Reply(text, *tokens)
+
+    def _wait(self) -> None:
+        """Requests start at least 60 / requests_per_minute seconds apart."""
+        if self.cfg.requests_per_minute is None:
+            return
+        with self._lock:
+            start = max(time.monotonic(), self._next)
+            self._next = start + 60 / self.cfg.requests_per_minute
+        time.sleep(max(0.0, start - time.monotonic()))
+
+    def _check_cost(self) -> None:
+        with self._lock:
+            if self.cfg.max_cost is not None and self.cost >= self.cfg.max_cost:
+                raise ConfigError(
+                    f"judge {self.name} stopped at max_cost={self.cfg.max_cost:g} ({self.cost:.4g} spent): its answers "
+                    "are kept, raise the limit and run the same command to go on."
+                )
+
+    def _say(self, what: str, error: Exception, advice: str) -> str:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if self._secret:
+            reason = reason.replace(self._secret, "***")  # some servers quote the key that they refuse
+        return f"judge {self.name} ({self.cfg.base_url or 'hosted'}, {self.cfg.model}) {what} ({reason}): {advice}."
+
+
+def _tokens(done: Any) -> tuple[int, int]:
+    usage = getattr(done, "usage", None)
+    return (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
+
+
+def _data_url(image: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    enlarged(image).save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

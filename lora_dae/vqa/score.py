@@ -1,0 +1,130 @@
+"""What answers add up to: scores per method and subject, agreement between judges, and whether a judge sees texture."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lora_dae.evaluation.agreement import krippendorff_alpha
+from lora_dae.evaluation.bootstrap import bootstrap_interval, bootstrap_weights, weighted_means
+from lora_dae.evaluation.compare import Comparison, compare_paired
+from lora_dae.evaluation.table import MetricValue
+from lora_dae.vqa.ask import Answer
+from lora_dae.vqa.bank import Question
+
+ALL = "all"  # the mean over every question of a prompt
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a judge's texts could be read: shares of all its questions."""
+
+    questions: int
+    strict: float
+    tolerant: float
+    parse_failures: float
+    unanswered: float
+
+
+def reading(answers: Sequence[Answer]) -> Reading:
+    n = max(len(answers), 1)
+    answered = [a for a in answers if a.raw is not None]
+    counts = {how: sum(a.parsed.how == how for a in answered) / n for how in ("strict", "tolerant", "missing")}
+    unanswered = (len(answers) - len(answered)) / n
+    return Reading(len(answers), counts["strict"], counts["tolerant"], counts["missing"], unanswered)
+
+
+def own_score(question: Question, answer: str | None) -> float:
+    """1 right, 0 wrong; a grade g of 5 as (g - 1) / 4; NaN for a missing answer."""
+    if answer is None:
+        return math.nan
+    if question.kind == "graded":
+        return (int(answer) - 1) / 4
+    return float(answer == question.right)
+
+
+def with_parents(questions: Sequence[Question], answers: Mapping[str, str | None]) -> dict[str, float]:
+    """Scores of one picture's questions by id: 0 where a parent failed, NaN where a parent is missing.
+
+    ``questions`` in the bank's order (parents first). A graded parent fails at its worst grade only. Source: DSG, Cho
+    et al. 2024, section 3.1: a child is valid only if its parents are answered positively.
+    """
+    scores: dict[str, float] = {}
+    for q in questions:
+        parents = [scores[p] for p in q.parents if p in scores]
+        if any(p == 0 for p in parents):
+            scores[q.id] = 0.0
+        elif any(math.isnan(p) for p in parents):
+            scores[q.id] = math.nan
+        else:
+            scores[q.id] = own_score(q, answers.get(q.id))
+    return scores
+
+
+def per_item(answers: Sequence[Answer], method: str, num_items: int) -> dict[str, np.ndarray]:
+    """Subject (and "all") -> mean score per prompt (num_items,), NaN where nothing can be said."""
+    of_item: dict[int, list[Answer]] = defaultdict(list)
+    for answer in answers:
+        if answer.task.methods == (method,):
+            of_item[answer.task.item].append(answer)
+    subjects = dict.fromkeys(a.task.question.about for rows in of_item.values() for a in rows)
+    values = {name: np.full(num_items, math.nan) for name in [*subjects, ALL]}
+    for item, rows in of_item.items():
+        questions = [a.task.question for a in rows]
+        scores = with_parents(questions, {a.task.question.id: a.parsed.answer for a in rows})
+        for name in values:
+            some = [scores[q.id] for q in questions if name in (q.about, ALL) and not math.isnan(scores[q.id])]
+            if some:
+                values[name][item] = float(np.mean(some))
+    return values
+
+
+def interval(values: np.ndarray, replicates: int, seed: int) -> MetricValue:
+    """Mean over prompts with a bootstrap interval over prompts; NaN prompts do not count."""
+    if not np.isfinite(values).any():
+        return MetricValue(math.nan, None, None, "higher")
+    tensor = torch.from_numpy(values)
+    mean = tensor.nanmean().item()
+    drawn = weighted_means(tensor, bootstrap_weights(len(values), replicates, seed))
+    drawn = drawn[torch.isfinite(drawn)]
+    low, high = bootstrap_interval(mean, drawn)
+    return MetricValue(mean, max(low, 0.0), min(high, 1.0), "higher", drawn)
+
+
+def compare_methods(
+    scores: Mapping[str, Mapping[str, np.ndarray]], methods: Sequence[str]
+) -> dict[tuple[str, str], Comparison]:
+    """(method, subject) -> the method against the first one, Holm-corrected over all of them together."""
+    baseline = methods[0]
+    pairs = [(m, s) for m in methods[1:] for s in scores[m] if s in scores[baseline]]
+    rows = compare_paired([scores[m][s] for m, s in pairs], [scores[baseline][s] for _, s in pairs])
+    return dict(zip(pairs, rows, strict=True))
+
+
+def judges_agree(answers: Mapping[str, Sequence[Answer]]) -> dict[str, float]:
+    """Krippendorff's alpha between judges per subject: nominal, or ordinal for grades; NaN where one alone answered.
+
+    A unit is one question about one picture; a missing answer is a missing rating.
+    """
+    kinds: dict[str, dict[tuple[object, ...], dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    for judge, rows in answers.items():
+        for a in rows:
+            q = a.task.question
+            if a.parsed.answer is not None:
+                subject = f"{q.about} (graded)" if q.kind == "graded" else q.about
+                unit = (a.task.item, a.task.methods, q.id)
+                kinds[subject][unit][judge] = float(q.options.index(a.parsed.answer))
+    result = {}
+    for subject, units in kinds.items():
+        table = np.array([[votes.get(judge, math.nan) for votes in units.values()] for judge in answers])
+        # Options of different questions have the same numbers; apart they must be other values of a nominal scale.
+        if not subject.endswith("(graded)"):
+            ids = {i: 100.0 * k for k, i in enumerate(dict.fromkeys(unit[2] for unit in units))}
+            table = table + np.array([ids[unit[2]] for unit in units])
+        result[subject] = krippendorff_alpha(table, "ordinal" if subject.endswith("(graded)") else "nominal")
+    return result

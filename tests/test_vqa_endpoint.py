@@ -1,0 +1,280 @@
+"""A judge behind HTTP, against a real local server: slow, failing, malformed, rate-limiting, streaming."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+from rich.console import Console
+
+from lora_dae.config import ConfigError, conf_dir
+from lora_dae.evaluation.pictures import Item, write_pictures
+from lora_dae.vqa import endpoint
+from lora_dae.vqa.ask import Answer, Task, ask_all
+from lora_dae.vqa.bank import Question
+from lora_dae.vqa.cache import AnswerCache
+from lora_dae.vqa.judges import JudgeConfig, build_judge
+from lora_dae.vqa.run import VqaRequest, ask_judges
+
+pytest.importorskip("openai", reason="openai is not installed: pip install 'lora-dae[judge]'")
+
+SECRET = "sk-very-secret"
+Behavior = Callable[[dict[str, Any], int], tuple[int, Any]]
+
+
+class Server:
+    """Speaks chat completions; ``behavior`` maps (request, its number) to (status, answer text, or a whole body)."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.behavior: Behavior = lambda request, number: (200, '{"answer": "yes"}')
+        self.headers: dict[str, str] = {}
+        self.seen_keys: set[str | None] = set()
+        self.at_once = self.most_at_once = 0
+        lock = threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:  # noqa: N802 (the library's name)
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock:
+                    server.requests.append(request)
+                    number = len(server.requests)
+                    server.at_once += 1
+                    server.most_at_once = max(server.most_at_once, server.at_once)
+                    server.seen_keys.add(self.headers["Authorization"])
+                status, body = server.behavior(request, number)
+                with lock:
+                    server.at_once -= 1
+                if isinstance(body, list):
+                    self._stream(body)
+                    return
+                if status == 200 and isinstance(body, str):
+                    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": body}}
+                    usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
+                    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
+                    body |= {"choices": [choice], "usage": usage}
+                data = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                for name, value in {"Content-Type": "application/json", **server.headers}.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def _stream(self, pieces: list[str | None]) -> None:
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream")
+                self.end_headers()
+                for piece in pieces:  # None: the end of the answer
+                    delta = {} if piece is None else {"content": piece}
+                    choice = {"index": 0, "delta": delta, "finish_reason": "stop" if piece is None else None}
+                    chunk = {"id": "1", "object": "chat.completion.chunk", "created": 0, "model": "m"}
+                    self.wfile.write(f"data: {json.dumps({**chunk, 'choices': [choice]})}\n\n".encode())
+                self.wfile.write(b"data: [DONE]\n\n")
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> AnswerCache:
+    return AnswerCache(tmp_path / "answers.sqlite")
+
+
+def _tasks(n: int = 1, pictures: int = 1) -> list[Task]:
+    question = Question("q", "about", "yes_no", "Is it?", ("yes", "no"), "yes")
+    images = [np.full((8, 8, 3), k, np.uint8) for k in range(n + pictures)]
+    return [Task(k, ("m",) * pictures, tuple(images[k : k + pictures]), question) for k in range(n)]
+
+
+def _ask(server: Server, cache: AnswerCache, tasks: list[Task], **options: Any) -> list[Answer]:
+    values: dict[str, Any] = {"kind": "endpoint", "model": "m", "base_url": server.url, "retries": 0, **options}
+    return ask_all(tasks, build_judge("judge", JudgeConfig(**values)), cache)
+
+
+def test_the_request_is_what_the_protocol_says(server: Server, cache: AnswerCache) -> None:
+    (answer,) = _ask(server, cache, _tasks(pictures=2))
+    assert answer.parsed.answer == "yes" and answer.parsed.how == "strict"
+    (request,) = server.requests
+    assert request["temperature"] == 0 and request["model"] == "m"
+    schema = request["response_format"]["json_schema"]["schema"]
+    assert schema["properties"]["answer"]["enum"] == ["yes", "no"] and schema["required"] == ["answer"]
+    *pictures, text = request["messages"][0]["content"]
+    assert "Is it?" in text["text"] and len(pictures) == 2
+    prefix, data = pictures[1]["image_url"]["url"].split(",")
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    assert prefix == "data:image/png;base64" and image.shape == (336, 336, 3) and (image == 1).all()
+    assert server.seen_keys == {f"Bearer {SECRET}"}
+    _ask(server, cache, _tasks(pictures=1), json_schema=False)
+    assert "response_format" not in server.requests[-1]
+
+
+def test_nothing_is_asked_twice_and_the_key_is_stored_nowhere(
+    server: Server, cache: AnswerCache, tmp_path: Path
+) -> None:
+    first = _ask(server, cache, _tasks(3))
+    again = _ask(server, cache, _tasks(3))
+    assert len(server.requests) == 3 and [a.raw for a in first] == [a.raw for a in again]
+    _ask(server, cache, _tasks(3), model="another")
+    assert len(server.requests) == 6
+    cache.close()
+    assert not any(SECRET.encode() in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_failures_and_limits_of_the_server_are_waited_out(server: Server, cache: AnswerCache) -> None:
+    server.headers = {"retry-after-ms": "10"}
+    codes = {1: 429, 2: 500, 3: 503}
+    server.behavior = lambda request, number: (codes.get(number, 200), '{"answer": "no"}')
+    (answer,) = _ask(server, cache, _tasks(), retries=3)
+    assert answer.parsed.answer == "no" and len(server.requests) == 4
+
+
+def test_a_malformed_answer_is_missing_and_a_failed_request_is_unanswered(server: Server, cache: AnswerCache) -> None:
+    bodies: dict[int, tuple[int, Any]] = {
+        1: (200, "hard to say"), 2: (500, {}), 3: (200, b"<html>gateway</html>"), 4: (200, {"choices": []}),
+        5: (200, '{"answer": "maybe"}'), 6: (200, '{"answer": "yes"}'),
+    }  # fmt: skip
+    server.behavior = lambda request, number: bodies[number]
+    answers = _ask(server, cache, _tasks(6), concurrency=1)
+    assert [a.raw is None for a in answers] == [False, True, True, True, False, False]
+    assert [a.parsed.answer for a in answers] == [None] * 5 + ["yes"]
+    server.behavior = lambda request, number: (200, '{"answer": "no"}')
+    again = _ask(server, cache, _tasks(6), concurrency=1)  # only what has no answer is asked again
+    assert [a.parsed.answer for a in again] == [None, "no", "no", "no", None, "yes"] and len(server.requests) == 9
+
+
+def test_a_server_that_is_down_is_one_sentence_and_answers_stay(server: Server, cache: AnswerCache) -> None:
+    server.behavior = lambda request, number: (200, "yes") if number <= 3 else (500, {})
+    with pytest.raises(ConfigError, match="is it running.*5 questions in a row; earlier answers are kept"):
+        _ask(server, cache, _tasks(20), concurrency=1)
+    assert len(cache) == 3 and len(server.requests) == 8
+    with pytest.raises(ConfigError, match="None of its 2 questions"):
+        _ask(server, cache, _tasks(2), model="x")
+    server.http.shutdown()
+    server.http.server_close()
+    with pytest.raises(ConfigError, match="Connection error"):
+        _ask(server, cache, _tasks(1), model="y")
+
+
+def test_a_slow_server_runs_into_the_time_limit(server: Server, cache: AnswerCache) -> None:
+    def slow(request: dict[str, Any], number: int) -> tuple[int, str]:
+        time.sleep(1.5 if number == 1 else 0)
+        return 200, "yes"
+
+    server.behavior = slow
+    answers = _ask(server, cache, _tasks(2), timeout=1, concurrency=1)
+    assert [a.raw for a in answers] == [None, "yes"]
+
+
+def test_requests_run_at_once_but_no_more_than_allowed(server: Server, cache: AnswerCache) -> None:
+    barrier = threading.Barrier(3, timeout=20)
+
+    def together(request: dict[str, Any], number: int) -> tuple[int, str]:
+        barrier.wait()  # passes only when three requests are there at the same time
+        return 200, "yes"
+
+    server.behavior = together
+    assert len(_ask(server, cache, _tasks(6), concurrency=3)) == 6
+    assert server.most_at_once == 3
+
+
+def test_requests_per_minute_are_kept(server: Server, cache: AnswerCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that stands still the n-th request waits n intervals."""
+    waits: list[float] = []
+
+    class Clock:
+        monotonic = staticmethod(lambda: 50.0)
+        sleep = staticmethod(waits.append)
+
+    monkeypatch.setattr(endpoint, "time", Clock)
+    _ask(server, cache, _tasks(4), requests_per_minute=20, concurrency=4)
+    assert sorted(waits) == [0, 3, 6, 9]
+
+
+def test_asking_stops_at_the_cost_limit_and_goes_on_later(server: Server, cache: AnswerCache) -> None:
+    prices = {"price_in": 10.0, "price_out": 100.0, "concurrency": 1}  # 100 + 10 tokens: 0.002 a request
+    with pytest.raises(ConfigError, match="stopped at max_cost=0.005 .0.006 spent"):
+        _ask(server, cache, _tasks(9), max_cost=0.005, **prices)
+    assert len(cache) == 3
+    assert len(_ask(server, cache, _tasks(9), max_cost=1.0, **prices)) == 9 and len(server.requests) == 9
+
+
+def test_streams_are_put_together_and_broken_ones_are_no_answer(server: Server, cache: AnswerCache) -> None:
+    server.behavior = lambda request, number: (200, ['{"ans', 'wer": ', '"no"}', None])
+    (answer,) = _ask(server, cache, _tasks(), stream=True)
+    assert answer.parsed.answer == "no" and server.requests[0]["stream"] is True
+    server.behavior = lambda request, number: (200, ['{"answer": "no"}'])  # the end never came
+    with pytest.raises(ConfigError, match="broke off"):
+        _ask(server, cache, _tasks(), stream=True, model="b")
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(401, "refuses the key"), (404, "does not know the model"), (400, "json_schema=false")]
+)
+def test_refusals_stop_at_once_and_never_show_the_key(
+    status: int, message: str, server: Server, cache: AnswerCache
+) -> None:
+    server.behavior = lambda request, number: (status, {"error": {"message": f"bad key {SECRET}"}})
+    with pytest.raises(ConfigError, match=message) as error:
+        _ask(server, cache, _tasks(9), concurrency=1)
+    assert SECRET not in str(error.value) and "***" in str(error.value)
+    assert len(server.requests) == 1
+
+
+def test_the_hosted_api_needs_a_key_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(ConfigError, match="export OPENAI_API_KEY"):
+        build_judge("hosted", JudgeConfig(kind="endpoint", model="m"))
+
+
+def test_the_shipped_config_reaches_a_server(server: Server, tmp_path: Path) -> None:
+    """``judge=[classifier,vllm]`` as the README has it, from folders of pictures to the table."""
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        images = [rng.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(2)]
+        items = [Item(str(i), "a red shirt", {"color": "red"}, None, images[0], 1) for i in range(2)]
+        write_pictures(tmp_path / name, items, images)
+
+    def first_option(request: dict[str, Any], number: int) -> tuple[int, str]:
+        schema = request["response_format"]["json_schema"]["schema"]
+        return 200, json.dumps({"answer": schema["properties"]["answer"]["enum"][0]})
+
+    server.behavior = first_option
+    overrides = [
+        f"runs=[{tmp_path}/a,{tmp_path}/b]", "judge=[classifier,vllm]", "judges.vllm.model=m", "bootstrap=20",
+        f"judges.vllm.base_url={server.url}", f"output={tmp_path}/out",
+    ]  # fmt: skip
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        request = VqaRequest(**OmegaConf.to_container(compose("vqa", overrides), resolve=True))  # type: ignore[arg-type]
+    result = ask_judges(request, Console(quiet=True))
+    vllm = result["judges"]["vllm"]
+    assert vllm["reading"]["strict"] == 1 and vllm["scores"]["a"]["category"]["value"] == 1
+    assert vllm["pairs"]["position_bias"] == 1
+    assert "color" in result["judges"]["classifier"]["scores"]["b"]
+    assert not any(SECRET in path.read_text() for path in (tmp_path / "out").glob("*.[jm]*"))
