@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,16 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lora_dae.config import Config, ConfigError, conf_dir, from_dict, register
+from lora_dae.sweep.name import register_sweep_name
 
 # One process draws and trains alone: threads of the tokenizer after a fork would only warn.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 register()
+register_sweep_name()
 console = Console()
 CONF = str(conf_dir())
+SWEEP_STORE = "multirun/store"  # as in conf/hydra/launcher/process.yaml
 
 
 def _one_sentence(command: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
@@ -48,13 +54,42 @@ def typed(cfg: DictConfig) -> Config:
     return from_dict(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))  # type: ignore[arg-type]
 
 
+def train() -> None:
+    """``python train.py experiment=rank16``: one run. With ``-m`` and lists of values: a sweep, ``-j 2`` at once."""
+    sys.argv[1:] = expand_jobs(sys.argv[1:])
+    _train()
+
+
+def expand_jobs(arguments: list[str]) -> list[str]:
+    """``-j 2``, ``-j2`` or ``--jobs 2`` to Hydra's ``hydra.launcher.jobs=2``."""
+    expanded: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in ("-j", "--jobs"):
+            expanded.append(f"hydra.launcher.jobs={next(rest, '')}")
+        elif re.fullmatch(r"-j\d+", argument):
+            expanded.append(f"hydra.launcher.jobs={argument[2:]}")
+        else:
+            expanded.append(argument)
+    return expanded
+
+
 @hydra.main(version_base="1.3", config_path=CONF, config_name="train")
 @_one_sentence
-def train(cfg: DictConfig) -> None:
-    """``python train.py experiment=rank16``: train, export, measure, report."""
-    from lora_dae.training.run import run
+def _train(cfg: DictConfig) -> None:
+    """Train, export, measure, report; in a sweep, only what no earlier run has trained."""
+    run_cfg = typed(cfg)
+    store = run_cfg.store
+    if store == "auto":
+        store = SWEEP_STORE if HydraConfig.get().mode == RunMode.MULTIRUN else None
+    if store is None:
+        from lora_dae.training.run import run
 
-    run(typed(cfg))
+        run(run_cfg)
+    else:
+        from lora_dae.sweep.store import run_in_store
+
+        run_in_store(replace(run_cfg, store=store))
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="sample")

@@ -155,6 +155,7 @@ class Config:
     seed: int = 0
     run_dir: str = MISSING
     ckpt_path: str | None = None  # a checkpoint, or "last"
+    store: str | None = "auto"  # a folder of finished trainings; what is there is not trained again. auto: in sweeps
 
 
 def register() -> None:

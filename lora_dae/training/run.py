@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,16 @@ class InterruptedRunError(RuntimeError):
 
 def run(cfg: Config) -> Result:
     """Train, export, measure and report. Raises ConfigError for bad input before weights are loaded."""
+    trained = train(cfg)
+    if trained.rank != 0:
+        return Result(trained.run_dir, None)
+    result = measure(cfg, trained.loggers, trained.device, trained.precision.startswith("bf16"))
+    console.print(f"adapter  {result.run_dir / 'adapter'}", soft_wrap=True, highlight=False)
+    return result
+
+
+def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Training:
+    """Train both stages and, on rank 0, export. Raises ConfigError for bad input before weights are loaded."""
     check(cfg)
     run_dir = Path(cfg.run_dir)
     checkpoints = find_checkpoints(cfg, run_dir)
@@ -65,24 +76,32 @@ def run(cfg: Config) -> Result:
     console.print(f"run folder {run_dir}", soft_wrap=True, highlight=False)
     backbone = load_backbone(cfg.backbone)
     lightning.seed_everything(cfg.seed, verbose=False)  # before the adapter draws its weights
-    trained = Training(cfg, run_dir, backbone, splits)
+    trained = Training(cfg, run_dir, backbone, splits, extra_callbacks)
     if trained.rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        plain = OmegaConf.create(to_dict(cfg))
-        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(plain), encoding="utf-8")
+        write_config(cfg)
     trained.fit(checkpoints)
-    if trained.rank != 0:
-        return Result(run_dir, None)
-    trained.export()
-    device = trained.device
+    if trained.rank == 0:
+        trained.export()
     del trained.module
+    return trained
+
+
+def write_config(cfg: Config) -> None:
+    """``config.yaml`` of the run folder: everything that was set."""
+    Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
+    plain = OmegaConf.create(to_dict(cfg))
+    (Path(cfg.run_dir) / "config.yaml").write_text(OmegaConf.to_yaml(plain), encoding="utf-8")
+
+
+def measure(cfg: Config, loggers: list[Any], device: torch.device, bf16: bool) -> Result:
+    """Measure and report the finished training in the run folder, and tell the loggers."""
+    run_dir = Path(cfg.run_dir)
     loaded = load_run(run_dir, device)
-    table, grid = evaluate_run(run_dir, console, run=loaded, bf16=trained.precision.startswith("bf16"))
+    table, grid = evaluate_run(run_dir, console, run=loaded, bf16=bf16)
     flat = {f"test/{m}/{k}".replace(" ", "_"): v.value for m, row in table.methods.items() for k, v in row.items()}
-    tracking.log_metrics(trained.loggers[1:], flat, trained.steps)
-    tracking.log_image(trained.loggers, "test/grid", grid)
-    tracking.finish(trained.loggers)
-    console.print(f"adapter  {run_dir / 'adapter'}", soft_wrap=True, highlight=False)
+    tracking.log_metrics(tracking.trackers(loggers), flat, int(cfg.trainer.get("max_steps", 500)))
+    tracking.log_image(loggers, "test/grid", grid)
+    tracking.finish(loggers)
     return Result(run_dir, table)
 
 
@@ -119,8 +138,16 @@ def find_checkpoints(cfg: Config, run_dir: Path) -> dict[str, Path]:
 class Training:
     """The two stages on one set of weights, and what they share."""
 
-    def __init__(self, cfg: Config, run_dir: Path, backbone: Backbone, splits: dict[str, PairDataset]) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        run_dir: Path,
+        backbone: Backbone,
+        splits: dict[str, PairDataset],
+        extra_callbacks: Sequence[lightning.Callback] = (),
+    ) -> None:
         self.cfg, self.run_dir, self.backbone, self.splits = cfg, run_dir, backbone, splits
+        self.extra_callbacks = list(extra_callbacks)
         self.steps = int(cfg.trainer.get("max_steps", 500))
         self.enhancement = None
         if cfg.enhancement.enabled and cfg.enhancement.placement != "none":
@@ -182,7 +209,7 @@ class Training:
         path = self.run_dir / "checkpoints" / f"{stage}.ckpt"
         extra: list[Any] = [
             ema, interrupt, callbacks.Checkpoint(path, every), callbacks.Throughput(data.batch_size),
-            callbacks.StepProgress(stage),
+            callbacks.StepProgress(stage), *self.extra_callbacks,
         ]  # fmt: skip
         if stage == "adapter" and self.rank == 0 and cfg.tracking.sample_every_n_steps > 0:
             grids = callbacks.SampleGrid(cfg.tracking.sample_every_n_steps, lambda step: self._grid(ema, step))
@@ -230,8 +257,13 @@ class Training:
                 save_source_input(unet, folder)
         if self.enhancement is not None:
             save_enhancement(self.enhancement, folder / ENHANCEMENT_FILE)
-        text = f"# {self.cfg.name}\n\nMade by LoRA-DAE. Draw with it:\n\n```python\n{usage(self.cfg)}\n```\n"
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        write_usage(self.cfg, folder)
+
+
+def write_usage(cfg: Config, folder: Path) -> None:
+    """README.md of ``adapter/``: how to draw with these files."""
+    text = f"# {cfg.name}\n\nMade by LoRA-DAE. Draw with it:\n\n```python\n{usage(cfg)}\n```\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 class _WithoutSource:

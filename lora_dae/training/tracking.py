@@ -49,16 +49,20 @@ def csv_logger(run_dir: Path, stage: str = "") -> CSVLogger:
 
 def build_loggers(cfg: Config, run_dir: Path, plain: dict[str, Any], console: Console) -> list[Logger]:
     """The CSV logger (``csv/metrics.csv``) and, unless disabled, W&B."""
-    loggers: list[Logger] = [csv_logger(run_dir)]
+    return [csv_logger(run_dir), *wandb_loggers(cfg, run_dir, plain, console)]
+
+
+def wandb_loggers(cfg: Config, run_dir: Path, plain: dict[str, Any], console: Console) -> list[Logger]:
+    """The W&B logger, or none where ``tracking.wandb`` is disabled."""
     mode = wandb_mode(cfg.tracking.wandb)
     if mode == "disabled":
-        return loggers
+        return []
     if mode == "offline":
         console.print(
             f"W&B is offline; upload later with: wandb sync {run_dir / 'wandb'}/offline-run-*", soft_wrap=True
         )
     os.environ.setdefault("WANDB_SILENT", "true")
-    loggers.append(
+    return [
         WandbLogger(
             name=run_dir.name,
             save_dir=run_dir,
@@ -70,8 +74,12 @@ def build_loggers(cfg: Config, run_dir: Path, plain: dict[str, Any], console: Co
             config=plain,
             log_model=False,  # every checkpoint would be uploaded
         )
-    )
-    return loggers
+    ]
+
+
+def trackers(loggers: list[Logger]) -> list[Logger]:
+    """All but the CSV log, which holds training's curves alone."""
+    return [logger for logger in loggers if not isinstance(logger, CSVLogger)]
 
 
 def log_image(loggers: list[Logger], key: str, image: np.ndarray) -> None:

@@ -1,0 +1,1 @@
+"""Many runs: one process per job, nothing trained twice, one table and one report over all of them."""

@@ -1,0 +1,59 @@
+"""Which devices a job may see, found without importing torch: the launcher stays a small process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+from lora_dae.config import ConfigError
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of this machine: those of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if told is not None:
+        return [part.strip() for part in told.split(",") if part.strip() not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    return [str(i) for i, line in enumerate(x for x in listed.stdout.splitlines() if x.startswith("GPU "))]
+
+
+class Devices:
+    """Hands out devices to jobs. Without any, ``jobs`` alone limits how many run, and cores are shared out."""
+
+    def __init__(self, jobs: int, names: list[str]) -> None:
+        if jobs < 1:
+            raise ConfigError(f"hydra.launcher.jobs={jobs} is below 1: give at least 1.")
+        self.jobs, self.names = jobs, names
+        self.free = list(names)
+        self.running = 0
+
+    def take(self, count: int) -> list[str] | None:
+        """Devices for one more job, or None while there are too few. One job at a time sees all of them."""
+        if self.running >= self.jobs:
+            return None
+        taken: list[str] = []
+        if self.names and self.jobs > 1:
+            if count > len(self.names):
+                raise ConfigError(
+                    f"a job asks for {count} devices and there are {len(self.names)}: lower trainer.devices."
+                )
+            if count > len(self.free):
+                return None
+            taken, self.free = self.free[:count], self.free[count:]
+        self.running += 1
+        return taken
+
+    def give_back(self, devices: list[str]) -> None:
+        self.running -= 1
+        self.free += devices
+
+    def environment(self, devices: list[str]) -> dict[str, str]:
+        """What a job's process is told of its share."""
+        if devices:
+            return {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
+        if self.jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
+            return {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // self.jobs, 1))}
+        return {}

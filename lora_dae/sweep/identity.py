@@ -1,0 +1,71 @@
+"""What a training depends on, as a content hash: two configs of one hash train to the same weights.
+
+Strength, sampling, evaluation, tracking, folders and the ways of computing the same thing are left out, so that a
+sweep over them trains once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lora_dae.config import Config, from_dict, to_dict
+
+TRAINING_VERSION = 1  # raise it when the same config begins to train to other weights
+
+NOT_TRAINING = ("name", "run_dir", "ckpt_path", "store", "sampling", "evaluation", "tracking")
+NOT_TRAINING_IN = {
+    "backbone": ("attention",),
+    "data": ("cache_dir",),
+    "enhancement": ("strength",),
+    "trainer": (
+        "accelerator", "strategy", "log_every_n_steps", "val_check_interval", "limit_val_batches",
+        "enable_progress_bar", "benchmark", "profiler",
+    ),
+}  # fmt: skip
+
+
+def training_part(cfg: Config) -> dict[str, Any]:
+    """The values that the trained weights depend on, as plain data."""
+    values = {key: value for key, value in to_dict(cfg).items() if key not in NOT_TRAINING}
+    for group, names in NOT_TRAINING_IN.items():
+        values[group] = {key: value for key, value in values[group].items() if key not in names}
+    if not cfg.enhancement.enabled or cfg.enhancement.placement == "none":
+        values["enhancement"] = None  # there is no module to train
+    return values
+
+
+def content_hash(values: Any) -> str:
+    """16 hex digits of plain data; the order of keys does not matter."""
+    text = json.dumps(values, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def training_key(cfg: DictConfig) -> str:
+    """The hash of a composed config alone, for the launcher: jobs of one key train the same thing.
+
+    Knows nothing of photos and weights behind the paths; those are in ``training_hash``.
+    """
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    assert isinstance(plain, dict)
+    plain["run_dir"] = ""  # an interpolation that only a started job can resolve
+    resolved = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
+    return content_hash(training_part(from_dict(resolved)))  # type: ignore[arg-type]
+
+
+def training_hash(cfg: Config, data_fingerprint: str, backbone_fingerprint: str) -> str:
+    """The hash under which a finished training is kept: config, photos and frozen weights, wherever they lie."""
+    config = training_part(cfg)
+    config["data"].pop("root")
+    config["backbone"].pop("path")
+    return content_hash(
+        {
+            "version": TRAINING_VERSION,
+            "config": config,
+            "data": data_fingerprint,
+            "backbone": backbone_fingerprint,
+        }
+    )

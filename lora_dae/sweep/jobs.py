@@ -1,0 +1,89 @@
+"""A job of a sweep: its overrides, its folder, and what is known of it, on disk and in memory.
+
+    job.json      {"digest", "label", "overrides", "state", "exit_code", "seconds", "error"}   written by the launcher
+    status.json   {"phase", "step", "of", "metrics", "time"}                          written by the job
+    job.log       everything that the job printed
+
+Only ``done`` counts when a sweep is started again; anything else is run again and goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from lora_dae.sweep.files import read_json, write_json
+
+WAITING, RUNNING, ELSEWHERE, DONE, FAILED, STOPPED = "waiting", "running", "elsewhere", "done", "failed", "stopped"
+INPUT_ERROR = 2  # the exit code of a mistake in the config: no other try can help
+LOG_TAIL = 4000  # bytes of a log in which the error is looked for
+
+
+@dataclass
+class Job:
+    """One grid point. ``digest`` is the hash of its whole config, ``work`` that of what it would train."""
+
+    number: int
+    overrides: list[str]
+    label: str  # the overrides that make it this job
+    directory: Path
+    digest: str
+    work: str
+    devices_needed: int = 1
+    state: str = WAITING
+    exit_code: int | None = None
+    error: str = ""
+    started: float = 0.0
+    seconds: float = 0.0
+    process: subprocess.Popen[bytes] | None = None
+    lock: FileLock | None = None
+    devices: list[str] = field(default_factory=list)
+
+    @property
+    def log(self) -> Path:
+        return self.directory / "job.log"
+
+    def finished_before(self) -> bool:
+        """Whether an earlier start of this sweep finished exactly this job."""
+        told = read_json(self.directory / "job.json")
+        if told.get("state") != DONE or told.get("digest") != self.digest:
+            return False
+        self.state, self.seconds, self.exit_code = DONE, float(told.get("seconds") or 0), 0
+        return True
+
+    def status(self) -> dict[str, Any]:
+        """What the job itself told last; {} before that."""
+        told = read_json(self.directory / "status.json")
+        return told if told.get("time", 0) >= self.started or self.state == ELSEWHERE else {}
+
+    def end(self, exit_code: int) -> None:
+        """Note how the process ended; the error is the log's last line that names one."""
+        self.exit_code, self.seconds = exit_code, time.time() - self.started
+        self.state = DONE if exit_code == 0 else STOPPED if exit_code in (130, -2) else FAILED
+        if self.state == FAILED:
+            self.error = self.error or last_error(self.log) or f"exit code {exit_code}"
+        self.save()
+
+    def save(self) -> None:
+        told = {
+            key: getattr(self, key)
+            for key in ("digest", "label", "overrides", "state", "exit_code", "seconds", "error")
+        }
+        write_json(self.directory / "job.json", {"number": self.number, **told})
+
+
+def last_error(log: Path) -> str:
+    """The last line of a log that looks like an error: ``error: ...``, or a traceback's ``SomeError: ...``."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(log.stat().st_size - LOG_TAIL, 0))
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    named = [line for line in lines if line.startswith("error:") or line.split(":")[0].endswith(("Error", "Interrupt"))]
+    return named[-1].removeprefix("error:").strip() if named else ""

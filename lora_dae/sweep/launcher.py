@@ -1,0 +1,228 @@
+"""Runs the jobs of a sweep, each in a fresh process, a few at once; survives whatever happens to any of them.
+
+Why processes: Lightning's DDP starts the script again with the same arguments, which inside a multirun is the whole
+sweep; and a job that dies of memory must not take the others with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+
+from lora_dae.config import ConfigError
+from lora_dae.sweep.devices import Devices, visible_gpus
+from lora_dae.sweep.identity import content_hash
+from lora_dae.sweep.jobs import DONE, ELSEWHERE, FAILED, INPUT_ERROR, RUNNING, STOPPED, WAITING, Job
+from lora_dae.sweep.live import LiveTable
+from lora_dae.sweep.locks import try_lock
+
+POLL = 0.2  # seconds between looks at the processes
+PATIENCE = 30.0  # seconds between SIGINT and SIGTERM, and again until SIGKILL
+OWN_OVERRIDES = ("hydra/launcher", "hydra.launcher.", "hydra.sweep.", "hydra.mode", "hydra/sweeper", "hydra.sweeper.")
+PR_SET_PDEATHSIG = 1
+
+
+class InterruptedSweepError(RuntimeError):
+    """Ctrl-C or SIGTERM; jobs were told to write a checkpoint and stop."""
+
+
+def launch(
+    options: dict[str, Any],
+    config: DictConfig,
+    hydra_context: HydraContext,
+    job_overrides: Sequence[Sequence[str]],
+    first: int,
+) -> list[JobReturn]:
+    """Run every job that is not done yet; one failure stops no other. Exits with 1 at the end if any failed.
+
+    ``options`` are those of conf/hydra/launcher/process.yaml.
+    """
+    setup_globals()
+    console = Console()
+    try:
+        given = {str(override).split("=")[0] for overrides in job_overrides for override in overrides}
+        extra = [str(override) for override in options["overrides"] if str(override).split("=")[0] not in given]
+        key = _named(options["same_work"]) if options["same_work"] else None
+        jobs = [
+            make_job(config, hydra_context, list(overrides), extra, first + i, key)
+            for i, overrides in enumerate(job_overrides)
+        ]
+        sweep_dir = Path(str(config.hydra.sweep.dir))
+        console.print(f"sweep folder {sweep_dir}: {len(jobs)} jobs", soft_wrap=True, highlight=False)
+        names = visible_gpus() if options["devices"] is None else [str(name) for name in options["devices"]]
+        devices = Devices(int(options["jobs"]), names)
+        run_jobs(jobs, lambda job: command(job, config, bool(options["torchrun"])), devices, console)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except InterruptedSweepError:
+        print("stopped; the same command goes on where the jobs stopped", file=sys.stderr)
+        sys.exit(130)
+    failed = [job for job in jobs if job.state != DONE]
+    if failed:
+        for job in failed:
+            print(f"job {job.number} {job.state}: {job.error or 'no error'}; log {job.log}", file=sys.stderr)
+        for function in options["on_failure"]:  # on_multirun_end will not be called: the report is due here
+            _named(function)(Path(str(config.hydra.sweep.dir)))
+        sys.exit(1)
+    return [JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=None) for job in jobs]
+
+
+def make_job(
+    config: DictConfig,
+    hydra_context: HydraContext,
+    overrides: list[str],
+    extra: list[str],
+    number: int,
+    key: Callable[[DictConfig], str] | None,
+) -> Job:
+    """Compose one grid point; what it is follows from its composed config, not from how it was written."""
+    composed = hydra_context.config_loader.load_sweep_config(config, [*overrides, *extra])
+    with open_dict(composed):
+        composed.hydra.job.id, composed.hydra.job.num = f"job_{number}", number
+    directory = Path(str(config.hydra.sweep.dir)) / str(composed.hydra.sweep.subdir)
+    task = OmegaConf.create({k: v for k, v in composed.items_ex(resolve=False) if k != "hydra"})
+    needed = OmegaConf.select(task, "trainer.devices", default=1)
+    return Job(
+        number=number,
+        overrides=[*overrides, *extra],
+        label=" ".join(filter_overrides(overrides)),
+        directory=directory,
+        digest=content_hash(OmegaConf.to_container(task, resolve=False)),
+        work=key(task) if key is not None else f"job {number}",
+        devices_needed=needed if isinstance(needed, int) and needed > 0 else 1,
+    )
+
+
+def command(job: Job, config: DictConfig, torchrun: bool) -> list[str]:
+    """The job as a single run of the same script, with a folder of its own."""
+    given = [o for o in config.hydra.overrides.hydra if not o.startswith(OWN_OVERRIDES)]
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    script = ["-m", spec.name.removesuffix(".__main__")] if spec is not None else [os.path.abspath(sys.argv[0])]
+    distributed = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.devices_needed}"]
+    arguments = [*job.overrides, *given, f"hydra.run.dir={quoted(job.directory)}"]
+    return [sys.executable, *(distributed if torchrun else []), *script, *arguments]
+
+
+def quoted(path: Path) -> str:
+    """A path as a Hydra override's value: commas, equals signs and brackets mean something there."""
+    escaped = str(path).replace('"', '\\"')  # the grammar knows no other escape
+    return f'"{escaped}"'
+
+
+def run_jobs(jobs: list[Job], make_command: Callable[[Job], list[str]], devices: Devices, console: Console) -> None:
+    """Start, watch and end the jobs' processes. Raises InterruptedSweepError on Ctrl-C and SIGTERM."""
+    previous = signal.signal(signal.SIGTERM, _raise_interrupt)
+    try:
+        with LiveTable(jobs, console) as live:
+            for job in jobs:
+                job.finished_before()
+            while any(job.state in (WAITING, RUNNING, ELSEWHERE) for job in jobs):
+                for job in jobs:
+                    if job.state in (WAITING, ELSEWHERE) and may_start(job, jobs):
+                        _start(job, make_command, devices)
+                    elif job.state == RUNNING:
+                        _look(job, jobs, devices)
+                live.update()
+                time.sleep(POLL)
+            live.update()
+    except KeyboardInterrupt as error:
+        raise InterruptedSweepError from error
+    finally:
+        _stop([job for job in jobs if job.state == RUNNING])
+        signal.signal(signal.SIGTERM, previous)
+
+
+def may_start(job: Job, jobs: Sequence[Job]) -> bool:
+    """Whether no other job is just training the same: then waiting is cheaper than a second process."""
+    same = [other for other in jobs if other.work == job.work and other is not job]
+    return any(other.state == DONE for other in same) or not any(other.state == RUNNING for other in same)
+
+
+def _start(job: Job, make_command: Callable[[Job], list[str]], devices: Devices) -> None:
+    taken = devices.take(job.devices_needed)
+    if taken is None:
+        return
+    lock = try_lock(job.directory / ".job.lock")
+    if lock is None or job.finished_before():  # the same sweep on another machine has it, or had it
+        devices.give_back(taken)
+        if lock is None:
+            job.state = ELSEWHERE
+        else:
+            lock.release()
+        return
+    job.lock, job.devices, job.state, job.started = lock, taken, RUNNING, time.time()
+    job.save()
+    environment = {**os.environ, **devices.environment(taken)}
+    with job.log.open("ab") as log:
+        job.process = subprocess.Popen(
+            make_command(job), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
+            start_new_session=True, preexec_fn=_die_with_parent() if sys.platform == "linux" else None,
+        )  # fmt: skip
+
+
+def _look(job: Job, jobs: list[Job], devices: Devices) -> None:
+    assert job.process is not None
+    code = job.process.poll()
+    if code is None:
+        return
+    job.end(code)
+    devices.give_back(job.devices)
+    if job.lock is not None:
+        job.lock.release()
+    if code == INPUT_ERROR:  # whoever would train the same would fail the same
+        for other in jobs:
+            if other.work == job.work and other.state == WAITING:
+                other.state, other.error = FAILED, f"as job {job.number}: {job.error}"
+
+
+def _stop(running: list[Job]) -> None:
+    """Ask for a checkpoint and an end; insist after a while."""
+    for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        for job in running:
+            if job.process is not None and job.process.poll() is None:
+                os.killpg(job.process.pid, sent)
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and any(j.process is not None and j.process.poll() is None for j in running):
+            time.sleep(POLL)
+    for job in running:
+        if job.process is not None:
+            job.end(job.process.wait())
+            job.state = STOPPED if job.state == FAILED else job.state
+            job.save()
+        if job.lock is not None:
+            job.lock.release()
+
+
+def _die_with_parent() -> Callable[[], None]:
+    """For the child, between fork and exec: if the launcher is killed, finish the step, write a checkpoint, end."""
+    libc = ctypes.CDLL(None)
+
+    def ask() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a sweep in the background was told to ignore it
+        libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGINT))
+
+    return ask
+
+
+def _raise_interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _named(dotted: str) -> Callable[..., Any]:
+    """A function by its dotted name."""
+    module, name = dotted.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]

@@ -1,0 +1,57 @@
+"""Locks between processes and machines that a crash cannot leave behind.
+
+The operating system holds the lock (flock; over NFS by its lock service) and gives it back when its process ends,
+however it ends. The lock file itself may stay; it means nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lora_dae.config import ConfigError
+
+
+def try_lock(path: Path) -> FileLock | None:
+    """The lock, held, or None where another process holds it. Raises ConfigError on a disk without locks."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    except (NotImplementedError, OSError) as error:
+        raise ConfigError(
+            f"cannot lock {path} ({error}): sweeps need a folder that is writable on a file system with locks; set "
+            "store= and hydra.sweep.dir= to one."
+        ) from error
+    _holder_file(path).write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8")
+    return lock
+
+
+def holder(path: Path) -> str:
+    """Who said last that it holds the lock: ``process 12 on host``."""
+    try:
+        told = json.loads(_holder_file(path).read_text(encoding="utf-8"))
+        return f"process {told['pid']} on {told['host']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"
+
+
+def _holder_file(path: Path) -> Path:
+    return path.with_name(path.name + ".holder")
+
+
+@contextmanager
+def held(lock: FileLock) -> Iterator[None]:
+    """Release at the end of a block."""
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,123 @@
+"""Nothing is trained twice: finished trainings by content hash, and jobs that measure what is there.
+
+    <store>/<hash>/                a training's run folder: config, checkpoints, csv, adapter
+    <store>/<hash>/trained.json    written last: the training is finished and exported
+    <store>/<hash>.lock            held by the process that trains; the system gives it back when that ends
+
+A training that was cut off is taken over from its last checkpoint by whoever gets the lock next.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from lora_dae.backbone.layout import inspect_backbone
+from lora_dae.backbone.precision import best_device, choose_precision
+from lora_dae.config import Config, ConfigError, check, to_dict
+from lora_dae.data.sources import load_splits
+from lora_dae.sweep import ranks
+from lora_dae.sweep.files import read_json, write_json
+from lora_dae.sweep.identity import training_hash, training_part
+from lora_dae.sweep.locks import held, holder, try_lock
+from lora_dae.sweep.status import Status, say
+from lora_dae.training import tracking
+from lora_dae.training.run import Result, measure, train, write_config, write_usage
+
+POLL = 1.0  # seconds between tries for a lock
+PATIENCE = 24 * 3600.0  # seconds that the other ranks wait: rank 0 may itself wait for another job
+console = Console()
+
+
+def run_in_store(cfg: Config) -> Result:
+    """Train unless the store has it, then measure and report in the run folder.
+
+    Raises what ``training.run.run`` raises.
+    """
+    assert cfg.store is not None
+    check(cfg)
+    if cfg.ckpt_path is not None:
+        raise ConfigError("ckpt_path and store exclude each other: with store, a training goes on by itself.")
+    backbone = inspect_backbone(cfg.backbone, cfg.data.resolution)
+    key = training_hash(cfg, load_splits(cfg.data)["train"].fingerprint, backbone.fingerprint())
+    folder, run_dir = Path(cfg.store) / key, Path(cfg.run_dir)
+    decision = run_dir / "decision.json"
+    if ranks.rank() != 0:
+        if ranks.ask(decision, PATIENCE):
+            train(_training_config(cfg, folder))
+        return Result(run_dir, None)
+    train_once(cfg, folder, decision)
+    say(run_dir / "status.json", "measuring")
+    take_over(folder, run_dir)
+    (run_dir / "adapter" / "README.md").unlink()  # a link into the store: this run's strength is its own
+    write_usage(cfg, run_dir / "adapter")
+    write_config(cfg)
+    write_json(run_dir / "trained.json", read_json(folder / "trained.json"))
+    evaluated = replace(cfg, tracking=replace(cfg.tracking, job_type="evaluate"))
+    loggers = tracking.wandb_loggers(evaluated, run_dir, to_dict(cfg), console)
+    device = torch.device("cpu") if cfg.trainer.get("accelerator") == "cpu" else best_device()
+    bf16 = choose_precision(str(cfg.trainer.get("precision", "auto")), device).startswith("bf16")
+    return measure(cfg, loggers, device, bf16)
+
+
+def train_once(cfg: Config, folder: Path, decision: Path) -> None:
+    """Return when ``folder`` holds the finished training: found, waited for, or trained here."""
+    lock_path = folder.with_name(folder.name + ".lock")
+    lock = None
+    while not (folder / "trained.json").is_file():
+        lock = try_lock(lock_path)
+        if lock is not None:
+            break
+        say(Path(cfg.run_dir) / "status.json", f"waits for {holder(lock_path)}")
+        time.sleep(POLL)
+    if lock is None:
+        ranks.tell(decision, False)
+        console.print(f"trained already: {folder}", soft_wrap=True, highlight=False)
+        return
+    with held(lock):
+        if (folder / "trained.json").is_file():  # finished while this process was asking
+            ranks.tell(decision, False)
+            return
+        started = time.time()
+        ranks.tell(decision, True)
+        training = _training_config(cfg, folder)
+        trained = train(training, [Status(Path(cfg.run_dir) / "status.json")])
+        tracking.finish(trained.loggers)
+        seconds = round(time.time() - started, 1)
+        write_json(
+            folder / "trained.json",
+            {"hash": folder.name, "by": cfg.run_dir, "seconds": seconds, "config": training_part(cfg)},
+        )
+
+
+def _training_config(cfg: Config, folder: Path) -> Config:
+    """The config of the training proper; all ranks come to the same, from the same files."""
+    begun = any((folder / "checkpoints").glob("*.ckpt"))
+    return replace(cfg, run_dir=str(folder), store=None, ckpt_path="last" if begun else None)
+
+
+def take_over(folder: Path, run_dir: Path) -> None:
+    """Put what was trained into the job's folder, so that it is a run folder like any other.
+
+    Files are hard links where the disk has them: a fully fine-tuned UNet is gigabytes.
+    """
+    for name in ("adapter", "csv"):
+        partial = run_dir / f"{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+        shutil.copytree(folder / name, partial, copy_function=_link)
+        partial.rename(run_dir / name)
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target

@@ -1,0 +1,285 @@
+"""The launcher on a script without torch: processes, failures, kills, locks, devices."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lora_dae.cli import expand_jobs
+from lora_dae.config import ConfigError
+from lora_dae.sweep.devices import Devices
+from lora_dae.sweep.files import read_json, write_json
+from lora_dae.sweep.jobs import DONE, RUNNING, WAITING, Job, last_error
+from lora_dae.sweep.launcher import may_start, quoted
+from lora_dae.sweep.live import remaining
+from lora_dae.sweep.locks import holder, try_lock
+from lora_dae.sweep.name import sweep_name
+
+ROOT = Path(__file__).parent.parent
+APP = """
+import os, sys, time
+from pathlib import Path
+import hydra
+from hydra.core.hydra_config import HydraConfig
+
+@hydra.main(version_base="1.3", config_path=".", config_name="app")
+def main(cfg):
+    here = Path(HydraConfig.get().runtime.output_dir)
+    with open("ran.txt", "a") as file:
+        file.write(f"{cfg.a} {os.getpid()} {here} {os.environ.get('CUDA_VISIBLE_DEVICES')}\\n")
+    mode = cfg.mode if cfg.a == cfg.at else "fine"
+    try:
+        if mode == "fail" and not Path("repaired").exists():
+            raise ValueError(f"a={cfg.a} is broken")
+        if mode == "usage":
+            sys.exit(2)
+        while mode == "wait" and not Path("repaired").exists():
+            time.sleep(0.05)
+        while cfg.mode == "meet" and len(Path("ran.txt").read_text().splitlines()) < 2:
+            time.sleep(0.05)
+    except KeyboardInterrupt:
+        Path("interrupted.txt").touch()
+        sys.exit(130)
+
+if __name__ == "__main__":
+    main()
+"""
+CONFIG = """
+defaults:
+  - _self_
+  - override hydra/launcher: process
+a: 0
+at: 2
+mode: fine
+hydra:
+  job: {chdir: false}
+  sweep: {dir: sweep, subdir: "job_${a}"}
+  launcher: {same_work: null, overrides: [], on_failure: []}
+"""
+Run = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Run:
+    """Starts the app as a sweep in tmp_path; ``.communicate()`` waits for it."""
+    (tmp_path / "app.py").write_text(APP)
+    (tmp_path / "app.yaml").write_text(CONFIG)
+    folder = tmp_path / "hydra" / "launcher"
+    folder.mkdir(parents=True)
+    (folder / "process.yaml").write_text((ROOT / "conf" / "hydra" / "launcher" / "process.yaml").read_text())
+    environment = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
+
+    def run(*overrides: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, str(tmp_path / "app.py"), "-m", *overrides], cwd=tmp_path, text=True,
+            env={**environment, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    return run
+
+
+def ran(tmp_path: Path) -> list[list[str]]:
+    path = tmp_path / "ran.txt"
+    return sorted(line.split() for line in path.read_text().splitlines()) if path.is_file() else []
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.05)
+
+
+def states(tmp_path: Path) -> dict[str, str]:
+    return {path.parent.name: read_json(path).get("state", "") for path in tmp_path.glob("sweep/*/job.json")}
+
+
+def test_every_job_is_a_process_with_a_folder_of_its_own(start: Run, tmp_path: Path) -> None:
+    process = start("a=1,2,3")
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert [line[0] for line in ran(tmp_path)] == ["1", "2", "3"]
+    assert len({line[1] for line in ran(tmp_path)} | {str(process.pid)}) == 4
+    assert [Path(line[2]).name for line in ran(tmp_path)] == ["job_1", "job_2", "job_3"]
+    assert (tmp_path / "sweep" / "job_2" / ".hydra" / "config.yaml").is_file()
+    assert "job 1 done: a=2" in output
+    again = start("a=1,2,3", "hydra.launcher.jobs=2")
+    again.communicate(timeout=120)
+    assert again.returncode == 0
+    assert len(ran(tmp_path)) == 3  # all were done
+
+
+def test_a_failure_stops_nobody_and_is_run_again(start: Run, tmp_path: Path) -> None:
+    process = start("a=1,2,3", "mode=fail")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert states(tmp_path) == {"job_1": "done", "job_2": "failed", "job_3": "done"}
+    assert "job 1 failed: ValueError: a=2 is broken" in errors
+    assert "a=2 is broken" in (tmp_path / "sweep" / "job_2" / "job.log").read_text()
+    (tmp_path / "repaired").touch()
+    again = start("a=1,2,3", "mode=fail")
+    again.communicate(timeout=120)
+    assert again.returncode == 0
+    assert [line[0] for line in ran(tmp_path)] == ["1", "2", "2", "3"]
+
+
+def test_another_config_in_the_same_folder_is_another_job(start: Run, tmp_path: Path) -> None:
+    start("a=1", "at=2").communicate(timeout=120)
+    start("a=1", "at=3").communicate(timeout=120)
+    assert len(ran(tmp_path)) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent's death is told by the Linux kernel alone")
+def test_killed_launcher_takes_its_job_along_and_goes_on_with_the_same_command(start: Run, tmp_path: Path) -> None:
+    process = start("a=1,2,3", "mode=wait")
+    wait_for(lambda: len(ran(tmp_path)) == 2 and states(tmp_path).get("job_2") == "running")
+    time.sleep(0.3)  # into the loop that waits
+    process.kill()
+    process.communicate(timeout=60)
+    wait_for((tmp_path / "interrupted.txt").is_file)
+    (tmp_path / "repaired").touch()
+    again = start("a=1,2,3", "mode=wait")
+    _, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert [line[0] for line in ran(tmp_path)] == ["1", "2", "2", "3"]
+
+
+def test_killed_job_fails_alone(start: Run, tmp_path: Path) -> None:
+    process = start("a=1,2,3", "mode=wait")
+    wait_for(lambda: len(ran(tmp_path)) == 2)
+    os.kill(int(ran(tmp_path)[1][1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "job 1 failed: exit code -9" in errors
+    assert states(tmp_path) == {"job_1": "done", "job_2": "failed", "job_3": "done"}
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_reaches_the_jobs(sent: signal.Signals, start: Run, tmp_path: Path) -> None:
+    process = start("a=2,3", "mode=wait")
+    wait_for(lambda: len(ran(tmp_path)) == 1)
+    time.sleep(0.3)
+    process.send_signal(sent)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in errors
+    assert (tmp_path / "interrupted.txt").is_file()
+    assert states(tmp_path)["job_2"] == "stopped"
+
+
+def test_jobs_at_once_are_pinned_to_devices_of_their_own(start: Run, tmp_path: Path) -> None:
+    """Each of the two waits for the other: one after the other they would never end."""
+    process = start("a=1,2", "mode=meet", "hydra.launcher.jobs=2", "hydra.launcher.devices=[5,7]")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert {line[3] for line in ran(tmp_path)} == {"5", "7"}
+
+
+def test_two_sweeps_share_their_jobs(start: Run, tmp_path: Path) -> None:
+    both = [start("a=1,2,3,4"), start("a=1,2,3,4")]
+    for process in both:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert [line[0] for line in ran(tmp_path)] == ["1", "2", "3", "4"]
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    path = tmp_path / "x.lock"
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from lora_dae.sweep.locks import try_lock
+lock = try_lock(Path({str(path)!r}))
+print("held", flush=True)
+time.sleep(600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    assert try_lock(path) is None
+    assert str(process.pid) in holder(path)
+    process.kill()
+    process.communicate(timeout=60)
+    lock = try_lock(path)
+    assert lock is not None
+    lock.release()
+
+
+def job(number: int, work: str, state: str = WAITING) -> Job:
+    return Job(number, [], "", Path("nowhere"), "", work, state=state)
+
+
+def test_jobs_that_would_train_the_same_wait_for_the_first() -> None:
+    first, same, other = job(0, "x", RUNNING), job(1, "x"), job(2, "y")
+    assert not may_start(same, [first, same, other])
+    assert may_start(other, [first, same, other])
+    first.state = DONE
+    assert may_start(same, [first, same, other])
+    same.state = RUNNING
+    third = job(3, "x")
+    assert may_start(third, [first, same, third])  # both only measure
+
+
+def test_devices_are_given_out_once() -> None:
+    devices = Devices(3, ["0", "1", "2"])
+    assert devices.take(2) == ["0", "1"]
+    assert devices.take(2) is None
+    assert devices.take(1) == ["2"]
+    devices.give_back(["0", "1"])
+    assert devices.take(1) == ["0"]
+    with pytest.raises(ConfigError, match="4 devices"):
+        Devices(2, ["0"]).take(4)
+    with pytest.raises(ConfigError, match="jobs=0"):
+        Devices(0, [])
+    assert Devices(1, ["0", "1"]).take(2) == []  # a single job sees them all
+
+
+def test_sweep_name_is_that_of_the_command() -> None:
+    overrides = ["experiment=rank4,rank8", "enhancement.strength=0,0.5"]
+    assert sweep_name(overrides) == sweep_name(overrides[::-1])
+    assert sweep_name(overrides) != sweep_name(["experiment=rank4,rank8", "enhancement.strength=0,1"])
+    assert sweep_name(overrides).startswith("experiment-rank4+rank8_strength-0+0.5-")
+
+
+def test_jobs_option_is_short_for_hydras() -> None:
+    expected = ["-m", "hydra.launcher.jobs=2", "a=1"]
+    for short in (["-j", "2"], ["-j2"], ["--jobs", "2"]):
+        assert expand_jobs(["-m", *short, "a=1"]) == expected
+
+
+def test_json_files_are_whole(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": 1})
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+    (tmp_path / "x.json").write_text('{"a": ')
+    assert read_json(tmp_path / "x.json") == {}
+    assert read_json(tmp_path / "none.json") == {}
+
+
+def test_last_error_of_a_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("Traceback (most recent call last):\n  File ...\ntorch.OutOfMemoryError: too big\nbye\n")
+    assert last_error(log) == "torch.OutOfMemoryError: too big"
+    log.write_text("some words\nerror: adapter.rank=0 is below 1\n")
+    assert last_error(log) == "adapter.rank=0 is below 1"
+
+
+def test_remaining_time_is_steps_left_at_the_speed_so_far() -> None:
+    status = {"step": 30, "of": 100, "first": 20, "begun": 1000.0, "time": 1050.0}
+    assert remaining(status, 0.0, 1050.0) == pytest.approx(350.0)  # 5 s a step, 70 steps
+    assert remaining(status, 0.0, 1060.0) == pytest.approx(340.0)
+    assert remaining({}, 0.0, 1.0) is None
+
+
+def test_paths_survive_hydras_grammar(tmp_path: Path) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for name in ("a,b=c", "with space", "[x]{y}", 'quo"te', "back\\slash"):
+        parsed = OverridesParser.create().parse_override(f"hydra.run.dir={quoted(Path(name))}")
+        assert parsed.value() == name

@@ -1,0 +1,182 @@
+"""Nothing is trained twice: what belongs to a training, what is found again, and what a kill leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compose import config
+from safetensors.torch import load_file
+
+from lora_dae.config import Config, ConfigError, TrackingConfig
+from lora_dae.sweep import ranks, store
+from lora_dae.sweep.files import read_json, write_json
+from lora_dae.sweep.identity import training_hash, training_part
+from lora_dae.sweep.locks import try_lock
+from lora_dae.training.module import LoraDae
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def make(tiny_backbone: Path, tmp_path: Path, cache: Path) -> Make:
+    def build(name: str, *overrides: str) -> Config:
+        options = ("adapter.rank=2", "evaluation.frozen=false", f"store={tmp_path / 'store'}", *overrides)
+        return config(tiny_backbone, tmp_path / name, cache, *options)
+
+    return build
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders that were trained in, in order."""
+    seen: list[str] = []
+    original = store.train
+
+    def counted(cfg: Config, *arguments: Any) -> Any:
+        seen.append(cfg.run_dir)
+        return original(cfg, *arguments)
+
+    monkeypatch.setattr(store, "train", counted)
+    return seen
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    files = sorted((run_dir / "adapter").rglob("*.safetensors"))
+    return {f"{f.name}:{k}": v for f in files for k, v in load_file(f).items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"name": "other"}, True),
+        ({"tracking": TrackingConfig(group="g")}, True),
+        ({"run_dir": "elsewhere", "store": "s"}, True),
+        ({"trainer": {"strategy": "auto", "log_every_n_steps": 1}}, True),
+        ({"seed": 1}, False),
+        ({"conditioning": "none"}, False),
+        ({"trainer": {"max_steps": 3}}, False),
+        ({"trainer": {"devices": 2}}, False),
+    ],
+    ids=str,
+)
+def test_what_a_training_depends_on(change: dict[str, Any], same: bool) -> None:
+    one = Config(run_dir="here")
+    assert (training_part(one) == training_part(replace(one, **change))) == same
+
+
+def test_strength_is_no_part_of_a_training_and_rank_is() -> None:
+    one = Config(run_dir="here")
+    weak = replace(one, enhancement=replace(one.enhancement, strength=0.3))
+    wide = replace(one, adapter=replace(one.adapter, rank=64))
+    moved = replace(one, backbone=replace(one.backbone, path="copy"))
+    assert training_hash(one, "d", "b") == training_hash(weak, "d", "b") == training_hash(moved, "d", "b")
+    hashes = {training_hash(one, "d", "b"), training_hash(wide, "d", "b"), training_hash(one, "other photos", "b"),
+              training_hash(one, "d", "other weights")}  # fmt: skip
+    assert len(hashes) == 4
+
+
+def test_settings_of_a_module_that_is_off_do_not_matter() -> None:
+    off = Config(run_dir="here")
+    off.enhancement.enabled = False
+    other = replace(off, enhancement=replace(off.enhancement, hidden=8, max_steps=3))
+    assert training_part(off) == training_part(other)
+    assert training_part(off) != training_part(Config(run_dir="here"))
+
+
+def test_two_strengths_are_one_training_and_two_runs(make: Make, trainings: list[str], tmp_path: Path) -> None:
+    first = store.run_in_store(make("first", "enhancement.strength=0.5"))
+    second = store.run_in_store(make("second", "enhancement.strength=1.5"))
+    assert len(trainings) == 1
+    assert first.table is not None and second.table is not None
+    assert list(first.table.methods) == ["strength 0", "strength 0.5"]
+    assert list(second.table.methods) == ["strength 0", "strength 1.5"]
+    one, two = weights(first.run_dir), weights(second.run_dir)
+    assert one and one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    for run in (first, second):
+        for name in ("report.html", "metrics.json", "csv/metrics.csv", "plots/loss.svg", "adapter/README.md"):
+            assert (run.run_dir / name).stat().st_size > 0
+    assert ", 0.5)" in (first.run_dir / "adapter" / "README.md").read_text()
+    assert ", 1.5)" in (second.run_dir / "adapter" / "README.md").read_text()
+    told = read_json(second.run_dir / "trained.json")
+    assert told["hash"] == Path(trainings[0]).name and told["by"] == str(first.run_dir)
+
+
+def test_a_training_that_was_cut_off_is_taken_over(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another job with the same hash goes on from the checkpoint, and ends where the straight run ends."""
+
+    class KilledError(Exception):
+        pass
+
+    options = ("trainer.val_check_interval=2", "enhancement=none")
+    original = LoraDae.training_step
+    steps: list[int] = []
+
+    def dies_at_step_3(self: LoraDae, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if self.global_step == 3:
+            raise KilledError
+        return original(self, batch, batch_idx)
+
+    def counted(self: LoraDae, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        steps.append(self.global_step)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(LoraDae, "training_step", dies_at_step_3)
+    with pytest.raises(KilledError):
+        store.run_in_store(make("cut", *options))
+    monkeypatch.setattr(LoraDae, "training_step", counted)
+    resumed = store.run_in_store(make("resumed", *options, "sampling.num_inference_steps=3"))
+    assert steps == [2, 3]
+    straight = store.run_in_store(make("straight", *options, f"store={tmp_path / 'other'}"))
+    one, two = weights(resumed.run_dir), weights(straight.run_dir)
+    assert one and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_waits_for_a_training_that_runs_elsewhere(
+    make: Make, trainings: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "store" / "0123"
+    lock = try_lock(folder.with_name("0123.lock"))
+    assert lock is not None
+    waited: list[str] = []
+
+    def other_finishes(seconds: float) -> None:
+        waited.append(read_json(tmp_path / "run" / "status.json")["phase"])
+        write_json(folder / "trained.json", {"hash": "0123"})
+
+    monkeypatch.setattr(store.time, "sleep", other_finishes)
+    store.train_once(make("run"), folder, tmp_path / "decision.json")
+    assert len(waited) == 1 and waited[0].startswith("waits for process")
+    assert not trainings
+
+
+def test_a_checkpoint_path_and_a_store_exclude_each_other(make: Make) -> None:
+    with pytest.raises(ConfigError, match="exclude each other"):
+        store.run_in_store(make("run", "ckpt_path=last"))
+
+
+def test_other_ranks_follow_the_decision_of_this_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    path = tmp_path / "decision.json"
+    assert ranks.rank() == 0
+    ranks.tell(path, False)
+    assert not path.exists()  # nobody waits for it
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "r")
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    ranks.tell(path, False)
+    monkeypatch.setenv("RANK", "1")
+    assert ranks.rank() == 1
+    assert ranks.ask(path, 5) is False
+    monkeypatch.setenv("MASTER_PORT", "1235")  # another start: the old decision does not count
+    with pytest.raises(ConfigError, match="rank 1 heard nothing"):
+        ranks.ask(path, 0.3)

@@ -1,0 +1,146 @@
+"""The table over many runs, on made-up run folders: what varies, what is best, what lies on the front."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+from scipy import stats
+
+from lora_dae.config import Config, ConfigError, to_dict
+from lora_dae.sweep.files import write_json
+from lora_dae.sweep.report import report_if_any, write_sweep_report
+from lora_dae.sweep.table import find_runs, network_calls, over_seeds, read_sweep
+
+PROTOCOL = {
+    "num_generated": 8, "num_reference": 8, "split": "test", "resolution": 64, "sampler": "ddim", "steps": 4,
+    "guidance_scale": 2.0, "source_guidance_scale": None, "seeds": [0], "features": "effnet", "bootstrap": 10,
+}  # fmt: skip
+
+
+def make_run(folder: Path, rank: int, strength: float, distance: float, lsd: float = 0.1, seed: int = 0) -> None:
+    """A run folder with an adapter of 1000 * rank bytes and the given results at its strength."""
+    cfg = Config(run_dir=str(folder), name=f"rank{rank}", seed=seed)
+    cfg.adapter.rank = rank
+    cfg.enhancement.strength = strength
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter" / "pytorch_lora_weights.safetensors").write_bytes(bytes(1000 * rank))
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))))
+
+    def metrics(fd: float) -> dict[str, dict[str, float | str | None]]:
+        return {
+            "fd_effnet": {"value": fd, "low": fd - 0.5, "high": fd + 0.5, "better": "lower"},
+            "ssim_garment": {"value": 1 / fd, "low": None, "high": None, "better": "higher"},
+            "lsd": {"value": lsd, "low": lsd, "high": lsd, "better": "lower"},
+        }
+
+    methods = {"strength 0": metrics(100.0)}
+    methods[f"strength {strength:g}"] = metrics(distance)
+    (folder / "metrics.json").write_text(
+        json.dumps({"protocol": PROTOCOL, "baseline": "strength 0", "methods": methods})
+    )
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    distances = {(4, 0.0): 9.0, (4, 1.0): 8.0, (16, 0.0): 5.0, (16, 1.0): 3.0, (64, 0.0): 3.2, (64, 1.0): 6.0}
+    for number, ((rank, strength), distance) in enumerate(distances.items()):
+        make_run(tmp_path / f"{number}_rank{rank}", rank, strength, distance)
+    return tmp_path
+
+
+def test_the_varied_keys_are_found_and_the_runs_own_strength_is_shown(sweep: Path) -> None:
+    table = read_sweep(sweep)
+    assert table.varied == ["adapter.rank", "enhancement.strength"]
+    assert {row.label: row.metrics["fd_effnet"].value for row in table.rows}["rank 16, strength 1"] == 3.0
+    assert table.headline() == "fd_effnet"
+    assert table.best("fd_effnet").label == "rank 16, strength 1"
+    assert table.best("ssim_garment").label == "rank 16, strength 1"
+    assert [row.label for row in table.tied("fd_effnet")] == ["rank 64, strength 0"]  # [2.7, 3.7] and [2.5, 3.5]
+
+
+def test_the_front_is_what_nothing_smaller_beats(sweep: Path) -> None:
+    table = read_sweep(sweep)
+    assert [row.label for row in table.pareto("fd_effnet", "adapter_mb")] == [
+        "rank 4, strength 1", "rank 16, strength 1",
+    ]  # fmt: skip
+    assert [row.costs["adapter_mb"] for row in table.pareto("fd_effnet", "adapter_mb")] == [0.004, 0.016]
+
+
+def test_csv_and_latex_hold_the_numbers(sweep: Path) -> None:
+    write_sweep_report(sweep)
+    with (sweep / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    row = next(r for r in rows if r["configuration"] == "rank 16, strength 1")
+    assert (float(row["adapter.rank"]), float(row["fd_effnet"]), float(row["fd_effnet_low"])) == (16, 3.0, 2.5)
+    latex = (sweep / "table.tex").read_text()
+    assert latex.count(r" \\") == 7 and latex.count("&") == 7 * latex.splitlines()[2].count("&")
+    assert r"\textbf{" in next(line for line in latex.splitlines() if line.startswith("rank 16, strength 1"))
+    assert r"fd\_effnet $\downarrow$" in latex
+
+
+def test_report_is_one_file_with_all_pictures(sweep: Path) -> None:
+    write_json(sweep / "9_x" / "job.json", {"state": "failed", "label": "adapter.rank=<b>", "error": "boom"})
+    html = write_sweep_report(sweep).read_text()
+    for name in ("heat_fd_effnet", "heat_ssim_garment", "curves", "pareto"):
+        with Image.open(sweep / "plots" / f"{name}.png") as picture:
+            assert np.asarray(picture.convert("L")).std() > 0
+    assert html.count("data:image/png;base64,") == 5
+    assert "http" not in html and "<strong>rank 16, strength 1</strong>" in html
+    assert "adapter.rank=&lt;b&gt;: failed, boom" in html
+
+
+def test_seeds_become_a_mean_with_students_interval(tmp_path: Path) -> None:
+    values = [3.0, 4.0, 8.0]
+    for seed, value in enumerate(values):
+        make_run(tmp_path / str(seed), 4, 1.0, value, seed=seed)
+    make_run(tmp_path / "other", 8, 1.0, 1.0)
+    table = read_sweep(tmp_path)
+    assert table.varied == ["adapter.rank"]
+    merged = table.rows[0].metrics["fd_effnet"]
+    low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
+    assert (merged.value, merged.low, merged.high) == pytest.approx((5.0, low, high))
+    assert len(table.rows[0].runs) == 3
+    assert over_seeds([table.rows[1].metrics]) is table.rows[1].metrics
+
+
+def test_network_calls_of_a_picture() -> None:
+    cfg = Config(run_dir="x")
+    assert network_calls(cfg) == 32  # 16 steps, both guidance scales equal: two calls
+    assert network_calls(replace(cfg, sampling=replace(cfg.sampling, source_guidance_scale=1.5))) == 48
+    plain = replace(cfg.sampling, guidance_scale=1.0, source_guidance_scale=1.0)
+    assert network_calls(replace(cfg, conditioning="none", sampling=plain)) == 16
+    assert network_calls(replace(cfg, conditioning="none", sampling=replace(plain, scheduler="heun"))) == 31
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm++", "unipc", "pndm", "euler", "heun", "lms"])
+def test_network_calls_are_the_schedulers_timesteps(name: str) -> None:
+    from diffusers import DDIMScheduler
+
+    from lora_dae.sampling.schedulers import build_scheduler
+
+    scheduler = build_scheduler(name, DDIMScheduler())
+    scheduler.set_timesteps(8)
+    cfg = Config(run_dir="x", conditioning="none")
+    cfg.sampling.scheduler, cfg.sampling.num_inference_steps, cfg.sampling.guidance_scale = name, 8, 1.0
+    assert network_calls(cfg) == len(scheduler.timesteps)
+
+
+def test_natural_order(tmp_path: Path) -> None:
+    for number in (10, 9, 1):
+        make_run(tmp_path / f"{number}_x", 4, 1.0, 1.0, seed=number)
+    assert [run.name for run in find_runs(tmp_path)] == ["1_x", "9_x", "10_x"]
+
+
+def test_nothing_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="no measured run"):
+        read_sweep(tmp_path)
+    report_if_any(tmp_path)
+    assert capsys.readouterr().out == ""
