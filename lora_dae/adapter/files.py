@@ -19,9 +19,9 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lora_dae.adapter.atomic import save_tensors
 from lora_dae.adapter.inject import ADAPTER_NAME, is_injected
 from lora_dae.adapter.source_input import SourceInput, detach_source_input
 from lora_dae.adapter.targets import base_layer
@@ -40,17 +40,12 @@ def save_adapter(unet: UNet2DConditionModel, path: str | Path, metadata: dict[st
     if not is_injected(unet):
         raise ConfigError("The UNet carries no adapter to save; a fully fine-tuned UNet is saved by save_merged.")
     state = get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)
-    # channels_last weights are not contiguous, and safetensors takes nothing else
-    weights = {_PREFIX + key: value.detach().cpu().contiguous() for key, value in state.items()}
     header = {
         **(metadata or {}),
         "format": "pt",
         LORA_ADAPTER_METADATA_KEY: json.dumps(_configuration(unet, state), sort_keys=True),
     }
-    file = _file(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, file, metadata=header)
-    return file
+    return save_tensors({_PREFIX + key: value for key, value in state.items()}, _file(path), header)
 
 
 def load_adapter(unet: UNet2DConditionModel, path: str | Path) -> dict[str, str]:
