@@ -66,6 +66,8 @@ class AdapterConfig:
     init: str = "kaiming"  # kaiming (PEFT's default) | gaussian
     use_dora: bool = False
     use_rslora: bool = False
+    init_from: str | None = None  # start from this LoRA file (kohya's or diffusers' layout)
+    allow_partial: bool = False  # leave out layers of init_from that do not train here
     full_finetune: bool = False  # train every UNet weight instead of an adapter (a baseline)
 
 
@@ -220,6 +222,8 @@ def check(cfg: Config) -> None:
     }.items():
         if not 0 <= share < 1:
             raise ConfigError(f"{name}={share} is not in [0, 1): give a share such as 0.1.")
+    if cfg.adapter.init_from is not None and cfg.adapter.full_finetune:
+        raise ConfigError("adapter.init_from starts an adapter, but adapter.full_finetune=true trains none: drop one.")
     if cfg.enhancement.placement == "direction" and cfg.sampling.scheduler != "ddim":
         raise ConfigError(
             f"enhancement.placement=direction edits DDIM's direction term, which sampling.scheduler="

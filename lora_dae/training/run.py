@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from lora_dae.adapter.files import save_adapter, save_merged
+from lora_dae.adapter.initial import check_file, initialize
 from lora_dae.adapter.inject import inject, make_full_finetune, trainable_parameters
 from lora_dae.adapter.source_input import attach_source_input, save_source_input
 from lora_dae.adapter.table import adapter_table
@@ -56,6 +57,8 @@ def run(cfg: Config) -> Result:
     run_dir = Path(cfg.run_dir)
     checkpoints = find_checkpoints(cfg, run_dir)
     inspect_backbone(cfg.backbone, cfg.data.resolution)
+    if cfg.adapter.init_from is not None:
+        check_file(cfg.adapter.init_from)
     tracking.wandb_mode(cfg.tracking.wandb)
     _quiet()
     splits = load_splits(cfg.data)
@@ -138,6 +141,10 @@ class Training:
             make_full_finetune(backbone.unet)
         else:
             inject(backbone.unet, cfg.adapter)
+            if cfg.adapter.init_from is not None:
+                started = initialize(backbone.unet, cfg.adapter.init_from, cfg.adapter.allow_partial)
+                if self.rank == 0:
+                    console.print(started, highlight=False)
         if cfg.conditioning == "source":
             attach_source_input(backbone.unet)
         null = backbone.encode_text([""])[0]
