@@ -72,14 +72,19 @@ def merged_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     and its ``config.in_channels`` says so. Raises ValueError (PEFT) if a merged weight is not finite.
     """
     merged = copy.deepcopy(unet)
-    source_input = detach_source_input(merged)
-    if is_injected(merged):
-        merged.fuse_lora(safe_fusing=True)
-        merged.unload_lora()
-    if source_input is not None:
-        _widen_conv_in(merged, source_input)
-    merged.requires_grad_(False)
+    merge_in_place(merged)
     return merged
+
+
+def merge_in_place(unet: UNet2DConditionModel) -> None:
+    """What merged_unet does, without a second copy in memory."""
+    source_input = detach_source_input(unet)
+    if is_injected(unet):
+        unet.fuse_lora(safe_fusing=True)
+        unet.unload_lora()
+    if source_input is not None:
+        _widen_conv_in(unet, source_input)
+    unet.requires_grad_(False)
 
 
 def save_merged(unet: UNet2DConditionModel, folder: str | Path) -> Path:
