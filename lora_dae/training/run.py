@@ -28,8 +28,9 @@ from lora_dae.data.pair import PairDataset
 from lora_dae.data.sources import check_source, load_splits
 from lora_dae.enhancement.files import save_enhancement
 from lora_dae.enhancement.gates import EnhancementModule
-from lora_dae.evaluation.run import HeldOut, evaluate_run, usage, write_grid
+from lora_dae.evaluation.run import HeldOut, evaluate_run, write_grid
 from lora_dae.evaluation.table import ResultsTable
+from lora_dae.export.command import export_beside, write_card
 from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.load import ENHANCEMENT_FILE, load_run, prepare_unet
 from lora_dae.training import callbacks, tracking
@@ -85,6 +86,7 @@ def run(cfg: Config) -> Result:
     tracking.log_metrics(trained.loggers[1:], flat, trained.steps)
     tracking.log_image(trained.loggers, "test/grid", grid)
     tracking.finish(trained.loggers)
+    write_card(run_dir, cfg, trained.backbone.folder.family, run_dir / "adapter")
     console.print(f"adapter  {run_dir / 'adapter'}", soft_wrap=True, highlight=False)
     return Result(run_dir, table)
 
@@ -133,8 +135,13 @@ class Training:
         self.rank = probe.global_rank
         self.device = probe.strategy.root_device
         backbone.vae.to(self.device)  # they fill the cache
-        backbone.text_encoder.to(self.device)  # type: ignore[arg-type]
+        backbone.text_encoders_to(self.device)
         self.precision = choose_precision(str(cfg.trainer.get("precision", "auto")), self.device)
+        if cfg.backbone.weights != "fp32" and self.precision == "32-true":
+            raise ConfigError(
+                f"backbone.weights={cfg.backbone.weights} needs mixed precision, but trainer.precision is 32-true "
+                "here: set trainer.precision=bf16-mixed, or backbone.weights=fp32."
+            )
         self.data = self._data(cfg.data.batch_size)
         attention = prepare_unet(backbone, cfg)
         if cfg.adapter.full_finetune:
@@ -174,6 +181,10 @@ class Training:
 
     def fit(self, checkpoints: dict[str, Path]) -> None:
         """Adapter first, then the enhancement on the adapter's averaged weights."""
+        if self.device.type != "cpu":  # everything is cached before the first step, so their memory is free for it
+            if self.rank == 0:
+                self.data.prepare_data()
+            self.backbone.rest(self.device)
         if "enhancement" not in checkpoints:
             self._stage("adapter", self.steps, self.data, checkpoints.get("adapter"))
         if self.enhancement is not None:
@@ -237,8 +248,10 @@ class Training:
                 save_source_input(unet, folder)
         if self.enhancement is not None:
             save_enhancement(self.enhancement, folder / ENHANCEMENT_FILE)
-        text = f"# {self.cfg.name}\n\nMade by LoRA-DAE. Draw with it:\n\n```python\n{usage(self.cfg)}\n```\n"
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        backbone = self.backbone
+        export_beside(
+            self.run_dir, self.cfg, backbone.folder.family, backbone.folder.unet_config, backbone.prediction_type
+        )
 
 
 class _WithoutSource:
