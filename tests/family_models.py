@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import diffusers
 import torch
 from adapter_models import FAMILIES
 from conftest import TOKEN_LENGTH, write_tokenizer
@@ -61,6 +62,7 @@ def write_backbone(path: Path, family: str, prediction_type: str = "epsilon") ->
     }[family]
     scheduler.save_pretrained(path / "scheduler")
     index = {
+        "_diffusers_version": diffusers.__version__,
         "_class_name": "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline",
         "scheduler": ["diffusers", type(scheduler).__name__],
         "text_encoder": ["transformers", "CLIPTextModel"],

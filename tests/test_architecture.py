@@ -42,7 +42,7 @@ def test_imports_only_from_earlier_rooms(path: Path) -> None:
     imported = imported_rooms(path.read_text(encoding="utf-8"), package)
     room = room_of(path)
     if room is None:
-        allowed = set()
+        allowed = {"sampling"}  # the package's own door: attach and detach
     else:
         assert room in ROOMS, f"{path.name} belongs to no room: put it into one, or add the room to ROOMS"
         allowed = set(ROOMS[: ROOMS.index(room) + 1])

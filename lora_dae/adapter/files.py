@@ -25,6 +25,7 @@ from lora_dae.adapter.atomic import save_tensors
 from lora_dae.adapter.inject import ADAPTER_NAME, is_injected
 from lora_dae.adapter.source_input import SourceInput, detach_source_input
 from lora_dae.adapter.targets import base_layer
+from lora_dae.backbone.family import family_of_width
 from lora_dae.config import ConfigError
 
 FILE_NAME = LORA_WEIGHT_NAME_SAFE  # pytorch_lora_weights.safetensors: what diffusers looks for in a folder
@@ -63,6 +64,12 @@ def load_adapter(unet: UNet2DConditionModel, path: str | Path) -> dict[str, str]
     unet.load_lora_adapter(weights, prefix="unet", adapter_name=ADAPTER_NAME, metadata=configuration)
     unet.requires_grad_(False)
     return {key: value for key, value in header.items() if key not in ("format", LORA_ADAPTER_METADATA_KEY)}
+
+
+def check_adapter(unet: UNet2DConditionModel, path: str | Path) -> None:
+    """Raises ConfigError unless every weight of the file fits a layer of the UNet; loads nothing into it."""
+    file = _file(path)
+    _check(unet, file, _read(file)[0])
 
 
 def merged_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -147,6 +154,11 @@ def _check(unet: UNet2DConditionModel, file: Path, weights: dict[str, Tensor]) -
             fits = tensor.shape[1:] == weight.shape[1:]
         elif ".lora_B." in key:
             fits = tensor.shape[0] == weight.shape[0]
+        if not fits and name.endswith("attn2.to_k") and ".lora_A." in key:
+            raise ConfigError(
+                f"The adapter in {file} does not fit this backbone: it attends to {family_of_width(tensor.shape[1])}, "
+                f"the backbone to {family_of_width(weight.shape[1])}; load the backbone that it was trained on."
+            )
         if not fits:
             raise ConfigError(
                 f"The adapter in {file} does not fit {name} of this backbone (weight {tuple(weight.shape)}, "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 
@@ -28,25 +30,34 @@ def write_merged_folder(run: LoadedRun, folder: Path, dtype: str) -> Path:
     backbone = run.backbone
     has_source = get_source_input(backbone.unet) is not None
     merge_in_place(backbone.unet)
+    parts: dict[str, Any] = {
+        "unet": backbone.unet,
+        "vae": backbone.vae,
+        "text_encoder": backbone.text_encoder,
+        "text_encoder_2": backbone.text_encoder_2,
+        "tokenizer": backbone.tokenizer,
+        "tokenizer_2": backbone.tokenizer_2,
+        "scheduler": backbone.scheduler,
+    }
+    name = "StableDiffusionXL" if backbone.text_encoder_2 is not None else "StableDiffusion"
+    index: dict[str, Any] = {
+        "_class_name": f"{name}{'InstructPix2Pix' if has_source else ''}Pipeline",
+        "_diffusers_version": diffusers.__version__,
+    }
+    if backbone.text_encoder_2 is None:
+        index |= {"feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
+    else:
+        index["force_zeros_for_empty_prompt"] = backbone.folder.zeros_for_empty
     target = folder / FOLDER
     with atomic(target) as partial:
         partial.mkdir()
-        for part, model in (("unet", backbone.unet), ("vae", backbone.vae), ("text_encoder", backbone.text_encoder)):
-            _cast(model, dtype).save_pretrained(partial / part)  # type: ignore[operator]
-        backbone.tokenizer.save_pretrained(partial / "tokenizer")
-        backbone.scheduler.save_pretrained(partial / "scheduler")
-        pipeline = "StableDiffusionInstructPix2PixPipeline" if has_source else "StableDiffusionPipeline"
-        index = {
-            "_class_name": pipeline,
-            "feature_extractor": [None, None],
-            "safety_checker": [None, None],
-            "requires_safety_checker": False,
-            "scheduler": ["diffusers", type(backbone.scheduler).__name__],
-            "text_encoder": ["transformers", type(backbone.text_encoder).__name__],
-            "tokenizer": ["transformers", "CLIPTokenizer"],
-            "unet": ["diffusers", "UNet2DConditionModel"],
-            "vae": ["diffusers", type(backbone.vae).__name__],
-        }
+        for part, value in parts.items():
+            if value is None:
+                continue
+            if isinstance(value, nn.Module):
+                value = value.to(DTYPES[dtype], memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            value.save_pretrained(partial / part)
+            index[part] = [type(value).__module__.split(".")[0], type(value).__name__]
         (partial / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     return target
 
@@ -62,12 +73,8 @@ def write_merged_file(run: LoadedRun, folder: Path, dtype: str, family: str) -> 
             f"a single file has no place for the {type(backbone.vae).__name__} of this backbone: use format=merged."
         )
     merge_in_place(backbone.unet)
-    tensors = to_single_file(backbone.unet, backbone.vae, backbone.text_encoder, None, family)
+    tensors = to_single_file(backbone.unet, backbone.vae, backbone.text_encoder, backbone.text_encoder_2, family)
     tensors = {
         name: tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
     }
     return save_tensors(tensors, folder / FILE, {"format": "pt"})
-
-
-def _cast(model: nn.Module, dtype: str) -> nn.Module:
-    return model.to(DTYPES[dtype], memory_format=torch.contiguous_format)  # type: ignore[call-overload]
