@@ -77,7 +77,7 @@ def test_trains_and_draws(case: str, root: Path, tiny_folder: Path, tmp_path: Pa
 
 
 def merged_draws_the_same(run_dir: Path, tmp_path: Path) -> None:
-    """Both merged forms of an SDXL run in plain diffusers; largest difference of latents 2e-5."""
+    """Both merged forms of an SDXL run in plain diffusers; largest difference of latents 1e-4 (of 14)."""
     request = {"run": str(run_dir), "dtype": "fp32", "resize_rank": None, "output": str(tmp_path / "out"), "push": None}
     for form in ("merged", "merged_file"):
         export_run(ExportRequest(format=form, **request), Console())  # type: ignore[arg-type]
@@ -92,9 +92,9 @@ def merged_draws_the_same(run_dir: Path, tmp_path: Path) -> None:
     configs = str(tmp_path / "out" / "merged")
     whole = load_backbone(BackboneConfig(path=str(tmp_path / "out" / "merged.safetensors"), configs=configs))
     pipe.unet, pipe.text_encoder_2 = whole.unet, whole.text_encoder_2
-    torch.testing.assert_close(draw(), merged, rtol=0, atol=2e-5)
+    torch.testing.assert_close(draw(), merged, rtol=0, atol=1e-4)
     pipe.unet = load_run(run_dir).backbone.unet
-    torch.testing.assert_close(draw(), merged, rtol=0, atol=2e-5)
+    torch.testing.assert_close(draw(), merged, rtol=0, atol=1e-4)
 
 
 @pytest.mark.usefixtures("without_evaluation")
