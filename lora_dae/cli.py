@@ -1,4 +1,4 @@
-"""The three commands: compose the config, call one function, say errors in one sentence."""
+"""The commands: compose the config, call one function, say errors in one sentence."""
 
 from __future__ import annotations
 
@@ -101,6 +101,16 @@ def sample(cfg: DictConfig) -> None:
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     path = draw_samples(SampleRequest(**values), console)
     console.print(f"images   {path}", soft_wrap=True, highlight=False)
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="export")
+@_one_sentence
+def export(cfg: DictConfig) -> None:
+    """``python export.py run=<dir> format=kohya``: a finished run for other programs."""
+    from lora_dae.export.command import ExportRequest, export_run
+
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    console.print(f"export   {export_run(ExportRequest(**values), console)}", soft_wrap=True, highlight=False)
 
 
 @dataclass

@@ -27,10 +27,18 @@ class ConfigError(ValueError):
 
 @dataclass
 class BackboneConfig:
-    """Which frozen Stable Diffusion: ``studio`` (shipped in the package) or a diffusers folder."""
+    """Which frozen Stable Diffusion: shipped in the package, a diffusers folder, one checkpoint, or from the hub."""
 
-    name: str = "studio"
-    path: str | None = None  # a diffusers folder; None = the shipped one
+    name: str = "studio"  # studio | folder | file | sd15 | sd21 | sdxl
+    path: str | None = None  # a diffusers folder or a .safetensors checkpoint; None = shipped, or from the hub
+    repo: str | None = None  # a hub id; None = that of `name`
+    revision: str | None = None  # of `repo`; None = pinned for sd15, sd21 and sdxl
+    configs: str | None = None  # of a checkpoint: folder of configs; None = those of its family
+    vae_path: str | None = None  # another VAE (SDXL's fp16-fix, TAESD); None = the backbone's own
+    prediction_type: str = "auto"  # auto (as the backbone says) | epsilon | v_prediction
+    zero_terminal_snr: bool | None = None  # None = as the backbone says
+    weights: str = "fp32"  # of the frozen UNet: fp32 | bf16 | fp16; what trains stays fp32
+    gradient_checkpointing: bool = False
     attention: str = "auto"  # auto (measured at start) | plain | sdpa
 
 
@@ -67,6 +75,8 @@ class AdapterConfig:
     use_dora: bool = False
     use_rslora: bool = False
     kernel: str = "fused"  # fused (one product per layer) | peft (PEFT's own three)
+    init_from: str | None = None  # start from this LoRA file (kohya's or diffusers' layout)
+    allow_partial: bool = False  # leave out layers of init_from that do not train here
     full_finetune: bool = False  # train every UNet weight instead of an adapter (a baseline)
 
 
@@ -124,6 +134,15 @@ class EvaluationConfig:
 
 
 @dataclass
+class ExportConfig:
+    """What the run's adapter folder holds for other programs."""
+
+    kohya: bool = True  # also adapter_kohya.safetensors (ComfyUI, A1111, Forge, kohya)
+    dtype: str = "fp32"  # of that file: fp32 | fp16 | bf16
+    license: str = "other"  # in the model card's head
+
+
+@dataclass
 class TrackingConfig:
     """Weights & Biases; the CSV log is always written beside it."""
 
@@ -149,6 +168,7 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
     name: str = "default"
     conditioning: str = "source"  # source (the garment photo steers the image) | none (text only)
@@ -186,6 +206,9 @@ def check(cfg: Config) -> None:
     _one_of("adapter.init", cfg.adapter.init, ("kaiming", "gaussian"))
     _one_of("adapter.kernel", cfg.adapter.kernel, ("fused", "peft"))
     _one_of("evaluation.features", cfg.evaluation.features, ("effnet", "inception"))
+    _one_of("backbone.prediction_type", cfg.backbone.prediction_type, ("auto", "epsilon", "v_prediction"))
+    _one_of("backbone.weights", cfg.backbone.weights, ("fp32", "bf16", "fp16"))
+    _one_of("export.dtype", cfg.export.dtype, ("fp32", "fp16", "bf16"))
     for group in cfg.adapter.targets:
         _one_of("adapter.targets", group, TARGET_GROUPS)
     if cfg.data.name == "studio":
@@ -223,6 +246,8 @@ def check(cfg: Config) -> None:
     }.items():
         if not 0 <= share < 1:
             raise ConfigError(f"{name}={share} is not in [0, 1): give a share such as 0.1.")
+    if cfg.adapter.init_from is not None and cfg.adapter.full_finetune:
+        raise ConfigError("adapter.init_from starts an adapter, but adapter.full_finetune=true trains none: drop one.")
     if cfg.enhancement.placement == "direction" and cfg.sampling.scheduler != "ddim":
         raise ConfigError(
             f"enhancement.placement=direction edits DDIM's direction term, which sampling.scheduler="

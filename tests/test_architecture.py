@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_dae"
 # In the order in which data flows; cli.py stands at the door and may import all of them.
-ROOMS = "config diffusion data backbone adapter enhancement sampling evaluation vqa study training sweep cli".split()
+ROOMS = (
+    "config diffusion data backbone adapter enhancement sampling evaluation vqa study export training sweep cli".split()
+)
 MAX_LINES = 400
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
@@ -42,7 +44,7 @@ def test_imports_only_from_earlier_rooms(path: Path) -> None:
     imported = imported_rooms(path.read_text(encoding="utf-8"), package)
     room = room_of(path)
     if room is None:
-        allowed = set()
+        allowed = {"sampling"}  # the package's own door: attach and detach
     else:
         assert room in ROOMS, f"{path.name} belongs to no room: put it into one, or add the room to ROOMS"
         allowed = set(ROOMS[: ROOMS.index(room) + 1])

@@ -137,7 +137,7 @@ def test_names_the_missing_part(copied: Path, part: str) -> None:
 
 
 def test_names_the_missing_folder(tmp_path: Path) -> None:
-    assert "nowhere is not a folder" in refusal(tmp_path / "nowhere")
+    assert "nowhere is neither a folder nor a file" in refusal(tmp_path / "nowhere")
 
 
 def test_an_unknown_backbone_needs_a_path() -> None:
@@ -165,7 +165,7 @@ def test_refuses_pickled_weights_without_opening_them(copied: Path) -> None:
     [
         ("unet/config.json", {"in_channels": 9}, "takes 9 channels"),
         ("unet/config.json", {"cross_attention_dim": 768}, "attends to 768"),
-        ("unet/config.json", {"addition_embed_type": "text_time"}, "second text encoder"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "SD 1.x by its weights"),
         ("model_index.json", {"vae": ["diffusers", "VQModel"]}, "is a VQModel"),
     ],
 )
@@ -197,5 +197,5 @@ def test_refuses_weights_that_lack_a_tensor(copied: Path) -> None:
 def test_refuses_a_file_cut_short(copied: Path, part: str) -> None:
     file = next((copied / part).glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match=f"{part} cannot be loaded"):
+    with pytest.raises(ConfigError, match=f"{part}.* (cannot be loaded|is cut off)"):
         load_backbone(BackboneConfig(path=str(copied)))

@@ -28,6 +28,7 @@ def command(tmp_path: Path, script: str, *arguments: str) -> subprocess.Complete
         (("train.py", "enhancement.strength=-1"), "enhancement.strength=-1"),
         (("sample.py", "run=nowhere"), "run=nowhere does not exist"),
         (("evaluate.py", "run=nowhere"), "run=nowhere does not exist"),
+        (("export.py", "run=nowhere"), "run=nowhere does not exist"),
     ],
 )
 def test_mistakes(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:

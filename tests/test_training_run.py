@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from compose import config
+from conftest import write_photos
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -160,13 +161,28 @@ def test_batches_do_not_change_images(finished: Path) -> None:
     assert np.abs(together.astype(int) - alone).max() <= 1  # float sums in another order
 
 
+@pytest.fixture(scope="module")
+def paired_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos with a source photo each."""
+    root = tmp_path_factory.mktemp("paired_folder")
+    write_photos(root, 12)
+    rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["source"] = rows[number - 1]["file_name"]
+    (root / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return root
+
+
 EXPERIMENTS = sorted(p.stem for p in (conf_dir() / "experiment").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_runs(experiment: str, make: Make) -> None:
-    rank = ["adapter.rank=2"] if experiment != "full_finetune" else []
-    cfg = make(f"experiment={experiment}", "trainer.max_steps=1", "evaluation.frozen=false", *rank)
+def test_every_experiment_runs(experiment: str, make: Make, paired_folder: Path) -> None:
+    extra = ["adapter.rank=2"] if experiment != "full_finetune" else []
+    if experiment.startswith("sd"):  # on the tiny backbone, whose folder stands for the hub's
+        extra += [f"data.root={paired_folder}", "data.val_fraction=0.25", "data.test_fraction=0.25"]
+        extra += ["trainer.precision=bf16-mixed"]
+    cfg = make(f"experiment={experiment}", "trainer.max_steps=1", "evaluation.frozen=false", *extra)
     result = training.run(cfg)
     assert result.table is not None and np.isfinite(result.table.methods["strength 0"]["fd_effnet"].value)
     assert (result.run_dir / "config.yaml").read_text().count(f"name: {experiment}") == 1

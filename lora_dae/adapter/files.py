@@ -19,12 +19,13 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lora_dae.adapter.atomic import save_tensors
 from lora_dae.adapter.inject import ADAPTER_NAME, is_injected
 from lora_dae.adapter.source_input import SourceInput, detach_source_input
 from lora_dae.adapter.targets import base_layer
+from lora_dae.backbone.family import family_of_width
 from lora_dae.config import ConfigError
 
 FILE_NAME = LORA_WEIGHT_NAME_SAFE  # pytorch_lora_weights.safetensors: what diffusers looks for in a folder
@@ -40,17 +41,12 @@ def save_adapter(unet: UNet2DConditionModel, path: str | Path, metadata: dict[st
     if not is_injected(unet):
         raise ConfigError("The UNet carries no adapter to save; a fully fine-tuned UNet is saved by save_merged.")
     state = get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)
-    # channels_last weights are not contiguous, and safetensors takes nothing else
-    weights = {_PREFIX + key: value.detach().cpu().contiguous() for key, value in state.items()}
     header = {
         **(metadata or {}),
         "format": "pt",
         LORA_ADAPTER_METADATA_KEY: json.dumps(_configuration(unet, state), sort_keys=True),
     }
-    file = _file(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, file, metadata=header)
-    return file
+    return save_tensors({_PREFIX + key: value for key, value in state.items()}, _file(path), header)
 
 
 def load_adapter(unet: UNet2DConditionModel, path: str | Path) -> dict[str, str]:
@@ -70,6 +66,12 @@ def load_adapter(unet: UNet2DConditionModel, path: str | Path) -> dict[str, str]
     return {key: value for key, value in header.items() if key not in ("format", LORA_ADAPTER_METADATA_KEY)}
 
 
+def check_adapter(unet: UNet2DConditionModel, path: str | Path) -> None:
+    """Raises ConfigError unless every weight of the file fits a layer of the UNet; loads nothing into it."""
+    file = _file(path)
+    _check(unet, file, _read(file)[0])
+
+
 def merged_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """A plain copy of the UNet with the adapter added into its weights; the UNet itself stays as it is.
 
@@ -77,14 +79,19 @@ def merged_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     and its ``config.in_channels`` says so. Raises ValueError (PEFT) if a merged weight is not finite.
     """
     merged = copy.deepcopy(unet)
-    source_input = detach_source_input(merged)
-    if is_injected(merged):
-        merged.fuse_lora(safe_fusing=True)
-        merged.unload_lora()
-    if source_input is not None:
-        _widen_conv_in(merged, source_input)
-    merged.requires_grad_(False)
+    merge_in_place(merged)
     return merged
+
+
+def merge_in_place(unet: UNet2DConditionModel) -> None:
+    """What merged_unet does, without a second copy in memory."""
+    source_input = detach_source_input(unet)
+    if is_injected(unet):
+        unet.fuse_lora(safe_fusing=True)
+        unet.unload_lora()
+    if source_input is not None:
+        _widen_conv_in(unet, source_input)
+    unet.requires_grad_(False)
 
 
 def save_merged(unet: UNet2DConditionModel, folder: str | Path) -> Path:
@@ -147,6 +154,11 @@ def _check(unet: UNet2DConditionModel, file: Path, weights: dict[str, Tensor]) -
             fits = tensor.shape[1:] == weight.shape[1:]
         elif ".lora_B." in key:
             fits = tensor.shape[0] == weight.shape[0]
+        if not fits and name.endswith("attn2.to_k") and ".lora_A." in key:
+            raise ConfigError(
+                f"The adapter in {file} does not fit this backbone: it attends to {family_of_width(tensor.shape[1])}, "
+                f"the backbone to {family_of_width(weight.shape[1])}; load the backbone that it was trained on."
+            )
         if not fits:
             raise ConfigError(
                 f"The adapter in {file} does not fit {name} of this backbone (weight {tuple(weight.shape)}, "

@@ -1,38 +1,59 @@
-"""A diffusers folder, judged from its small JSON files alone: what is checked before any weight loads."""
+"""A backbone, judged from small JSON files and weight headers alone: what is checked before any weight loads.
+
+It is a diffusers folder, or one ``.safetensors`` in the layout of CompVis/SGM together with a folder of configs
+(the package has them for every family).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lora_dae.backbone.family import FAMILIES, read_shapes, unet_family
+from lora_dae.backbone.hub import REPOSITORIES, fetch
 from lora_dae.config import BackboneConfig, ConfigError
 
 STUDIO = Path(__file__).parent / "studio" / "weights"
+CONFIGS = Path(__file__).parent / "configs"
 VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 WEIGHTED_PARTS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
+    "text_encoder_2": "model",
 }
 # Weight files up to this size are hashed whole; of larger ones, evenly spread slices (see fingerprint).
 WHOLE_FILE_BYTES = 100_000_000
 SLICES, SLICE_BYTES = 64, 65_536
+_UP_BLOCKS = ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3]  # diffusers' default, which configs may leave out
 
 
 @dataclass(frozen=True)
 class BackboneFolder:
-    """A folder whose parts exist, are of classes that we load, and fit each other."""
+    """A backbone whose parts exist, are of classes that we load, and fit each other."""
 
-    path: Path
+    path: Path  # the diffusers folder; of a single file the folder of its configs
+    family: str  # sd1 | sd2 | sdxl, by the UNet's weights
+    vae_path: Path  # a folder with the VAE's config (and weights, unless they are in the single file)
     vae_class: str  # one of VAE_CLASSES
     vae_scale_factor: int  # pixels per latent pixel, along one side
     latent_channels: int
     unet_factor: int  # how often the UNet halves its input, as a factor: 8 for SD 1.5
+    unet_config: dict[str, Any]
     scheduler_class: str
+    prediction_type: str | None  # None: as the scheduler's own config says
+    zero_terminal_snr: bool
+    zeros_for_empty: bool  # the empty caption is zeros (SDXL), not the encoded empty string
     variants: dict[str, str | None]  # part -> the variant of its weight files ("fp16") or None
+    single_file: Path | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The text encoders, by name."""
+        return ("text_encoder", "text_encoder_2") if self.family == "sdxl" else ("text_encoder",)
 
     def check_resolution(self, resolution: int) -> None:
         """Raises ConfigError unless images of ``resolution`` squared pixels pass VAE and UNet evenly."""
@@ -52,57 +73,101 @@ class BackboneFolder:
         each start would take longer than it saves.
         """
         digest = hashlib.sha256()
-        for file in sorted(self.path.glob("*/*")):
+        files = [(file.relative_to(self.path).as_posix(), file) for file in sorted(self.path.glob("*/*"))]
+        if self.vae_path != self.path / "vae":
+            files += [(f"own vae/{file.name}", file) for file in sorted(self.vae_path.glob("*"))]
+        for name, file in files:
             if file.suffix in (".json", ".txt", ".safetensors"):
-                digest.update(file.relative_to(self.path).as_posix().encode())
+                digest.update(name.encode())
                 digest.update(_digest(file))
+        if self.single_file is not None:
+            digest.update(_digest(self.single_file))
         return digest.hexdigest()[:16]
 
 
 def inspect_backbone(cfg: BackboneConfig, resolution: int | None = None) -> BackboneFolder:
-    """Checks the folder that ``cfg`` names (None = the shipped ``studio``), and ``resolution`` if given.
+    """Checks what ``cfg`` names (no path: the shipped ``studio``, or a hub model), and ``resolution`` if given.
 
-    Reads no weights. Raises ConfigError if the folder or a part is missing, its weights are pickled, a
-    class is not that of Stable Diffusion 1.x/2.x, the parts do not fit, or the resolution does not.
+    Reads no weights, but may fetch a hub model. Raises ConfigError if a part is missing, its weights are
+    pickled, a class is not that of Stable Diffusion 1.x, 2.x or XL, the parts do not fit, or the resolution
+    does not.
     """
-    folder = _inspect(_locate(cfg))
+    path = _locate(cfg)
+    folder = _inspect_file(path, cfg) if path.is_file() else _inspect(path, cfg)
     if resolution is not None:
         folder.check_resolution(resolution)
     return folder
 
 
 def _locate(cfg: BackboneConfig) -> Path:
+    """The diffusers folder or the single file."""
     if cfg.path is None:
+        if cfg.repo is not None or cfg.name in REPOSITORIES:
+            return fetch(cfg)
         if cfg.name != "studio":
-            raise ConfigError(f"backbone={cfg.name} needs its diffusers folder: give backbone.path=<folder>.")
+            kind = "checkpoint (.safetensors)" if cfg.name == "file" else "diffusers folder"
+            raise ConfigError(f"backbone={cfg.name} needs its {kind}: give backbone.path=<{cfg.name}>.")
         if not (STUDIO / "model_index.json").is_file():
             raise ConfigError(f"the shipped backbone is missing at {STUDIO}: run `make backbone`.")
         return STUDIO
     path = Path(cfg.path).expanduser()
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ConfigError(
+                f"{path} is a pickle, which can run code when it is loaded: load it once where you trust it, with "
+                "StableDiffusionPipeline.from_single_file of diffusers, save_pretrained it, and give that folder."
+            )
+        return path
     if not path.is_dir():
-        raise ConfigError(f"backbone.path={cfg.path} is not a folder: give a diffusers folder (with unet/, vae/, ...).")
+        raise ConfigError(
+            f"backbone.path={cfg.path} is neither a folder nor a file: give a diffusers folder (with unet/, vae/, ...) "
+            "or a .safetensors checkpoint."
+        )
     return path
 
 
-def _inspect(path: Path) -> BackboneFolder:
-    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+def _inspect_file(file: Path, cfg: BackboneConfig) -> BackboneFolder:
+    """A single checkpoint: its family by its weights, everything else by the configs of that family."""
+    shapes = read_shapes(file)
+    prefix = "model.diffusion_model."
+    unet = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    if not unet:
+        raise ConfigError(f"{file} holds no UNet in the CompVis/SGM layout ({prefix}*): give a full checkpoint.")
+    family = unet_family(unet)
+    if "v_pred" in shapes and cfg.prediction_type == "auto":  # markers that trainers leave in such checkpoints
+        cfg = replace(cfg, prediction_type="v_prediction", zero_terminal_snr="ztsnr" in shapes or cfg.zero_terminal_snr)
+    configs = Path(cfg.configs).expanduser() if cfg.configs is not None else CONFIGS / family
+    if not (configs / "model_index.json").is_file():
+        raise ConfigError(f"backbone.configs={cfg.configs} is not a folder of configs in diffusers' layout.")
+    folder = _inspect(configs, cfg, file)
+    config = folder.unet_config
+    found = list(unet.get("input_blocks.0.0.weight", [0, 0])[:2])
+    expected = [config["block_out_channels"][0], config.get("in_channels", 4)]
+    if found != expected:
+        raise ConfigError(
+            f"{file} is no plain {FAMILIES[family]} text-to-image model: its first convolution is "
+            f"{found[1]} -> {found[0]} channels, expected {expected[1]} -> {expected[0]}."
+        )
+    return folder
+
+
+def _inspect(path: Path, cfg: BackboneConfig, single_file: Path | None = None) -> BackboneFolder:
+    index = _json(path / "model_index.json")
+    second = ["text_encoder_2", "tokenizer_2"] if "text_encoder_2" in index else []
+    for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler", *second):
         if not (path / part).is_dir():
             raise ConfigError(
                 f"the backbone at {path} has no {part}/: give a Stable Diffusion folder in diffusers' layout."
             )
-    index = _json(path / "model_index.json")
-    unet, vae, text = (_json(path / part / "config.json") for part in WEIGHTED_PARTS)
+    vae_path = path / "vae" if cfg.vae_path is None else Path(cfg.vae_path).expanduser()
+    unet, text = (_json(path / part / "config.json") for part in ("unet", "text_encoder"))
+    vae = _json(vae_path / "config.json")
     scheduler = _json(path / "scheduler" / "scheduler_config.json")
-    vae_class = str((index.get("vae") or [None, None])[1])
+    vae_class = str(vae.get("_class_name") if cfg.vae_path is not None else (index.get("vae") or [None, None])[1])
     if vae_class not in VAE_CLASSES:
         raise ConfigError(
-            f"the VAE of the backbone at {path} is a {vae_class} by model_index.json: "
+            f"the VAE of the backbone at {path} is a {vae_class} by its config: "
             f"only {' and '.join(VAE_CLASSES)} are supported."
-        )
-    if "text_encoder_2" in index or unet.get("addition_embed_type"):
-        raise ConfigError(
-            f"the backbone at {path} has a second text encoder, as SDXL does: only Stable Diffusion 1.x and "
-            "2.x (one CLIP text encoder) are supported."
         )
     latent_channels = int(vae.get("latent_channels", 4))
     in_channels = unet.get("in_channels", 4)
@@ -111,22 +176,75 @@ def _inspect(path: Path) -> BackboneFolder:
             f"the UNet at {path} takes {in_channels} channels but its VAE gives {latent_channels} "
             "(an inpainting or instruction model?): give a text-to-image backbone."
         )
-    attended, given = unet.get("cross_attention_dim"), text.get("hidden_size")
+    attended, given = unet.get("cross_attention_dim"), int(text.get("hidden_size", 512))
+    if second:
+        given += int(_json(path / "text_encoder_2" / "config.json").get("hidden_size", 512))
     if attended != given:
         raise ConfigError(
             f"the UNet at {path} attends to {attended} text features but the text encoder gives "
             f"{given}: the folder mixes parts of different models."
         )
+    own_vae = single_file is not None and cfg.vae_path is None
+    parts = [] if single_file is not None else ["unet", "text_encoder", *second[:1]]
+    variants = {part: _variant(path / part, WEIGHTED_PARTS[part]) for part in parts}
+    if not own_vae:
+        variants["vae"] = _variant(vae_path, WEIGHTED_PARTS["vae"])
+    if single_file is None:
+        family = _folder_family(path, unet, variants["unet"])
+    else:
+        family = "sdxl" if second else ("sd2" if unet.get("use_linear_projection") else "sd1")
+    if (family == "sdxl") != bool(second):
+        raise ConfigError(
+            f"the UNet at {path} is {FAMILIES[family]} by its weights, but model_index.json lists "
+            f"{'two text encoders' if second else 'one text encoder'}: the folder mixes parts of different models."
+        )
+    prediction = None if cfg.prediction_type == "auto" else cfg.prediction_type
+    zero_snr = bool(scheduler.get("rescale_betas_zero_snr") if cfg.zero_terminal_snr is None else cfg.zero_terminal_snr)
+    if zero_snr and (prediction or scheduler.get("prediction_type", "epsilon")) == "epsilon":
+        raise ConfigError(
+            "backbone.zero_terminal_snr=true needs a network that predicts v: at pure noise the noise says nothing "
+            "about the image; set backbone.prediction_type=v_prediction if the backbone was trained so."
+        )
     vae_widths = vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or [64] * 4
     return BackboneFolder(
         path=path,
+        family=family,
+        vae_path=vae_path,
         vae_class=vae_class,
         vae_scale_factor=2 ** (len(vae_widths) - 1),
         latent_channels=latent_channels,
         unet_factor=2 ** (len(unet.get("block_out_channels", [320, 640, 1280, 1280])) - 1),
+        unet_config={"layers_per_block": 2, "up_block_types": _UP_BLOCKS, **unet},
         scheduler_class=str(scheduler.get("_class_name")),
-        variants={part: _variant(path / part, stem) for part, stem in WEIGHTED_PARTS.items()},
+        prediction_type=prediction or scheduler.get("prediction_type"),
+        zero_terminal_snr=zero_snr,
+        zeros_for_empty=bool(second) and bool(index.get("force_zeros_for_empty_prompt", True)),
+        variants=variants,
+        single_file=single_file,
     )
+
+
+def _folder_family(path: Path, config: dict[str, Any], variant: str | None) -> str:
+    """By the headers of the UNet's weight files; raises ConfigError where they contradict its config."""
+    dotted = "" if variant is None else f".{variant}"
+    whole = path / "unet" / f"{WEIGHTED_PARTS['unet']}{dotted}.safetensors"
+    files = [whole] if whole.is_file() else sorted((path / "unet").glob(f"*-of-*{dotted}.safetensors"))
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        shapes |= read_shapes(file)
+    attends = {shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")}
+    if attends and attends != {config.get("cross_attention_dim")}:
+        raise ConfigError(
+            f"the weights of the UNet at {path} attend to {max(attends)} text features, its config says "
+            f"{config.get('cross_attention_dim')}: restore the folder from the model's source."
+        )
+    family = unet_family(shapes)
+    if (family == "sdxl") != (config.get("addition_embed_type") == "text_time"):
+        raise ConfigError(
+            f"the UNet at {path} is {FAMILIES[family]} by its weights, its config (addition_embed_type) says "
+            "otherwise: restore the folder from the model's source."
+        )
+    return family
 
 
 def _variant(part: Path, stem: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The frozen Stable Diffusion: loaded from an ordinary diffusers folder, asked to encode and decode."""
+"""The frozen Stable Diffusion, of any family: loaded part by part, asked to encode and decode."""
 
 from __future__ import annotations
 
@@ -6,27 +6,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from diffusers.models import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from lora_dae.backbone import pooled
 from lora_dae.backbone.layout import BackboneFolder, inspect_backbone
-from lora_dae.config import BackboneConfig, ConfigError
+from lora_dae.backbone.parts import load_part, load_scheduler, load_tokenizer
+from lora_dae.config import BackboneConfig
 
 ENCODE_BATCH_SIZE = 16
-Model = TypeVar("Model", bound=torch.nn.Module)
+WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
 class Backbone:
-    """The parts of one Stable Diffusion, in float32, frozen, in eval mode, on one device."""
+    """The parts of one Stable Diffusion, frozen, in eval mode. All but the UNet are float32 and on one device."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL | AutoencoderTiny
@@ -35,6 +34,9 @@ class Backbone:
     scheduler: Any  # the folder's own: its betas and prediction_type are those that the UNet was trained with
     folder: BackboneFolder
     fingerprint: str
+    text_encoder_2: CLIPTextModelWithProjection | None = None  # SDXL
+    tokenizer_2: CLIPTokenizer | None = None
+    visits: torch.device | None = None  # where VAE and text encoders go while they are used (see rest)
 
     @property
     def path(self) -> Path:
@@ -56,7 +58,35 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return next(self.vae.parameters()).device
+        """Where encoded and decoded tensors lie."""
+        return self.visits or next(self.vae.parameters()).device
+
+    @property
+    def text_length(self) -> int:
+        """Rows of a text embedding: the tokens, and for SDXL the pooled text (pooled.py)."""
+        return self.tokenizer.model_max_length + int(self.text_encoder_2 is not None)
+
+    def text_encoders_to(self, device: torch.device) -> None:
+        for encoder in (self.text_encoder, self.text_encoder_2):
+            if encoder is not None:
+                encoder.to(device)  # type: ignore[arg-type]
+
+    def rest(self, device: torch.device) -> None:
+        """VAE and text encoders leave ``device`` for the host, and come back only while they are used."""
+        self.visits = device
+        self.vae.to("cpu")
+        self.text_encoders_to(torch.device("cpu"))
+
+    @contextmanager
+    def _awake(self, *models: torch.nn.Module | None) -> Iterator[None]:
+        visitors = [model for model in models if model is not None and self.visits is not None]
+        for model in visitors:
+            model.to(self.visits)
+        try:
+            yield
+        finally:
+            for model in visitors:
+                model.to("cpu")
 
     @torch.no_grad()
     def encode_images(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -66,40 +96,56 @@ class Backbone:
         An AutoencoderTiny is deterministic: its std is zero.
         """
         means, stds = [], []
-        for batch in _batches(images):
-            pixels = torch.from_numpy(np.ascontiguousarray(batch)).to(self.device)
-            encoded = self.vae.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
-            if isinstance(self.vae, AutoencoderTiny):
-                mean, std = encoded.latents, torch.zeros_like(encoded.latents)
-            else:
-                mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
-            means.append((mean - self._shift) * self._scale)
-            stds.append(std * self._scale)
+        with self._awake(self.vae):
+            for batch in _batches(images):
+                pixels = torch.from_numpy(np.ascontiguousarray(batch)).to(self.device)
+                encoded = self.vae.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
+                if isinstance(self.vae, AutoencoderTiny):
+                    mean, std = encoded.latents, torch.zeros_like(encoded.latents)
+                else:
+                    mean, std = encoded.latent_dist.mean, encoded.latent_dist.std
+                means.append((mean - self._shift) * self._scale)
+                stds.append(std * self._scale)
         return torch.cat(means), torch.cat(stds)
 
     @torch.no_grad()
     def encode_text(self, captions: list[str]) -> Tensor:
-        """Captions to the text encoder's last hidden states, float32 (N, L, D).
+        """Captions to what the UNet attends to, float32 (N, text_length, D).
 
-        As in diffusers' StableDiffusionPipeline: padded and cut to the tokenizer's ``model_max_length``,
-        no attention mask.
+        As in diffusers' pipelines: padded and cut to the tokenizer's ``model_max_length``, no attention mask. SD 1.x
+        and 2.x: the last hidden states. SDXL: the last but one of both encoders, and the pooled text as the last
+        row (pooled.py); the empty caption is zeros where the model was trained so.
         """
-        tokens = self.tokenizer(
+        if self.text_encoder_2 is None or self.tokenizer_2 is None:
+            with self._awake(self.text_encoder):
+                return self.text_encoder(self._tokens(self.tokenizer, captions))[0]
+        with self._awake(self.text_encoder, self.text_encoder_2):
+            first = self.text_encoder(self._tokens(self.tokenizer, captions), output_hidden_states=True)
+            second = self.text_encoder_2(self._tokens(self.tokenizer_2, captions), output_hidden_states=True)
+        text = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        packed = pooled.pack(text, second.text_embeds)
+        if self.folder.zeros_for_empty:
+            packed[[not caption for caption in captions]] = 0
+        return packed
+
+    def _tokens(self, tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+        tokens = tokenizer(
             captions,
             padding="max_length",
-            max_length=self.tokenizer.model_max_length,
+            max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         )
-        return self.text_encoder(tokens.input_ids.to(self.device))[0]
+        return tokens.input_ids.to(self.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (N, C, h, w) to images, float32 (N, 3, H, W) in [0, 1]."""
         images = []
-        for batch in _batches(latents):
-            raw = batch.to(self.device, torch.float32) / self._scale + self._shift
-            images.append((self.vae.decode(raw).sample / 2 + 0.5).clamp(0, 1))
+        with self._awake(self.vae):
+            for batch in _batches(latents):
+                raw = batch.to(self.device, torch.float32) / self._scale + self._shift
+                images.append((self.vae.decode(raw).sample / 2 + 0.5).clamp(0, 1))
         return torch.cat(images)
 
     @property
@@ -112,76 +158,36 @@ class Backbone:
 
 
 def load_backbone(cfg: BackboneConfig, device: str | torch.device = "cpu") -> Backbone:
-    """Loads every part of the folder that ``cfg`` names (``studio`` = the shipped one) by from_pretrained.
+    """Loads every part of what ``cfg`` names (``studio`` = the shipped one), one after the other.
 
-    Raises ConfigError, before weights load, for all that ``inspect_backbone`` checks, and then if a weight
-    file is damaged or lacks some of its layer's weights.
+    The UNet's weights are of ``cfg.weights``. Raises ConfigError, before weights load, for all that
+    ``inspect_backbone`` checks, and then if a weight file is damaged or lacks some of its layer's weights.
     """
     folder = inspect_backbone(cfg)
+    fp32, text_encoder_2, tokenizer_2 = torch.float32, None, None
     vae: AutoencoderKL | AutoencoderTiny
     if folder.vae_class == "AutoencoderTiny":
-        vae = _load(AutoencoderTiny, folder, "vae", device)
+        vae = load_part(AutoencoderTiny, folder, "vae", device, fp32)
     else:
-        vae = _load(AutoencoderKL, folder, "vae", device)
+        vae = load_part(AutoencoderKL, folder, "vae", device, fp32)
+    unet = load_part(UNet2DConditionModel, folder, "unet", device, WEIGHTS[cfg.weights])
+    pooled.hook_into(unet, folder.vae_scale_factor)
+    if cfg.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()  # not reentrant: LoRA's inputs need no gradient of their own
+    if folder.family == "sdxl":
+        text_encoder_2 = load_part(CLIPTextModelWithProjection, folder, "text_encoder_2", device, fp32)
+        tokenizer_2 = load_tokenizer(folder, "tokenizer_2")
     return Backbone(
-        unet=_load(UNet2DConditionModel, folder, "unet", device),
+        unet=unet,
         vae=vae,
-        text_encoder=_load(CLIPTextModel, folder, "text_encoder", device),
-        tokenizer=CLIPTokenizer.from_pretrained(folder.path / "tokenizer"),
-        scheduler=_scheduler(folder),
+        text_encoder=load_part(CLIPTextModel, folder, "text_encoder", device, fp32),
+        tokenizer=load_tokenizer(folder, "tokenizer"),
+        scheduler=load_scheduler(folder),
         folder=folder,
         fingerprint=folder.fingerprint(),
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
     )
-
-
-def _load(model_class: type[Model], folder: BackboneFolder, part: str, device: str | torch.device) -> Model:
-    path = folder.path / part
-    try:
-        with _quiet():
-            model, info = model_class.from_pretrained(  # type: ignore[attr-defined]
-                path,
-                variant=folder.variants[part],
-                use_safetensors=True,
-                torch_dtype=torch.float32,
-                output_loading_info=True,
-            )
-    except (SafetensorError, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".:")
-        raise ConfigError(
-            f"the weights in {path} cannot be loaded ({reason}): restore them from the model's source."
-        ) from error
-    if info["missing_keys"]:  # from_pretrained would leave these random, with no more than a warning
-        missing = sorted(info["missing_keys"])
-        raise ConfigError(f"the weights in {path} lack {len(missing)} tensors, {missing[0]} first: restore them.")
-    return model.to(device).eval().requires_grad_(False)
-
-
-def _scheduler(folder: BackboneFolder) -> Any:
-    scheduler_class = getattr(diffusers, folder.scheduler_class, None)
-    if scheduler_class is None:
-        raise ConfigError(
-            f"the backbone at {folder.path} uses {folder.scheduler_class}, which diffusers "
-            f"{diffusers.__version__} does not have: name another class in scheduler/scheduler_config.json."
-        )
-    return scheduler_class.from_pretrained(folder.path / "scheduler")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars, and no warning that AutoencoderTiny does not know its own block_out_channels."""
-    libraries = (diffusers.utils.logging, transformers.utils.logging)
-    levels = [library.get_verbosity() for library in libraries]
-    bar = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    for library in libraries:
-        library.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for library, level in zip(libraries, levels, strict=True):
-            library.set_verbosity(level)
-        if bar:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def _batches(items: Any) -> Iterator[Any]:

@@ -94,4 +94,5 @@ class Drawer:
             )
 
     def _precision(self) -> AbstractContextManager:
-        return torch.autocast(self.backbone.device.type, torch.bfloat16) if self.bf16 else nullcontext()
+        half = self.bf16 or self.backbone.unet.conv_in.weight.dtype != torch.float32
+        return torch.autocast(self.backbone.device.type, torch.bfloat16) if half else nullcontext()

@@ -19,6 +19,7 @@ from lora_dae.adapter.files import FILE_NAME, load_adapter
 from lora_dae.adapter.source_input import load_source_input
 from lora_dae.backbone.attention import choose_attention
 from lora_dae.backbone.load import Backbone, load_backbone
+from lora_dae.backbone.pooled import hook_into
 from lora_dae.config import Config, ConfigError, from_dict
 from lora_dae.enhancement.files import load_enhancement
 from lora_dae.enhancement.gates import EnhancementModule
@@ -64,6 +65,7 @@ def load_run(run_dir: Path, device: str | torch.device = "cpu") -> LoadedRun:
     adapter = run_dir / "adapter"
     if (adapter / "unet").is_dir():
         unet = UNet2DConditionModel.from_pretrained(adapter / "unet", torch_dtype=torch.float32, use_safetensors=True)
+        hook_into(unet, backbone.vae_scale_factor)
         backbone.unet = unet.to(device)
         prepare_unet(backbone, cfg)
     else:
@@ -89,7 +91,7 @@ def prepare_unet(backbone: Backbone, cfg: Config) -> str:
         backbone.unet,
         torch.bfloat16,
         shape,
-        backbone.tokenizer.model_max_length,
+        backbone.text_length,
         cfg.backbone.attention,
         Path(cfg.data.cache_dir) / "attention.json",
     )

@@ -28,7 +28,7 @@ from lora_dae.sweep.identity import training_hash, training_part
 from lora_dae.sweep.locks import held, holder, try_lock
 from lora_dae.sweep.status import Status, say
 from lora_dae.training import tracking
-from lora_dae.training.run import Result, measure, train, write_config, write_usage
+from lora_dae.training.run import Result, measure, train, write_config
 
 POLL = 1.0  # seconds between tries for a lock
 PATIENCE = 24 * 3600.0  # seconds that the other ranks wait: rank 0 may itself wait for another job
@@ -56,7 +56,6 @@ def run_in_store(cfg: Config) -> Result:
     say(run_dir / "status.json", "measuring")
     take_over(folder, run_dir)
     (run_dir / "adapter" / "README.md").unlink()  # a link into the store: this run's strength is its own
-    write_usage(cfg, run_dir / "adapter")
     write_config(cfg)
     write_json(run_dir / "trained.json", read_json(folder / "trained.json"))
     evaluated = replace(cfg, tracking=replace(cfg.tracking, job_type="evaluate"))

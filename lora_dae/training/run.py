@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from lora_dae.adapter.files import save_adapter, save_merged
+from lora_dae.adapter.initial import check_file, initialize
 from lora_dae.adapter.inject import inject, make_full_finetune, trainable_parameters
 from lora_dae.adapter.source_input import attach_source_input, save_source_input
 from lora_dae.adapter.table import adapter_table
@@ -28,8 +29,9 @@ from lora_dae.data.pair import PairDataset
 from lora_dae.data.sources import check_source, load_splits
 from lora_dae.enhancement.files import save_enhancement
 from lora_dae.enhancement.gates import EnhancementModule
-from lora_dae.evaluation.run import HeldOut, evaluate_run, usage, write_grid
+from lora_dae.evaluation.run import HeldOut, evaluate_run, write_grid
 from lora_dae.evaluation.table import ResultsTable
+from lora_dae.export.command import export_beside, write_card
 from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.load import ENHANCEMENT_FILE, load_run, prepare_unet
 from lora_dae.training import callbacks, tracking
@@ -67,6 +69,8 @@ def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Tr
     run_dir = Path(cfg.run_dir)
     checkpoints = find_checkpoints(cfg, run_dir)
     inspect_backbone(cfg.backbone, cfg.data.resolution)
+    if cfg.adapter.init_from is not None:
+        check_file(cfg.adapter.init_from)
     tracking.wandb_mode(cfg.tracking.wandb)
     _quiet()
     splits = load_splits(cfg.data)
@@ -102,6 +106,7 @@ def measure(cfg: Config, loggers: list[Any], device: torch.device, bf16: bool) -
     tracking.log_metrics(tracking.trackers(loggers), flat, int(cfg.trainer.get("max_steps", 500)))
     tracking.log_image(loggers, "test/grid", grid)
     tracking.finish(loggers)
+    write_card(run_dir, cfg, loaded.backbone.folder.family, run_dir / "adapter")
     return Result(run_dir, table)
 
 
@@ -157,14 +162,23 @@ class Training:
         self.rank = probe.global_rank
         self.device = probe.strategy.root_device
         backbone.vae.to(self.device)  # they fill the cache
-        backbone.text_encoder.to(self.device)  # type: ignore[arg-type]
+        backbone.text_encoders_to(self.device)
         self.precision = choose_precision(str(cfg.trainer.get("precision", "auto")), self.device)
+        if cfg.backbone.weights != "fp32" and self.precision == "32-true":
+            raise ConfigError(
+                f"backbone.weights={cfg.backbone.weights} needs mixed precision, but trainer.precision is 32-true "
+                "here: set trainer.precision=bf16-mixed, or backbone.weights=fp32."
+            )
         self.data = self._data(cfg.data.batch_size)
         attention = prepare_unet(backbone, cfg)
         if cfg.adapter.full_finetune:
             make_full_finetune(backbone.unet)
         else:
             inject(backbone.unet, cfg.adapter)
+            if cfg.adapter.init_from is not None:
+                started = initialize(backbone.unet, cfg.adapter.init_from, cfg.adapter.allow_partial)
+                if self.rank == 0:
+                    console.print(started, highlight=False)
         if cfg.conditioning == "source":
             attach_source_input(backbone.unet)
         null = backbone.encode_text([""])[0]
@@ -194,6 +208,10 @@ class Training:
 
     def fit(self, checkpoints: dict[str, Path]) -> None:
         """Adapter first, then the enhancement on the adapter's averaged weights."""
+        if self.device.type != "cpu":  # everything is cached before the first step, so their memory is free for it
+            if self.rank == 0:
+                self.data.prepare_data()
+            self.backbone.rest(self.device)
         if "enhancement" not in checkpoints:
             self._stage("adapter", self.steps, self.data, checkpoints.get("adapter"))
         if self.enhancement is not None:
@@ -257,13 +275,10 @@ class Training:
                 save_source_input(unet, folder)
         if self.enhancement is not None:
             save_enhancement(self.enhancement, folder / ENHANCEMENT_FILE)
-        write_usage(self.cfg, folder)
-
-
-def write_usage(cfg: Config, folder: Path) -> None:
-    """README.md of ``adapter/``: how to draw with these files."""
-    text = f"# {cfg.name}\n\nMade by LoRA-DAE. Draw with it:\n\n```python\n{usage(cfg)}\n```\n"
-    (folder / "README.md").write_text(text, encoding="utf-8")
+        backbone = self.backbone
+        export_beside(
+            self.run_dir, self.cfg, backbone.folder.family, backbone.folder.unet_config, backbone.prediction_type
+        )
 
 
 class _WithoutSource:

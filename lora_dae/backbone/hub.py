@@ -1,0 +1,52 @@
+"""Backbones by their hub id and a pinned revision, from huggingface_hub's cache or the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from lora_dae.config import BackboneConfig, ConfigError
+
+REPOSITORIES = {
+    "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"),
+    "sd21": ("stabilityai/stable-diffusion-2-1", "5cae40e6a2745ae2b01ad92ae5043f95f23644d6"),
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b"),
+}
+_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+_WANTED = ["model_index.json", *(f"{part}/*{end}" for part in _PARTS for end in (".json", ".txt", ".safetensors"))]
+# The same weights in other precisions and for other uses: they would double the download.
+_UNWANTED = ["*.fp16.safetensors", "*.non_ema.safetensors", "*openvino*", "*flax*"]
+
+
+def fetch(cfg: BackboneConfig) -> Path:
+    """The folder of the hub model that ``cfg`` names; the cache is asked first, so it works offline once fetched.
+
+    Raises ConfigError, with the id, the cache and the way without the hub, if it is in neither.
+    """
+    repo, revision = REPOSITORIES.get(cfg.name, (None, None))
+    repo = cfg.repo or repo
+    revision = cfg.revision or (revision if cfg.repo is None else None)
+    assert repo is not None
+    choice = {"revision": revision, "allow_patterns": _WANTED, "ignore_patterns": _UNWANTED}
+    try:
+        return Path(snapshot_download(repo, local_files_only=True, **choice))  # type: ignore[arg-type]
+    except LocalEntryNotFoundError:
+        pass
+    offline = (
+        "download it where there is a connection and give its folder as backbone.path "
+        f"(cache: {constants.HF_HUB_CACHE})"
+    )
+    try:
+        return Path(snapshot_download(repo, **choice))  # type: ignore[arg-type]
+    except GatedRepoError as error:
+        raise ConfigError(
+            f"{repo} is gated: accept its licence on its page, log in with `hf auth login`, or {offline}."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{repo} does not exist on the hub or is private: check backbone.repo, or {offline}."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ConfigError(f"{repo} is not in the cache and the hub cannot be reached: {offline}.") from error

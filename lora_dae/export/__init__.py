@@ -1,0 +1,1 @@
+"""What a finished run gives to other programs: adapter files, merged checkpoints, the model card."""

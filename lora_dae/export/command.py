@@ -1,0 +1,139 @@
+"""``export.py``: a finished run's adapter in the formats of other programs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lora_dae.adapter.atomic import atomic
+from lora_dae.adapter.files import FILE_NAME
+from lora_dae.adapter.peft_layout import LORA_ADAPTER_METADATA_KEY
+from lora_dae.adapter.weights import DTYPES, resize
+from lora_dae.backbone.layout import BackboneFolder, inspect_backbone
+from lora_dae.config import Config, ConfigError
+from lora_dae.export.adapter import copy_beside, read_adapter, write_diffusers, write_kohya
+from lora_dae.export.card import model_card
+from lora_dae.export.merged import write_merged_file, write_merged_folder
+from lora_dae.export.push import push_folder
+from lora_dae.sampling.load import load_run, read_config
+
+FORMATS = ("diffusers", "kohya", "merged", "merged_file", "all")
+
+
+@dataclass
+class ExportRequest:
+    """The keys of conf/export.yaml."""
+
+    run: str
+    format: str
+    dtype: str
+    resize_rank: int | None
+    output: str | None
+    push: str | None
+
+
+def export_run(request: ExportRequest, console: Console) -> Path:
+    """Write what is asked for; returns the folder. All input is checked before weights are loaded."""
+    run_dir = Path(request.run)
+    cfg = read_config(run_dir)
+    _check(request, cfg)
+    backbone = inspect_backbone(cfg.backbone)
+    folder = Path(request.output) if request.output else run_dir / "export"
+    for file in _write(request, run_dir, cfg, backbone, folder, console):
+        size = sum(f.stat().st_size for f in ([file] if file.is_file() else file.rglob("*")) if f.is_file())
+        console.print(f"{size / 1e6:9.2f} MB  {file}", soft_wrap=True, highlight=False)
+    copy_beside(run_dir / "adapter", folder)
+    write_card(run_dir, cfg, backbone.family, folder)
+    if request.push is not None:
+        push_folder(folder, request.push, console)
+    return folder
+
+
+def export_beside(run_dir: Path, cfg: Config, family: str, unet_config: dict[str, Any], prediction_type: str) -> None:
+    """What every run writes at its end: the kohya file beside its own, in ``adapter/``."""
+    folder = run_dir / "adapter"
+    if not cfg.export.kohya or not (folder / FILE_NAME).is_file():
+        return
+    layers, _ = read_adapter(folder)
+    write_kohya(
+        layers, folder, family, unet_config, cfg.export.dtype,
+        title=cfg.name, resolution=cfg.data.resolution, prediction_type=prediction_type, extra=_facts(cfg),
+    )  # fmt: skip
+
+
+def write_card(run_dir: Path, cfg: Config, family: str, folder: Path) -> None:
+    """README.md, and the run's sample grid beside it, in ``folder``."""
+    grid, metrics = run_dir / "samples" / "grid.png", run_dir / "metrics.json"
+    if grid.is_file():
+        with atomic(folder / "grid.png") as partial:
+            shutil.copyfile(grid, partial)
+    names = sorted(f.name for f in folder.iterdir() if f.suffix == ".safetensors" or f.is_dir())
+    table = json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else None
+    with atomic(folder / "README.md") as partial:
+        partial.write_text(model_card(cfg, family, names, table, grid.is_file()), encoding="utf-8")
+
+
+def _check(request: ExportRequest, cfg: Config) -> None:
+    if request.format not in FORMATS:
+        raise ConfigError(f"format={request.format} is unknown: use one of {', '.join(FORMATS)}.")
+    if request.dtype not in DTYPES:
+        raise ConfigError(f"dtype={request.dtype} is unknown: use one of {', '.join(DTYPES)}.")
+    if request.resize_rank is not None and request.resize_rank < 1:
+        raise ConfigError(f"resize_rank={request.resize_rank} is below 1: give at least 1.")
+    if request.resize_rank is not None and request.format in ("merged", "merged_file"):
+        raise ConfigError(f"resize_rank makes an adapter file smaller, which format={request.format} writes none of.")
+    if cfg.adapter.full_finetune and request.format not in ("merged", "merged_file"):
+        raise ConfigError(f"run={request.run} trained all weights and has no adapter: use format=merged.")
+    if request.format == "merged_file" and cfg.conditioning == "source":
+        raise ConfigError("a single file has no place for the source photo's channels: use format=merged.")
+
+
+def _write(
+    request: ExportRequest, run_dir: Path, cfg: Config, backbone: BackboneFolder, folder: Path, console: Console
+) -> list[Path]:
+    written: list[Path] = []
+    wanted = ("diffusers", "kohya", "merged") if request.format == "all" else (request.format,)
+    if "diffusers" in wanted or "kohya" in wanted:
+        layers, header = read_adapter(run_dir / "adapter")
+        if request.resize_rank is not None:
+            layers, kept = resize(layers, request.resize_rank)
+            console.print(f"rank {request.resize_rank} keeps {kept:.2%} of the adapter's energy", highlight=False)
+        if "diffusers" in wanted:
+            extra = {k: v for k, v in header.items() if k not in ("format", LORA_ADAPTER_METADATA_KEY)}
+            written.append(write_diffusers(layers, folder, request.dtype, extra))
+        if "kohya" in wanted:
+            written.append(
+                write_kohya(
+                    layers,
+                    folder,
+                    backbone.family,
+                    backbone.unet_config,
+                    request.dtype,
+                    title=cfg.name,
+                    resolution=cfg.data.resolution,
+                    prediction_type=backbone.prediction_type,
+                    extra=_facts(cfg),
+                )  # fmt: skip
+            )
+    if "merged" in wanted:
+        written.append(write_merged_folder(load_run(run_dir), folder, request.dtype))
+    if "merged_file" in wanted:
+        written.append(write_merged_file(load_run(run_dir), folder, request.dtype, backbone.family))
+    return written
+
+
+def _facts(cfg: Config) -> dict[str, str]:
+    """What kohya's header says about a training, as far as this one has it."""
+    return {
+        "ss_learning_rate": str(cfg.optimizer.learning_rate),
+        "ss_seed": str(cfg.seed),
+        "ss_steps": str(cfg.trainer.get("max_steps", "")),
+        "ss_total_batch_size": str(cfg.data.batch_size),
+        "ss_min_snr_gamma": str(cfg.objective.min_snr_gamma),
+        "modelspec.license": cfg.export.license,
+    }

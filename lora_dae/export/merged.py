@@ -1,0 +1,80 @@
+"""A whole model with the adapter inside: a diffusers folder, or one file for ComfyUI, A1111 and Forge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from lora_dae.adapter.atomic import atomic, save_tensors
+from lora_dae.adapter.files import merge_in_place
+from lora_dae.adapter.source_input import get_source_input
+from lora_dae.adapter.weights import DTYPES
+from lora_dae.backbone.single_file import to_single_file
+from lora_dae.config import ConfigError
+from lora_dae.sampling.load import LoadedRun
+
+FOLDER, FILE = "merged", "merged.safetensors"
+
+
+def write_merged_folder(run: LoadedRun, folder: Path, dtype: str) -> Path:
+    """``merged/``: the backbone's pipeline folder with the UNet replaced. Merges ``run``'s UNet in place.
+
+    With a source input the UNet takes twice the channels, as InstructPix2Pix' does, and the index names that
+    pipeline.
+    """
+    backbone = run.backbone
+    has_source = get_source_input(backbone.unet) is not None
+    merge_in_place(backbone.unet)
+    parts: dict[str, Any] = {
+        "unet": backbone.unet,
+        "vae": backbone.vae,
+        "text_encoder": backbone.text_encoder,
+        "text_encoder_2": backbone.text_encoder_2,
+        "tokenizer": backbone.tokenizer,
+        "tokenizer_2": backbone.tokenizer_2,
+        "scheduler": backbone.scheduler,
+    }
+    name = "StableDiffusionXL" if backbone.text_encoder_2 is not None else "StableDiffusion"
+    index: dict[str, Any] = {
+        "_class_name": f"{name}{'InstructPix2Pix' if has_source else ''}Pipeline",
+        "_diffusers_version": diffusers.__version__,
+    }
+    if backbone.text_encoder_2 is None:
+        index |= {"feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False}
+    else:
+        index["force_zeros_for_empty_prompt"] = backbone.folder.zeros_for_empty
+    target = folder / FOLDER
+    with atomic(target) as partial:
+        partial.mkdir()
+        for part, value in parts.items():
+            if value is None:
+                continue
+            if isinstance(value, nn.Module):
+                value = value.to(DTYPES[dtype], memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            value.save_pretrained(partial / part)
+            index[part] = [type(value).__module__.split(".")[0], type(value).__name__]
+        (partial / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return target
+
+
+def write_merged_file(run: LoadedRun, folder: Path, dtype: str, family: str) -> Path:
+    """``merged.safetensors`` in the CompVis/SGM layout. Merges ``run``'s UNet in place.
+
+    Raises ConfigError for an AutoencoderTiny, which that layout has no place for.
+    """
+    backbone = run.backbone
+    if type(backbone.vae).__name__ != "AutoencoderKL":
+        raise ConfigError(
+            f"a single file has no place for the {type(backbone.vae).__name__} of this backbone: use format=merged."
+        )
+    merge_in_place(backbone.unet)
+    tensors = to_single_file(backbone.unet, backbone.vae, backbone.text_encoder, backbone.text_encoder_2, family)
+    tensors = {
+        name: tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+    }
+    return save_tensors(tensors, folder / FILE, {"format": "pt"})

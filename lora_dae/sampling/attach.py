@@ -1,0 +1,188 @@
+"""A finished run on anybody's Stable Diffusion pipeline of diffusers, and off again.
+
+    pipe = lora_dae.attach(pipe, "runs/<run>/adapter", strength=0.6)
+    image = pipe("a red plaid shirt", source=Image.open("mannequin.jpg"), enhancement_strength=0.8).images[0]
+    lora_dae.detach(pipe)
+
+The pipeline becomes an instance of a subclass of its own class whose ``__call__`` enhances the scheduler that it
+has at that moment, for that call alone. So schedulers may be swapped in between, nothing global changes, and two
+pipelines do not know of each other.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lora_dae.adapter.files import FILE_NAME, check_adapter
+from lora_dae.adapter.source_input import FILE_NAME as SOURCE_FILE
+from lora_dae.adapter.source_input import detach_source_input, load_source_input
+from lora_dae.config import ConfigError
+from lora_dae.data.square import fit_square, upright_rgb
+from lora_dae.enhancement.files import load_enhancement
+from lora_dae.enhancement.gates import EnhancementModule
+from lora_dae.enhancement.hook import enhance_scheduler
+
+ENHANCEMENT_FILE = "enhancement.safetensors"
+_NAME = "lora_dae"  # of the adapter in the pipeline
+_SIDES = ("height", "width")
+
+
+@dataclass
+class Attached:
+    """What attach() added to a pipeline."""
+
+    module: EnhancementModule | None
+    strength: float
+    placement: str
+    has_source: bool
+
+
+def attach(pipe: Any, adapter: str | Path, strength: float = 1.0, placement: str = "prediction") -> Any:
+    """Load a run's ``adapter`` folder into a pipeline with a UNet, in place; returns the pipeline.
+
+    LoRA, source input and enhancement, as far as the folder has them. Calls then take two more arguments:
+    ``enhancement_strength`` (>= 0, instead of ``strength``) and, for runs with conditioning=source, ``source``: one
+    photo, or one per prompt. The source is guided together with the text, by ``guidance_scale``. Raises
+    ConfigError for a folder without an adapter, one of another backbone, and a pipeline that has one already.
+    """
+    folder = Path(adapter)
+    if getattr(pipe, "unet", None) is None or getattr(pipe, "scheduler", None) is None:
+        raise ConfigError(f"{type(pipe).__name__} has no UNet and scheduler; use a Stable Diffusion pipeline.")
+    if isinstance(pipe, _AttachedPipeline):
+        raise ConfigError("this pipeline has a run attached already: call lora_dae.detach(pipe) first.")
+    if getattr(pipe.unet, "peft_config", None):
+        raise ConfigError("this pipeline carries other adapters: fuse_lora() and unload_lora_weights() them first.")
+    files = {name: (folder / name).is_file() for name in (FILE_NAME, ENHANCEMENT_FILE, SOURCE_FILE)}
+    if not files[FILE_NAME]:
+        raise ConfigError(f"there is no adapter in {folder}: give the adapter folder of a finished run.")
+    module = load_enhancement(folder / ENHANCEMENT_FILE).eval() if files[ENHANCEMENT_FILE] else None
+    if module is not None:
+        enhance_scheduler(pipe.scheduler, module, strength, placement)  # refuses what cannot be enhanced
+        module.requires_grad_(False)
+    check_adapter(pipe.unet, folder / FILE_NAME)
+    if files[SOURCE_FILE]:
+        dtype, device = pipe.unet.dtype, pipe.unet.device
+        load_source_input(pipe.unet, folder)
+        pipe.unet.source_input.requires_grad_(False).to(device, dtype)
+    pipe.load_lora_weights(folder, weight_name=FILE_NAME, adapter_name=_NAME)
+    pipe._lora_dae = Attached(module, strength, placement, files[SOURCE_FILE])
+    pipe.__class__ = _attached_class(type(pipe))
+    return pipe
+
+
+def detach(pipe: Any) -> Any:
+    """Undo attach() in place; returns the pipeline, which draws bit for bit as before. Does nothing to a plain one."""
+    if isinstance(pipe, _AttachedPipeline):
+        pipe.__class__ = type(pipe).plain_class
+        del pipe._lora_dae
+        detach_source_input(pipe.unet)
+        pipe.unload_lora_weights()
+    return pipe
+
+
+class _AttachedPipeline:
+    """Mixin of every pipeline with a run attached."""
+
+    plain_class: type
+    _lora_dae: Attached
+
+
+@functools.cache
+def _attached_class(plain: Any) -> type:
+    """A subclass under the plain class's own name, so that it is saved as what it is."""
+
+    @functools.wraps(plain.__call__)
+    def call(
+        self: Any, *args: Any, enhancement_strength: float | None = None, source: Any = None, **kwargs: Any
+    ) -> Any:
+        state: Attached = self._lora_dae
+        strength = state.strength if enhancement_strength is None else enhancement_strength
+        with _enhanced(self, state, strength), _with_source(self, state, source, kwargs):
+            return plain.__call__(self, *args, **kwargs)
+
+    namespace = {"__call__": call, "plain_class": plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
+    return type(plain.__name__, (_AttachedPipeline, plain), namespace)
+
+
+@contextmanager
+def _enhanced(pipe: Any, state: Attached, strength: float) -> Iterator[None]:
+    if state.module is None or strength == 0:
+        yield
+        return
+    plain = pipe.scheduler
+    scheduler = enhance_scheduler(plain, state.module, strength, state.placement)
+    hook = pipe.unet.register_forward_hook(lambda _unet, _inputs, output: scheduler.set_conditional(output[0]))
+    pipe.scheduler = scheduler
+    try:
+        yield
+    finally:
+        hook.remove()
+        pipe.scheduler = plain
+
+
+@contextmanager
+def _with_source(pipe: Any, state: Attached, source: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+    if source is None:
+        yield
+        return
+    if not state.has_source:
+        raise ConfigError("this run was trained on captions alone: leave source out.")
+    latents = _encode(pipe, source, kwargs)
+
+    def add(unet: Any, args: tuple[Any, ...], call: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        sample = args[0] if args else call["sample"]
+        shown = _for_batch(latents.to(sample), len(sample), bool(pipe.do_classifier_free_guidance))
+        widened = torch.cat([sample, shown], dim=1)
+        return ((widened, *args[1:]), call) if args else (args, {**call, "sample": widened})
+
+    hook = pipe.unet.register_forward_pre_hook(add, prepend=True, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _for_batch(latents: Tensor, batch: int, guided: bool) -> Tensor:
+    """(S, C, h, w) for a batch as pipelines order it: unconditional half (no source, so zeros), then conditional."""
+    rows = batch // 2 if guided else batch
+    if rows % len(latents):
+        raise ConfigError(f"source has {len(latents)} photos for {rows} images: give one, or one per prompt.")
+    shown = latents.repeat_interleave(rows // len(latents), dim=0)
+    return torch.cat([torch.zeros_like(shown), shown]) if guided else shown
+
+
+@torch.no_grad()
+def _encode(pipe: Any, source: Any, kwargs: dict[str, Any]) -> Tensor:
+    """PIL images or uint8 (H, W, 3) arrays to scaled latents, fitted into the image's square as in training."""
+    factor = pipe.vae_scale_factor
+    height, width = (kwargs.get(side) or pipe.unet.config.sample_size * factor for side in _SIDES)
+    if height != width:
+        raise ConfigError(f"source needs a square image, not {height} x {width}: give the same height and width.")
+    photos = source if isinstance(source, list | tuple) else [source]
+    squares = [fit_square(upright_rgb(_picture(photo)), height, whole=True) for photo in photos]
+    pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    vae, dtype = pipe.vae, pipe.vae.dtype
+    if dtype == torch.float16 and vae.config.get("force_upcast"):  # overflows in half precision
+        vae.to(torch.float32)
+    encoded = vae.encode(pixels.to(pipe._execution_device, vae.dtype))
+    latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
+    vae.to(dtype)
+    return (latents.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def _picture(photo: Any) -> Image.Image:
+    if isinstance(photo, Image.Image):
+        return photo
+    if isinstance(photo, np.ndarray) and photo.dtype == np.uint8 and photo.ndim == 3:
+        return Image.fromarray(photo)
+    raise ConfigError(f"source is a {type(photo).__name__}: give PIL images or uint8 arrays (H, W, 3).")

@@ -1,0 +1,192 @@
+"""A finished run in the formats of other programs: each draws what the run draws."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from compose import config
+from diffusers import StableDiffusionPipeline
+from family_models import write_backbone
+from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lora_dae.adapter.atomic import atomic, save_tensors
+from lora_dae.adapter.files import FILE_NAME
+from lora_dae.backbone.load import load_backbone
+from lora_dae.config import BackboneConfig, ConfigError
+from lora_dae.export.card import KOHYA_FILE
+from lora_dae.export.command import ExportRequest, export_run
+from lora_dae.sampling.load import load_run
+from lora_dae.training import run as training
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A run on a tiny SD 1.5: mixed ranks and scales, captions alone."""
+    root = tmp_path_factory.mktemp("export")
+    run_dir = root / "run"
+    training.run(
+        config(
+            write_backbone(root / "sd15", "sd15"), run_dir, root / "cache", "backbone=folder", "data=folder",
+            f"data.root={tiny_folder}", "data.resolution=32", "trainer.max_steps=3", "optimizer.learning_rate=0.1",
+            "adapter.rank=4", "adapter.alpha=8", "adapter.conv_rank=3", "adapter.conv_alpha=1",
+            "data.val_fraction=0.25", "data.test_fraction=0.25", "evaluation.frozen=false", "name=tiny",
+        )
+    )  # fmt: skip
+    return run_dir
+
+
+def request(run: Path, output: Path, **changes: object) -> ExportRequest:
+    values = {"format": "all", "dtype": "fp32", "resize_rank": None, "push": None, **changes}
+    return ExportRequest(run=str(run), output=str(output), **values)  # type: ignore[arg-type]
+
+
+def draw(pipe: StableDiffusionPipeline) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    return pipe("a blue shirt", latents=noise, num_inference_steps=3, output_type="latent").images.numpy()
+
+
+def base(finished: Path) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(finished.parent / "sd15")
+
+
+def test_every_format_draws_the_same(finished: Path, tmp_path: Path) -> None:
+    """Largest difference of drawn latents 2e-5: diffusers file, kohya file, merged folder, merged checkpoint."""
+    export_run(request(finished, tmp_path), Console())
+    export_run(request(finished, tmp_path, format="merged_file"), Console())
+    pipe = base(finished)
+    plain = draw(pipe)
+    pipe.load_lora_weights(finished / "adapter")
+    expected = draw(pipe)
+    assert np.abs(expected - plain).max() > 0.05
+    for file in (FILE_NAME, KOHYA_FILE):
+        pipe = base(finished)
+        pipe.load_lora_weights(tmp_path / file)
+        np.testing.assert_allclose(draw(pipe), expected, rtol=0, atol=2e-5)
+    merged = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
+    np.testing.assert_allclose(draw(merged), expected, rtol=0, atol=2e-5)
+    whole = load_backbone(
+        BackboneConfig(name="file", path=str(tmp_path / "merged.safetensors"), configs=str(finished.parent / "sd15"))
+    )
+    pipe = base(finished)
+    pipe.unet = whole.unet
+    np.testing.assert_allclose(draw(pipe), expected, rtol=0, atol=2e-5)
+
+
+def test_run_folder_holds_the_kohya_file_and_a_card(finished: Path) -> None:
+    with safe_open(finished / "adapter" / KOHYA_FILE, framework="pt") as opened:
+        header = opened.metadata()
+    assert header["ss_output_name"] == "tiny"
+    assert header["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    card = (finished / "adapter" / "README.md").read_text()
+    for part in ("base_model:", "license: other", "rank 4, convolutions 3", "fd_effnet", "lora_dae.attach", KOHYA_FILE):
+        assert part in card, part
+    assert (finished / "adapter" / "grid.png").is_file()
+
+
+def test_smaller_and_half_precision(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export_run(request(finished, tmp_path, format="kohya", dtype="fp16", resize_rank=2), Console())
+    assert "keeps" in capsys.readouterr().out
+    tensors = load_file(tmp_path / KOHYA_FILE)
+    assert {v.shape[0] for k, v in tensors.items() if "lora_down" in k} == {2}
+    assert {v.dtype for k, v in tensors.items() if "lora_" in k and "alpha" not in k} == {torch.float16}
+    assert not (tmp_path / FILE_NAME).exists()
+    assert (tmp_path / "enhancement.safetensors").is_file()
+
+
+def test_push_without_a_token_lists_what_would_go(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lora_dae.export.push.get_token", lambda: None)
+    export_run(request(finished, tmp_path, format="kohya", push="someone/fashion"), Console(width=200))
+    said = capsys.readouterr().out
+    assert "no hub token" in said and "someone/fashion" in said and KOHYA_FILE in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "onnx"}, "format=onnx is unknown"),
+        ({"dtype": "int4"}, "dtype=int4 is unknown"),
+        ({"resize_rank": 0}, "resize_rank=0 is below 1"),
+        ({"format": "merged", "resize_rank": 2}, "writes none of"),
+    ],
+)
+def test_bad_requests(changes: dict[str, object], message: str, finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export_run(request(finished, tmp_path / "out", **changes), Console())
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_adapter_is_named(finished: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(finished, tmp_path / "run"))
+    file = copy / "adapter" / FILE_NAME
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(ConfigError, match="not a readable safetensors file"):
+        export_run(request(copy, tmp_path / "out"), Console())
+
+
+def test_full_disk_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stood there stays."""
+    file = save_tensors({"x": torch.zeros(3)}, tmp_path / "a.safetensors", {})
+    before = file.read_bytes()
+
+    def full(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lora_dae.adapter.atomic.save_file", full)
+    with pytest.raises(ConfigError, match=r"cannot write .*a.safetensors \(No space left on device\)"):
+        save_tensors({"x": torch.ones(3)}, file, {})
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+    with pytest.raises(ConfigError, match="No space left"), atomic(tmp_path / "folder") as partial:
+        partial.mkdir()
+        (partial / "x").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_command(finished: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "export.py"), f"run={finished}", "format=kohya", f"output={tmp_path / 'out'}"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "out" / KOHYA_FILE).is_file()
+
+
+def test_merged_folder_of_a_paired_run_takes_the_source(tiny_backbone: Path, tmp_path: Path) -> None:
+    """Its UNet equals the run's on [noisy latents, source]."""
+    run_dir = tmp_path / "run"
+    training.run(
+        config(
+            tiny_backbone, run_dir, tmp_path / "cache", "trainer.max_steps=2", "enhancement=none", "adapter.rank=2",
+            "evaluation.frozen=false", "optimizer.learning_rate=0.05", "data.train_size=8",
+        )
+    )  # fmt: skip
+    export_run(request(run_dir, tmp_path / "out", format="merged"), Console())
+    index = json.loads((tmp_path / "out" / "merged" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionInstructPix2PixPipeline"
+    merged = load_run(run_dir).backbone.unet
+    sample, text = torch.randn(1, 16, 16, 16), torch.randn(1, 16, 32)
+    with torch.no_grad():
+        expected = merged(sample, 500, text).sample
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        plain = UNet2DConditionModel.from_pretrained(tmp_path / "out" / "merged" / "unet")
+        torch.testing.assert_close(plain(sample, 500, text).sample, expected, rtol=0, atol=1e-4)
+    with pytest.raises(ConfigError, match="source photo's channels"):
+        export_run(request(run_dir, tmp_path / "out", format="merged_file"), Console())
