@@ -42,7 +42,7 @@ class BackboneConfig:
 class CaptionConfig:
     """What becomes of captions before the text encoder sees them."""
 
-    template: str | None = None  # "a {gender} model wearing a {color} {category}": made of the attributes
+    template: str | None = None  # "a {gender} model wearing a {color} {category}": in place of all captions
     missing: str = "error"  # photos without caption: error | file_name | category | drop
     file: str | None = None  # captions.jsonl of the captioner, {"id": ..., "text": ...} a line
     trigger: str | None = None  # a word put first

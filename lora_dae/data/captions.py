@@ -19,18 +19,19 @@ from lora_dae.data.formats.files import read_jsonl
 def prepare_captions(entries: list[Entry], cfg: DataConfig) -> list[Entry]:
     """The entries with their final captions, all that an epoch may choose from; ConfigError where one is missing.
 
-    In this order: ``captions.file`` fills gaps, then ``captions.template``, then ``captions.missing`` says what
-    to do; the trigger word goes first; last come the shuffled copies.
+    A ``captions.template`` takes the place of all captions. Otherwise ``captions.file`` fills gaps, and
+    ``captions.missing`` says what to do with those that remain. The trigger word goes first; last come the shuffled
+    copies.
     """
     options = cfg.captions
     filled = _read_file(options.file) if options.file else {}
     fields = _fields(options.template) if options.template else []
     prepared = []
     for entry in entries:
-        captions = entry.captions or filled.get(entry.id, ())
         if options.template:
-            captions = (*captions, _from_template(options.template, fields, entry)) if not captions else captions
-        captions = captions or _fallback(entry, options)
+            captions: tuple[str, ...] = (_from_template(options.template, fields, entry),)
+        else:
+            captions = entry.captions or filled.get(entry.id) or _fallback(entry, options)
         if not captions:
             continue
         if options.trigger:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from importlib import import_module
 
 from rich.console import Console
 
-from lora_dae.config import SOURCES, Config, ConfigError, DataConfig
+from lora_dae.config import Config, ConfigError, DataConfig
 from lora_dae.data.captions import prepare_captions
 from lora_dae.data.catalog import BadFile, Catalog, Facts, check_bad
 from lora_dae.data.entry import Entry
+from lora_dae.data.formats import shards
 from lora_dae.data.pair import PairDataset
 from lora_dae.data.photos import Fit, PhotoPairs
 from lora_dae.data.splits import split_entries
@@ -23,6 +24,8 @@ console = Console(stderr=True)
 
 def load_splits(cfg: DataConfig) -> dict[str, PairDataset]:
     """train, val and test. The studio is rendered if its cache is empty; photos are checked file by file."""
+    if cfg.name == "shards":
+        return shards.load(cfg)
     if cfg.name != "studio":
         return dict(load_photos(cfg))
     sizes = {"train": cfg.train_size, "val": cfg.val_size, "test": cfg.test_size}
@@ -32,12 +35,19 @@ def load_splits(cfg: DataConfig) -> dict[str, PairDataset]:
     }
 
 
+def list_entries(cfg: DataConfig) -> list[Entry]:
+    """What the source lists, as it lists it. Raises ConfigError, in one sentence, at what is wrong."""
+    layout = import_module(f"lora_dae.data.formats.{cfg.name}")
+    if not hasattr(layout, "read"):
+        raise ConfigError(f"data={cfg.name} has no list of files to work on: do this with the data it was made of.")
+    if hasattr(layout, "NOTICE"):
+        _say_once(f"licence  {layout.NOTICE}")
+    return layout.read(cfg)[: cfg.max_images]
+
+
 def read_entries(cfg: DataConfig) -> list[Entry]:
-    """What the source lists, captions prepared. Raises ConfigError, in one sentence, at what is wrong."""
-    if cfg.name not in SOURCES:
-        raise ConfigError(f"data.name={cfg.name} is unknown: use one of {', '.join(SOURCES)}.")
-    read: Callable[[DataConfig], list[Entry]] = import_module(f"lora_dae.data.formats.{cfg.name}").read
-    entries = prepare_captions(read(cfg)[: cfg.max_images], cfg)
+    """What the source lists, captions prepared, source and mask for all or none, ids that differ."""
+    entries = prepare_captions(list_entries(cfg), cfg)
     for part in ("source", "mask"):
         _check_all_or_none(entries, part)
     if len({entry.id for entry in entries}) < len(entries):
@@ -120,3 +130,8 @@ def _check_all_or_none(entries: list[Entry], part: str) -> None:
     without = [entry for entry in entries if getattr(entry, part) is None]
     if without and len(without) < len(entries):
         raise ConfigError(f"{without[0].where} has no {part} but other lines do: give one to all lines or none.")
+
+
+@cache
+def _say_once(text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False)

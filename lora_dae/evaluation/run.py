@@ -31,6 +31,7 @@ from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet
 from lora_dae.sampling.sheet import image_grid
 
 GRID_ROWS = 6
+STUDIO_ATTRIBUTES = {"garment", "color", "pattern", "view"}  # what tells its pairs from other attributed ones
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,9 @@ def measure_rows(
 
 def _classifier(held_out: HeldOut) -> AttributeClassifier | None:
     """The embedded classifier, where the pairs' attributes are the studio's."""
-    return load_embedded() if held_out.attributes is not None else None
+    rows = held_out.attributes
+    known = rows is not None and all(STUDIO_ATTRIBUTES <= row.keys() for row in rows)
+    return load_embedded() if known else None
 
 
 def write_grid(rows: dict[str, np.ndarray], held_out: HeldOut, path: Path, count: int = GRID_ROWS) -> np.ndarray:

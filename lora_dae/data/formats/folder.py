@@ -13,6 +13,7 @@ photo that steers it and its garment mask.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from lora_dae.data.formats.files import (
     root_of,
     walk_photos,
 )
+from lora_dae.data.formats.writing import Splits, every_pair, save_image, save_lines
 
 SIBLINGS = ("source", "mask")
 COLUMNS = ("file_name", "text", "captions", "category", "group_id", "source", "mask", "split", "mirror")
@@ -162,3 +164,18 @@ def _sibling(root: Path, part: str, name: str) -> FileBlob | None:
         if found.is_file():
             return FileBlob(found)
     return None
+
+
+def write(splits: Splits, root: Path) -> None:
+    """images/, source/, mask/ and metadata.jsonl with the splits."""
+    lines = []
+    for split, pair in every_pair(splits):
+        name = f"{pair.id}.png"
+        save_image(root / "images" / name, pair.image)
+        row: dict[str, Any] = {"file_name": f"images/{name}", "text": pair.caption, "split": split}
+        for part in SIBLINGS:
+            if getattr(pair, part) is not None:
+                save_image(root / part / name, getattr(pair, part))
+        row |= {"group_id": pair.group_id, **(pair.attributes or {})}
+        lines.append(json.dumps(row | ({"category": pair.category} if pair.category else {}), ensure_ascii=False))
+    save_lines(root / "metadata.jsonl", lines)
