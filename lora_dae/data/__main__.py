@@ -44,6 +44,11 @@ def data_config(overrides: list[str]) -> DataConfig:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lora_dae.data", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("inspect", help="look before you train: a table and a contact sheet")
+    command.add_argument("--to", type=Path, default=Path("contact_sheet.html"))
+    command.add_argument("--per-split", type=int, default=24, help="pairs shown of each split")
+    command.add_argument("--allow-duplicates", action="store_true", help="accept photos that are in two splits")
+    command.set_defaults(command=_inspect)
     command = commands.add_parser("export", help="write the data in a published layout")
     command.add_argument("--layout", required=True, help=", ".join(LAYOUTS))
     command.add_argument("--to", type=Path, required=True, help="a new folder")
@@ -61,6 +66,20 @@ def _parser() -> argparse.ArgumentParser:
     for command in commands.choices.values():
         command.add_argument("overrides", nargs="*", help="data=folder data.root=photos ...")
     return parser
+
+
+def _inspect(cfg: DataConfig, args: argparse.Namespace) -> None:
+    from lora_dae.data.inspect import check_duplicates, print_survey, survey
+    from lora_dae.data.sheet import write_sheet
+    from lora_dae.data.sources import licence_notice, load_splits
+
+    splits = load_splits(cfg)
+    found = survey(cfg, splits)
+    print_survey(found, console)
+    write_sheet(args.to, cfg, found, splits, args.per_split, licence_notice(cfg))
+    console.print(f"contact sheet  {args.to}", soft_wrap=True, highlight=False)
+    if not args.allow_duplicates:
+        check_duplicates(found)
 
 
 def _export(cfg: DataConfig, args: argparse.Namespace) -> None:

@@ -40,9 +40,16 @@ def list_entries(cfg: DataConfig) -> list[Entry]:
     layout = import_module(f"lora_dae.data.formats.{cfg.name}")
     if not hasattr(layout, "read"):
         raise ConfigError(f"data={cfg.name} has no list of files to work on: do this with the data it was made of.")
-    if hasattr(layout, "NOTICE"):
-        _say_once(f"licence  {layout.NOTICE}")
+    if licence_notice(cfg):
+        _say_once(f"licence  {licence_notice(cfg)}")
     return layout.read(cfg)[: cfg.max_images]
+
+
+def licence_notice(cfg: DataConfig) -> str | None:
+    """On what terms the publisher gives the data, where we know."""
+    if cfg.name == "studio":
+        return None
+    return getattr(import_module(f"lora_dae.data.formats.{cfg.name}"), "NOTICE", None)
 
 
 def read_entries(cfg: DataConfig) -> list[Entry]:

@@ -60,10 +60,19 @@ class ShardPairs:
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, index: int) -> Pair:
+        pairs, row = self._find(index)
+        return pairs[row]
+
+    def facts(self, index: int) -> dict[str, Facts]:
+        """What the index says about the record's files."""
+        pairs, row = self._find(index)
+        return pairs.facts[row]
+
+    def _find(self, index: int) -> tuple[PhotoPairs, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard = bisect_right(self.ends, index)
-        return self._open(shard)[index - (self.ends[shard - 1] if shard else 0)]
+        return self._open(shard), index - (self.ends[shard - 1] if shard else 0)
 
     @property
     def blocks(self) -> list[int]:
