@@ -18,6 +18,10 @@ PLACEMENTS = ("prediction", "direction", "none")
 CONDITIONINGS = ("source", "none")
 SCHEDULERS = ("ddim", "ddpm", "dpm++", "unipc", "pndm", "euler", "heun", "lms")
 TARGET_GROUPS = ("cross_attention", "self_attention", "feed_forward", "conv", "conv_in", "conv_out")
+SOURCES = (
+    "studio", "folder", "fashion_mannequin", "viton_hd", "dress_code", "deepfashion_multimodal", "fashion_product",
+    "fashion_gen", "hf", "shards",
+)  # fmt: skip
 DIFFICULTIES = ("aligned", "shifted", "reposed")
 
 
@@ -43,22 +47,43 @@ class BackboneConfig:
 
 
 @dataclass
+class CaptionConfig:
+    """What becomes of captions before the text encoder sees them."""
+
+    template: str | None = None  # "a {gender} model wearing a {color} {category}": in place of all captions
+    missing: str = "error"  # photos without caption: error | file_name | category | drop
+    file: str | None = None  # captions.jsonl of the captioner, {"id": ..., "text": ...} a line
+    trigger: str | None = None  # a word put first
+    shuffles: int = 0  # further captions with the comma-separated tags in another order
+    keep_tags: int = 1  # so many first tags stay where they are
+
+
+@dataclass
 class DataConfig:
     """Where the fashion pairs come from."""
 
-    name: str = "studio"  # studio | folder
-    root: str | None = None  # folder: photos + metadata.jsonl or sidecar .txt
-    resolution: int = 128  # square, pixels
+    name: str = "studio"  # one of SOURCES
+    root: str | None = None  # every source but studio: where it lies
+    resolution: int = 128  # side of the square, or of the square as large as a bucket, pixels
     cache_dir: str = "cache"  # rendered photos, latents, text embeddings
+    cache: str = "disk"  # latents and text embeddings: disk | memory | off
     batch_size: int = 16
     seed: int = 0  # of the split (folder) or of the renderer (studio)
     difficulty: str = "aligned"  # studio pairs: aligned | shifted | reposed
     train_size: int = 1200  # studio
     val_size: int = 128  # studio
     test_size: int = 128  # studio
-    val_fraction: float = 0.06  # folder
-    test_fraction: float = 0.06  # folder
-    max_images: int | None = None  # folder: use only the first so many
+    val_fraction: float = 0.06  # where the publisher has no validation split
+    test_fraction: float = 0.06  # where the publisher has no splits
+    max_images: int | None = None  # use only the first so many
+    max_bad_fraction: float = 0.01  # unreadable files are left out, up to this share
+    category: str | None = None  # dress_code: dresses | upper_body | lower_body; None = all
+    buckets: list[str] = field(default_factory=list)  # [] = square, [auto], or sizes like [512x704,512x512]
+    bucket_step: int | None = None  # sides are multiples of it; None = 64 from 512 pixels up, below an eighth
+    background: str = "white"  # under transparent parts
+    flip: bool = False  # also train on mirrored pairs
+    no_flip_words: list[str] = field(default_factory=lambda: ["logo", "text", "letter", "left", "right"])
+    captions: CaptionConfig = field(default_factory=CaptionConfig)
 
 
 @dataclass
@@ -202,7 +227,9 @@ def check(cfg: Config) -> None:
     _one_of("conditioning", cfg.conditioning, CONDITIONINGS)
     _one_of("enhancement.placement", cfg.enhancement.placement, PLACEMENTS)
     _one_of("sampling.scheduler", cfg.sampling.scheduler, SCHEDULERS)
-    _one_of("data.name", cfg.data.name, ("studio", "folder"))
+    _one_of("data.name", cfg.data.name, SOURCES)
+    _one_of("data.cache", cfg.data.cache, ("disk", "memory", "off"))
+    _one_of("data.captions.missing", cfg.data.captions.missing, ("error", "file_name", "category", "drop"))
     _one_of("adapter.init", cfg.adapter.init, ("kaiming", "gaussian"))
     _one_of("adapter.kernel", cfg.adapter.kernel, ("fused", "peft"))
     _one_of("evaluation.features", cfg.evaluation.features, ("effnet", "inception"))
@@ -214,7 +241,7 @@ def check(cfg: Config) -> None:
     if cfg.data.name == "studio":
         _one_of("data.difficulty", cfg.data.difficulty, DIFFICULTIES)
     elif cfg.data.root is None:
-        raise ConfigError("data=folder needs data.root: the folder of photos and captions.")
+        raise ConfigError(f"data={cfg.data.name} needs data.root: the folder of photos and captions.")
     at_least = {
         "adapter.rank": (cfg.adapter.rank, 1),
         "adapter.conv_rank": (1 if cfg.adapter.conv_rank is None else cfg.adapter.conv_rank, 1),
@@ -222,6 +249,8 @@ def check(cfg: Config) -> None:
         "enhancement.max_steps": (cfg.enhancement.max_steps, 1),
         "enhancement.batch_size": (cfg.enhancement.batch_size, 1),
         "data.batch_size": (cfg.data.batch_size, 1),
+        "data.captions.shuffles": (cfg.data.captions.shuffles, 0),
+        "data.captions.keep_tags": (cfg.data.captions.keep_tags, 0),
         "data.train_size": (cfg.data.train_size, 1),
         "data.val_size": (cfg.data.val_size, 1),
         "data.test_size": (cfg.data.test_size, 2),
@@ -243,6 +272,7 @@ def check(cfg: Config) -> None:
         "optimizer.ema_decay": cfg.optimizer.ema_decay,
         "data.val_fraction": cfg.data.val_fraction,
         "data.test_fraction": cfg.data.test_fraction,
+        "data.max_bad_fraction": cfg.data.max_bad_fraction,
     }.items():
         if not 0 <= share < 1:
             raise ConfigError(f"{name}={share} is not in [0, 1): give a share such as 0.1.")

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import write_photos
 from PIL import Image
 
-from lora_dae.config import ConfigError, DataConfig
-from lora_dae.data.folder import Entry, load_folder, read_folder, split_entries
+from lora_dae.config import CaptionConfig, ConfigError, DataConfig
+from lora_dae.data.entry import Entry, FileBlob
+from lora_dae.data.formats.folder import read
+from lora_dae.data.sources import load_photos, read_entries
+from lora_dae.data.splits import split_entries
 
 
-def config(root: Path, **changes: object) -> DataConfig:
-    return DataConfig(name="folder", root=str(root), resolution=32, **changes)  # type: ignore[arg-type]
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache folder is relative to the working directory, never inside the data."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
 
 
-def refusal(root: Path, **changes: object) -> str:
+def config(root: Path, **changes: Any) -> DataConfig:
+    return DataConfig(name="folder", root=str(root), resolution=32, **changes)
+
+
+def refusal(root: Path, **changes: Any) -> str:
     with pytest.raises(ConfigError) as caught:
-        load_folder(config(root, **changes))
+        load_photos(config(root, **changes))
     return str(caught.value)
 
 
@@ -37,14 +48,14 @@ def write_rows(root: Path, rows: list[dict]) -> None:
 
 
 def test_splits_cover_everything_once(tiny_folder: Path) -> None:
-    splits = load_folder(config(tiny_folder, val_fraction=0.2, test_fraction=0.2))
+    splits = load_photos(config(tiny_folder, val_fraction=0.2, test_fraction=0.2))
     ids = [entry.id for split in splits.values() for entry in split.entries]
     assert sorted(ids) == [f"{number:03d}.png" for number in range(24)]
     assert list(splits) == ["train", "val", "test"]
 
 
 def test_a_pair_is_what_the_metadata_says(tiny_folder: Path) -> None:
-    splits = load_folder(config(tiny_folder))
+    splits = load_photos(config(tiny_folder))
     pairs = {pair.id: pair for split in splits.values() for pair in (split[i] for i in range(len(split)))}
     pair = pairs["001.png"]
     assert (pair.caption, pair.category) == ("a blue shirt in a plaid pattern", "dress")
@@ -63,7 +74,7 @@ def test_csv_with_a_byte_order_mark_and_sidecars_give_the_same_as_jsonl(tmp_path
     for number, caption in enumerate(captions):
         (tmp_path / "sidecar" / f"{number}.txt").write_text(caption + "\n")
     found = [
-        [(entry.id, entry.group_id, entry.caption) for entry in read_folder(tmp_path / name)]
+        [(entry.id, entry.group_id, entry.caption) for entry in read(config(tmp_path / name))]
         for name in ("jsonl", "csv", "sidecar")
     ]
     assert found[0] == found[1] == found[2]
@@ -85,7 +96,7 @@ def test_source_and_mask_columns_make_pairs(tmp_path: Path) -> None:
             }
         )
     write_rows(tmp_path, rows)
-    train = load_folder(config(tmp_path))["train"]
+    train = load_photos(config(tmp_path))["train"]
     assert train.has_source and train.has_mask
     pair = train[0]
     np.testing.assert_array_equal(pair.source, source_of(tmp_path, pair.id))
@@ -101,7 +112,7 @@ def source_of(root: Path, name: str) -> np.ndarray:
 
 
 def entries(groups: list[str]) -> list[Entry]:
-    return [Entry(str(i), group, "text", Path("x"), "line") for i, group in enumerate(groups)]
+    return [Entry(str(i), group, ("text",), FileBlob(Path("x"))) for i, group in enumerate(groups)]
 
 
 def test_a_group_is_never_split() -> None:
@@ -125,13 +136,13 @@ def test_another_seed_is_another_split() -> None:
 
 def test_three_photos_are_enough_and_two_are_not(tmp_path: Path) -> None:
     write_photos(tmp_path / "three", 3)
-    assert [len(split) for split in load_folder(config(tmp_path / "three")).values()] == [1, 1, 1]
+    assert [len(split) for split in load_photos(config(tmp_path / "three")).values()] == [1, 1, 1]
     write_photos(tmp_path / "two", 2)
     assert "too few different photos (2)" in refusal(tmp_path / "two")
 
 
 def test_max_images_takes_the_first(tiny_folder: Path) -> None:
-    splits = load_folder(config(tiny_folder, max_images=5))
+    splits = load_photos(config(tiny_folder, max_images=5))
     assert sorted(e.id for split in splits.values() for e in split.entries) == [f"00{i}.png" for i in range(5)]
 
 
@@ -141,13 +152,15 @@ def test_fingerprint_follows_photo_caption_and_resolution(tmp_path: Path) -> Non
     def fingerprint(resolution: int = 32) -> str:
         cfg = config(tmp_path)
         cfg.resolution = resolution
-        return load_folder(cfg)["train"].fingerprint
+        return load_photos(cfg)["train"].fingerprint
 
     first = fingerprint()
     assert fingerprint() == first
     seen = {first, fingerprint(64)}
-    photo = load_folder(config(tmp_path))["train"].entries[0].image
-    os.utime(photo, ns=(0, 0))  # edited
+    photo = Path(load_photos(config(tmp_path))["train"].entries[0].image.name)
+    os.utime(photo, ns=(0, 0))  # touched, with the same pixels
+    assert fingerprint() == first
+    save_photo(photo, seed=99)  # edited
     seen.add(fingerprint())
     metadata = tmp_path / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace('"text": "a', '"text": "my'))
@@ -157,7 +170,7 @@ def test_fingerprint_follows_photo_caption_and_resolution(tmp_path: Path) -> Non
 
 def test_no_root_and_a_root_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give data.root"):
-        load_folder(DataConfig(name="folder"))
+        load_photos(DataConfig(name="folder"))
     assert "is not a folder" in refusal(tmp_path / "nowhere")
 
 
@@ -175,7 +188,7 @@ def test_empty_folder_and_photos_without_captions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"file_name": "gone.png", "text": "a"}', "line 25 names gone.png"),
+        ('{"file_name": "gone.png", "text": "a"}', "gone.png is missing (named by"),
         ('{"file_name": "001.png"}', "line 25 has no text"),
         ('{"file_name": "001.png", "text": " "}', "line 25 has no text"),
         ('{"text": "a"}', "line 25 has no file_name"),
@@ -197,7 +210,7 @@ def test_metadata_that_lists_nothing_or_is_not_text(tmp_path: Path) -> None:
     assert "is not UTF-8" in refusal(tmp_path)
 
 
-def test_names_a_photo_that_is_no_photo_before_decoding_any(tmp_path: Path) -> None:
+def test_names_photos_that_are_none_before_training(tmp_path: Path) -> None:
     write_photos(tmp_path, 4)
     (tmp_path / "images" / "002.png").write_bytes(b"not a photo")
     assert "002.png cannot be read as an image" in refusal(tmp_path)
@@ -205,9 +218,104 @@ def test_names_a_photo_that_is_no_photo_before_decoding_any(tmp_path: Path) -> N
     assert "002.png is empty" in refusal(tmp_path)
 
 
-def test_names_a_photo_cut_short_when_it_is_decoded(tmp_path: Path) -> None:
+def test_a_few_unusable_files_are_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_photos(tmp_path, 12, size=(40, 40))
+    cut = tmp_path / "images" / "003.png"
+    cut.write_bytes(cut.read_bytes()[:2000])  # the header is fine, the pixels end early
+    (tmp_path / "images" / "005.png").unlink()
+    assert "has 2 unusable of 12 files, a share of 16.7% above" in refusal(tmp_path, max_bad_fraction=0.1)
+    splits = load_photos(config(tmp_path, max_bad_fraction=0.2))
+    ids = sorted(entry.id for split in splits.values() for entry in split.entries)
+    assert len(ids) == 10 and "003.png" not in ids and "005.png" not in ids
+    assert "2 files cannot be used" in capsys.readouterr().err
+    table = Path("cache/bad_files.csv").read_text()
+    assert "003.png,cannot be read as an image (" in table and "005.png,is missing" in table
+
+
+def test_a_photo_that_breaks_later_is_named_when_it_is_looked_at(tmp_path: Path) -> None:
     write_photos(tmp_path, 3, size=(300, 300))
-    photo = load_folder(config(tmp_path))["train"].entries[0].image
+    train = load_photos(config(tmp_path))["train"]
+    photo = Path(train.entries[0].image.name)
     photo.write_bytes(photo.read_bytes()[:5000])
+    pair = train[0]  # decodes nothing
+    assert pair.caption
     with pytest.raises(ConfigError, match=f"{photo.name} cannot be read"):
-        load_folder(config(tmp_path))["train"][0]
+        assert pair.image is not None
+
+
+def test_nothing_is_written_into_the_data(tmp_path: Path) -> None:
+    write_photos(tmp_path, 4)
+    (tmp_path / "images" / "000.png").write_bytes(b"broken")
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    load_photos(config(tmp_path, max_bad_fraction=0.5))
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+def test_kohya_folders_repeat_and_name_their_photos(tmp_path: Path) -> None:
+    for number in range(8):
+        save_photo(tmp_path / "3_red dress" / f"{number}.png", number)
+    (tmp_path / "3_red dress" / "5.txt").write_text("a crimson gown")
+    entries = read(config(tmp_path))
+    assert [entry.caption for entry in entries] == [*["red dress"] * 5, "a crimson gown", *["red dress"] * 2]
+    splits = load_photos(config(tmp_path))
+    ids = [entry.id for entry in splits["train"].entries]
+    assert len(ids) == 3 * len(set(ids)) and len(splits["val"]) + len(splits["test"]) + len(set(ids)) == 8
+
+
+@pytest.mark.parametrize("metadata", [True, False])
+def test_sibling_folders_are_sources_and_masks(tmp_path: Path, metadata: bool) -> None:
+    rows = []
+    for number in range(3):
+        save_photo(tmp_path / "images" / f"{number}.png", number)
+        (tmp_path / "images" / f"{number}.txt").write_text("a dress")
+        save_photo(tmp_path / "source" / f"{number}.jpg", number + 10)
+        save_photo(tmp_path / "mask" / f"{number}.png", number + 20)
+        rows.append({"file_name": f"images/{number}.png", "text": "a dress"})
+    if metadata:
+        write_rows(tmp_path, rows)
+    found = read_entries(config(tmp_path))
+    assert [entry.id for entry in found] == [f"images/{number}.png" for number in range(3)]
+    assert [Path(entry.source.name).name for entry in found if entry.source] == ["0.jpg", "1.jpg", "2.jpg"]
+    assert [Path(entry.mask.name).parent.name for entry in found if entry.mask] == ["mask"] * 3
+
+
+def test_published_splits_are_kept(tmp_path: Path) -> None:
+    write_photos(tmp_path, 20)
+    lines = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    write_rows(tmp_path, [{**row, "split": "test" if i < 5 else "train"} for i, row in enumerate(lines)])
+    splits = load_photos(config(tmp_path, val_fraction=0.2))
+    assert [entry.id for entry in splits["test"].entries] == [f"00{i}.png" for i in range(5)]
+    assert len(splits["train"]) + len(splits["val"]) == 15 and len(splits["val"]) > 0
+
+
+def test_several_captions_and_other_columns(tmp_path: Path) -> None:
+    write_photos(tmp_path, 3)
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    rows[1] |= {"text": ["one", "two"], "captions": ["two", "three"], "color": "red", "mirror": False}
+    write_rows(tmp_path, rows)
+    entry = read(config(tmp_path))[1]
+    assert entry.captions == ("one", "two", "three")
+    assert entry.attributes == {"color": "red"} and not entry.mirror
+
+
+def test_names_spelled_by_another_system_are_found(tmp_path: Path) -> None:
+    save_photo(tmp_path / unicodedata.normalize("NFD", "rób.png"))  # as macOS writes it
+    save_photo(tmp_path / "Hat.PNG")
+    save_photo(tmp_path / "a.png")
+    save_photo(tmp_path / "A.PNG")
+    names = [unicodedata.normalize("NFC", "rób.png"), "hat.png", "a.Png", "x" * 300 + ".png"]
+    write_rows(tmp_path, [{"file_name": name, "text": "a"} for name in names])
+    found = [Path(entry.image.name) for entry in read(config(tmp_path))]
+    assert found[0].is_file() and found[1].name == "Hat.PNG"
+    assert found[2].name == "a.Png"  # could be either: not guessed
+    assert "is missing" in refusal(tmp_path)
+
+
+def test_folders_that_link_in_circles_are_entered_once(tmp_path: Path) -> None:
+    write_photos(tmp_path / "real", 3)
+    (tmp_path / "real" / "metadata.jsonl").unlink()
+    (tmp_path / "real" / "again").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    entries = read(config(tmp_path, captions=CaptionConfig(missing="file_name")))
+    assert [entry.id for entry in entries] == ["loop.png", *(f"real/images/00{i}.png" for i in range(3))]
+    assert "loop.png cannot be read" in refusal(tmp_path, captions=CaptionConfig(missing="file_name"))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_dae.data.square import fit_mask, fit_square, has_plain_backdrop, kept_box, upright_rgb
+from lora_dae.data.decode import upright_rgb
+from lora_dae.data.square import fit_mask, fit_square, has_plain_backdrop, kept_box
 
 
 def plain_portrait() -> Image.Image:

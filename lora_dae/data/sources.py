@@ -2,21 +2,126 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from importlib import import_module
+
+from rich.console import Console
+
 from lora_dae.config import Config, ConfigError, DataConfig
-from lora_dae.data.folder import load_folder
+from lora_dae.data.captions import prepare_captions
+from lora_dae.data.catalog import BadFile, Catalog, Facts, check_bad
+from lora_dae.data.entry import Entry
+from lora_dae.data.formats import shards
 from lora_dae.data.pair import PairDataset
+from lora_dae.data.photos import Fit, PhotoPairs
+from lora_dae.data.splits import split_entries
 from lora_dae.data.studio.dataset import StudioDataset
+
+console = Console(stderr=True)
 
 
 def load_splits(cfg: DataConfig) -> dict[str, PairDataset]:
-    """train, val and test. The studio is rendered if its cache is empty; a folder is checked, not decoded."""
-    if cfg.name == "folder":
-        return dict(load_folder(cfg))
+    """train, val and test. The studio is rendered if its cache is empty; photos are checked file by file."""
+    if cfg.name == "shards":
+        return shards.load(cfg)
+    if cfg.name != "studio":
+        return dict(load_photos(cfg))
     sizes = {"train": cfg.train_size, "val": cfg.val_size, "test": cfg.test_size}
     return {
         split: StudioDataset(cfg.cache_dir, "target", split, size, cfg.seed, cfg.resolution, cfg.difficulty)
         for split, size in sizes.items()
     }
+
+
+def list_entries(cfg: DataConfig) -> list[Entry]:
+    """What the source lists, as it lists it. Raises ConfigError, in one sentence, at what is wrong."""
+    layout = import_module(f"lora_dae.data.formats.{cfg.name}")
+    if not hasattr(layout, "read"):
+        raise ConfigError(f"data={cfg.name} has no list of files to work on: do this with the data it was made of.")
+    if licence_notice(cfg):
+        _say_once(f"licence  {licence_notice(cfg)}")
+    return layout.read(cfg)[: cfg.max_images]
+
+
+def licence_notice(cfg: DataConfig) -> str | None:
+    """On what terms the publisher gives the data, where we know."""
+    if cfg.name == "studio":
+        return None
+    return getattr(import_module(f"lora_dae.data.formats.{cfg.name}"), "NOTICE", None)
+
+
+def read_entries(cfg: DataConfig) -> list[Entry]:
+    """What the source lists, captions prepared, source and mask for all or none, ids that differ."""
+    entries = prepare_captions(list_entries(cfg), cfg)
+    for part in ("source", "mask"):
+        _check_all_or_none(entries, part)
+    if len({entry.id for entry in entries}) < len(entries):
+        twice = next(id for id, count in Counter(entry.id for entry in entries).items() if count > 1)
+        raise ConfigError(f"data.root={cfg.root} has two photos with the id {twice}: ids must differ.")
+    return entries
+
+
+def load_photos(cfg: DataConfig) -> dict[str, PhotoPairs]:
+    """The splits ``train``, ``val`` and ``test`` of a source of photos.
+
+    Every file is read and decoded here, or was before (``data.catalog``). What cannot be is left out and told;
+    more than ``data.max_bad_fraction`` of that raises ConfigError, as everything does that is wrong.
+    """
+    fit = Fit.of(cfg)
+    usable = check_files(read_entries(cfg), cfg)
+    splits = split_entries([entry for entry, _ in usable], cfg.val_fraction, cfg.test_fraction, cfg.seed)
+    if not all(splits.values()):
+        groups = len({entry.group_id for entry, _ in usable})
+        raise ConfigError(
+            f"data.root={cfg.root} has too few different photos ({groups}) to train, validate and test on: "
+            "at least 3 are needed, and some in each published split."
+        )
+    facts = {entry.id: f for entry, f in usable}
+    splits["train"] = [entry for entry in splits["train"] for _ in range(entry.repeats)]
+    # Held-out images are compared with drawn ones, so they have the one size that is drawn.
+    square = replace(fit, buckets=())
+    return {
+        name: PhotoPairs(
+            part,
+            [facts[entry.id] for entry in part],
+            fit if name == "train" else square,
+            mirror=cfg.flip and name == "train",
+        )
+        for name, part in splits.items()
+    }
+
+
+def check_files(entries: list[Entry], cfg: DataConfig) -> list[tuple[Entry, dict[str, Facts]]]:
+    """The entries all of whose files are readable, with what is known about these; tells about the others."""
+    parts = [(i, part) for i, e in enumerate(entries) for part in ("image", "source", "mask") if getattr(e, part)]
+    blobs = [getattr(entries[i], part) for i, part in parts]
+    known: list[dict[str, Facts]] = [{} for _ in entries]
+    for (i, part), facts in zip(parts, Catalog(cfg.cache_dir).facts(blobs), strict=True):
+        known[i][part] = facts
+    bad: dict[str, BadFile] = {}
+    for entry, facts_of in zip(entries, known, strict=True):
+        for part, facts in facts_of.items():
+            if facts.reason:
+                name = getattr(entry, part).name
+                reason = f"{facts.reason} (named by {entry.where})" if facts.reason == "is missing" else facts.reason
+                bad[name] = BadFile(name, reason)
+    table = check_bad(
+        list(bad.values()),
+        len(set(b.name for b in blobs)),
+        cfg.max_bad_fraction,
+        f"data.root={cfg.root}",
+        cfg.cache_dir,
+    )
+    usable = [(e, f) for e, f in zip(entries, known, strict=True) if not any(x.reason for x in f.values())]
+    if table is not None:
+        console.print(
+            f"{len(bad)} files cannot be used, so {len(entries) - len(usable)} of {len(entries)} pairs are left out: "
+            f"see {table}",
+            soft_wrap=True,
+        )
+    return usable
 
 
 def check_source(cfg: Config, train: PairDataset) -> None:
@@ -26,3 +131,14 @@ def check_source(cfg: Config, train: PairDataset) -> None:
             f"conditioning=source needs a source photo per image, which {cfg.data.root} does not have: add a source "
             "column or folder, or use conditioning=none."
         )
+
+
+def _check_all_or_none(entries: list[Entry], part: str) -> None:
+    without = [entry for entry in entries if getattr(entry, part) is None]
+    if without and len(without) < len(entries):
+        raise ConfigError(f"{without[0].where} has no {part} but other lines do: give one to all lines or none.")
+
+
+@cache
+def _say_once(text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False)

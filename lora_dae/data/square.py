@@ -13,18 +13,10 @@ PLAIN_DEVIATION = 10.0
 KEPT_SHARE = 0.75
 
 
-def upright_rgb(photo: Image.Image) -> Image.Image:
-    """The photo as RGB: turned as its EXIF tag says, transparent parts on white."""
-    photo = ImageOps.exif_transpose(photo)
-    if photo.mode in ("RGBA", "LA", "PA") or "transparency" in photo.info:
-        photo = photo.convert("RGBA")
-        photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
-    return photo.convert("RGB")
-
-
 def has_plain_backdrop(photo: Image.Image) -> bool:
     """Whether the two short edges that padding would extend are each of about one color."""
-    return all(float(np.abs(strip - np.median(strip, axis=0)).mean()) < PLAIN_DEVIATION for strip in _edges(photo))
+    edges = _edges(photo, photo.width < photo.height)
+    return all(float(np.abs(strip - np.median(strip, axis=0)).mean()) < PLAIN_DEVIATION for strip in edges)
 
 
 def kept_box(size: tuple[int, int], whole: bool) -> tuple[float, float, float, float]:
@@ -49,14 +41,14 @@ def fit_square(photo: Image.Image, resolution: int, whole: bool) -> np.ndarray:
     ``whole=has_plain_backdrop(photo)``.
     """
     scaled = _scale(photo, resolution, whole, Image.Resampling.LANCZOS)
-    first, last = (np.median(strip, axis=0).round().astype(np.uint8) for strip in _edges(scaled))
+    first, last = edge_colors(scaled, sideways=scaled.width < scaled.height)
     canvas = np.empty((resolution, resolution, 3), np.uint8)
     canvas[:] = last
     if scaled.width < scaled.height:
         canvas[:, : resolution // 2] = first
     else:
         canvas[: resolution // 2] = first
-    return _paste(canvas, np.asarray(scaled))
+    return paste(canvas, np.asarray(scaled))
 
 
 def fit_mask(mask: Image.Image, photo: Image.Image, resolution: int, whole: bool) -> np.ndarray:
@@ -66,7 +58,7 @@ def fit_mask(mask: Image.Image, photo: Image.Image, resolution: int, whole: bool
     """
     mask = ImageOps.exif_transpose(mask).convert("L").resize(photo.size, Image.Resampling.NEAREST)
     scaled = np.asarray(_scale(mask, resolution, whole, Image.Resampling.BOX))
-    return _paste(np.zeros((resolution, resolution), np.uint8), np.where(scaled >= 128, 255, 0))
+    return paste(np.zeros((resolution, resolution), np.uint8), np.where(scaled >= 128, 255, 0))
 
 
 def _scale(photo: Image.Image, resolution: int, whole: bool, filter: Image.Resampling) -> Image.Image:
@@ -76,16 +68,22 @@ def _scale(photo: Image.Image, resolution: int, whole: bool, filter: Image.Resam
     return photo.resize((max(width, 1), max(height, 1)), filter, box=box)
 
 
-def _edges(photo: Image.Image) -> list[np.ndarray]:
-    """The two outer strips (2 % of the short side) beyond which padding goes, each as (n, 3) float32."""
+def edge_colors(photo: Image.Image, sideways: bool) -> list[np.ndarray]:
+    """Median color, uint8 (3,), of the left and right (``sideways``) or upper and lower edge."""
+    return [np.median(strip, axis=0).round().astype(np.uint8) for strip in _edges(photo, sideways)]
+
+
+def _edges(photo: Image.Image, sideways: bool) -> list[np.ndarray]:
+    """The two outer strips (2 % of that side) beyond which padding goes, each as (n, 3) float32."""
     pixels = np.asarray(photo, dtype=np.float32)
-    if photo.width < photo.height:
+    if sideways:
         pixels = pixels.transpose(1, 0, 2)  # so that the edges in question are the first and last rows
     thick = max(1, pixels.shape[0] // 50)
     return [pixels[:thick].reshape(-1, 3), pixels[-thick:].reshape(-1, 3)]
 
 
-def _paste(canvas: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+def paste(canvas: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """``pixels`` in the middle of ``canvas``, which is changed and returned."""
     top, left = (canvas.shape[0] - pixels.shape[0]) // 2, (canvas.shape[1] - pixels.shape[1]) // 2
     canvas[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
     return canvas

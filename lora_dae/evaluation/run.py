@@ -6,7 +6,7 @@ table.md, samples/, plots, report.html.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lora_dae.backbone.load import load_backbone
 from lora_dae.config import Config, ConfigError, to_dict
-from lora_dae.data.pair import Pair, PairDataset
+from lora_dae.data.pair import Pair, PairDataset, replace_pixels
 from lora_dae.data.sources import load_splits
 from lora_dae.evaluation.attributes import AttributeClassifier, load_embedded
 from lora_dae.evaluation.features import load_features, stack_images
@@ -32,6 +32,7 @@ from lora_dae.sampling.sheet import image_grid
 
 GRID_ROWS = 6
 FROZEN = "frozen backbone"
+STUDIO_ATTRIBUTES = {"garment", "color", "pattern", "view"}  # what tells its pairs from other attributed ones
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class HeldOut:
         if len(dataset) < 2:
             raise ConfigError(f"the split to evaluate on has {len(dataset)} images: give it at least 2.")
         pairs = [dataset[i] for i in range(min(count, len(dataset)))]
-        return cls(pairs if conditioning == "source" else [replace(p, source=None) for p in pairs])
+        return cls(pairs if conditioning == "source" else [replace_pixels(p, source=None) for p in pairs])
 
     @property
     def captions(self) -> list[str]:
@@ -140,7 +141,9 @@ def measure_rows(
 
 def _classifier(held_out: HeldOut) -> AttributeClassifier | None:
     """The embedded classifier, where the pairs' attributes are the studio's."""
-    return load_embedded() if held_out.attributes is not None else None
+    rows = held_out.attributes
+    known = rows is not None and all(STUDIO_ATTRIBUTES <= row.keys() for row in rows)
+    return load_embedded() if known else None
 
 
 def write_grid(rows: dict[str, np.ndarray], held_out: HeldOut, path: Path, count: int = GRID_ROWS) -> np.ndarray:

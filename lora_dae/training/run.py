@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lora_dae.backbone.load import Backbone, load_backbone
 from lora_dae.backbone.precision import choose_precision
 from lora_dae.config import Config, ConfigError, check, to_dict
 from lora_dae.data.module import PairDataModule
-from lora_dae.data.pair import PairDataset
+from lora_dae.data.pair import PairDataset, replace_pixels
 from lora_dae.data.sources import check_source, load_splits
 from lora_dae.enhancement.files import save_enhancement
 from lora_dae.enhancement.gates import EnhancementModule
@@ -294,7 +294,7 @@ class _WithoutSource:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        return replace(self.dataset[index], source=None)
+        return replace_pixels(self.dataset[index], source=None)
 
 
 def _without_source(dataset: PairDataset) -> PairDataset:

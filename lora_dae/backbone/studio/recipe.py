@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_dae.config import DataConfig
-from lora_dae.data.folder import load_folder
+from lora_dae.data.sources import load_photos
 from lora_dae.data.studio.dataset import StudioDataset
 
 RESOLUTION = 128
@@ -36,7 +36,7 @@ def photos(root: Path | None) -> tuple[np.ndarray, list[str]]:
     """Real photos, uint8 (N, 128, 128, 3), and their captions; none without ``root``."""
     if root is None:
         return np.empty((0, RESOLUTION, RESOLUTION, 3), np.uint8), []
-    splits = load_folder(DataConfig(name="folder", root=str(root), resolution=RESOLUTION))
+    splits = load_photos(DataConfig(name="folder", root=str(root), resolution=RESOLUTION))
     pairs = [splits["train"][i] for i in range(len(splits["train"]))]
     return np.stack([p.image for p in pairs]), [p.caption for p in pairs]
 

@@ -1,0 +1,107 @@
+"""Aspect-ratio buckets: photos keep their shape, and a batch still is one tensor.
+
+A bucket is a size (width, height) whose sides are multiples of what VAE and UNet take. A photo goes to the
+bucket that it fits with at most ``MAX_CROP`` cut off, of the area nearest to resolution squared; what is
+missing then is filled with the color of that edge.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from lora_dae.config import ConfigError
+from lora_dae.data.square import edge_colors, paste
+
+MAX_CROP = 0.05
+AREA_RANGE = (0.7, 1.4)  # of resolution squared
+SIDE_RANGE = (0.5, 2.0)  # of the resolution
+Size = tuple[int, int]  # width, height
+
+
+def default_step(resolution: int) -> int:
+    """64 pixels from 512 up, as SD 1.x and SDXL take; an eighth of smaller resolutions."""
+    return 64 if resolution >= 512 else max(resolution // 8, 1)
+
+
+def parse_buckets(names: list[str], resolution: int, step: int | None = None) -> list[Size]:
+    """``[]`` (square), ``[auto]``, or sizes like ``512x704`` (width x height). Raises ConfigError."""
+    step = step or default_step(resolution)
+    if not names:
+        return []
+    if names == ["auto"]:
+        return _all_sizes(resolution, step)
+    sizes = []
+    for name in names:
+        match = re.fullmatch(r"(\d+)x(\d+)", name)
+        if match is None:
+            raise ConfigError(f"data.buckets={name} is no size: give auto, or width x height such as 512x704.")
+        width, height = int(match[1]), int(match[2])
+        if not width or not height or width % step or height % step:
+            raise ConfigError(f"data.buckets={name} is not a multiple of {step}: change it, or set data.bucket_step.")
+        sizes.append((width, height))
+    return sizes
+
+
+def choose_bucket(size: Size, buckets: list[Size], resolution: int) -> Size:
+    """The bucket of a photo of ``size``: the nearest in area of those that cut little, else the one that cuts least."""
+    fitting = [b for b in buckets if cut_share(size, b) <= MAX_CROP]
+    if not fitting:
+        return min(buckets, key=lambda b: (cut_share(size, b), b))
+    return min(fitting, key=lambda b: (abs(math.log(b[0] * b[1] / resolution**2)), cut_share(size, b), b))
+
+
+def cut_share(size: Size, bucket: Size) -> float:
+    """The share of a photo that covering the bucket would cut off."""
+    wide, tall = size[0] / bucket[0], size[1] / bucket[1]
+    return 1 - min(wide, tall) / max(wide, tall)
+
+
+def crop_box(size: Size, bucket: Size) -> tuple[float, float, float, float]:
+    """The centered box (left, top, right, bottom) that is kept: as much as the bucket takes, never below 95 %."""
+    width, height = size
+    scale = min(width / bucket[0], height / bucket[1])
+    kept_width = max(min(bucket[0] * scale, width), (1 - MAX_CROP) * width)
+    kept_height = max(min(bucket[1] * scale, height), (1 - MAX_CROP) * height)
+    left, top = (width - kept_width) / 2, (height - kept_height) / 2
+    return left, top, left + kept_width, top + kept_height
+
+
+def fit_bucket(photo: Image.Image, bucket: Size) -> np.ndarray:
+    """An RGB photo as uint8 (height, width, 3) of the bucket."""
+    scaled = _scale(photo, bucket, Image.Resampling.LANCZOS)
+    canvas = np.empty((bucket[1], bucket[0], 3), np.uint8)
+    first, last = edge_colors(scaled, sideways=scaled.width < bucket[0])
+    canvas[:] = last
+    if scaled.width < bucket[0]:
+        canvas[:, : bucket[0] // 2] = first
+    else:
+        canvas[: bucket[1] // 2] = first
+    return paste(canvas, np.asarray(scaled))
+
+
+def fit_bucket_mask(mask: Image.Image, photo: Image.Image, bucket: Size) -> np.ndarray:
+    """A mask of ``photo`` (bright = garment) as uint8 (height, width) of 0 and 255, cropped like its photo."""
+    mask = ImageOps.exif_transpose(mask).convert("L").resize(photo.size, Image.Resampling.NEAREST)
+    scaled = np.asarray(_scale(mask, bucket, Image.Resampling.BOX))
+    return paste(np.zeros((bucket[1], bucket[0]), np.uint8), np.where(scaled >= 128, 255, 0))
+
+
+def _scale(photo: Image.Image, bucket: Size, filter: Image.Resampling) -> Image.Image:
+    left, top, right, bottom = box = crop_box(photo.size, bucket)
+    scale = min(bucket[0] / (right - left), bucket[1] / (bottom - top))
+    width, height = round((right - left) * scale), round((bottom - top) * scale)
+    return photo.resize((min(max(width, 1), bucket[0]), min(max(height, 1), bucket[1])), filter, box=box)
+
+
+def _all_sizes(resolution: int, step: int) -> list[Size]:
+    low, high = (share * resolution for share in SIDE_RANGE)
+    sides = [side for side in range(step, int(high) + 1, step) if side >= low]
+    area = resolution**2
+    sizes = [(w, h) for w in sides for h in sides if AREA_RANGE[0] <= w * h / area <= AREA_RANGE[1]]
+    if not sizes:
+        raise ConfigError(f"data.bucket_step={step} leaves no bucket at data.resolution={resolution}: lower it.")
+    return sizes

@@ -1,0 +1,113 @@
+"""What all layouts share: reading tables, finding files whose names are spelled another way, walking folders."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import unicodedata
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lora_dae.config import ConfigError, DataConfig
+
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+Row = tuple[int, dict[str, Any]]  # line number, columns
+
+
+def root_of(cfg: DataConfig) -> Path:
+    """The folder ``data.root``; raises ConfigError if there is none."""
+    if cfg.root is None:
+        raise ConfigError(f"data={cfg.name} needs a folder of photos: give data.root=<folder>.")
+    root = Path(cfg.root).expanduser()
+    if not root.is_dir():
+        raise ConfigError(f"data.root={cfg.root} is not a folder: give a folder of photos with captions.")
+    return root
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, with or without a byte order mark; ConfigError if it is something else or not there."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8.") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}): is this the layout of data=...?") from error
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON ({error.msg}, line {error.lineno}): correct it.") from error
+
+
+def read_jsonl(path: Path) -> Iterator[Row]:
+    """Objects, one a line, with their line numbers."""
+    # Not splitlines(): JSON strings may hold other line separators than the newline.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} line {number} is not JSON ({error.msg}): correct that line.") from error
+        if not isinstance(row, dict):
+            raise ConfigError(f'{path} line {number} must be an object like {{"file_name": ..., "text": ...}}.')
+        yield number, row
+
+
+def read_csv(path: Path) -> Iterator[Row]:
+    reader = csv.DictReader(read_text(path).splitlines())
+    for row in reader:
+        yield reader.line_num, row
+
+
+def walk_photos(root: Path) -> list[Path]:
+    """Every photo at any depth, sorted; links are followed, but no folder is entered twice."""
+    photos, entered = [], set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        stat = os.stat(folder)
+        if (stat.st_dev, stat.st_ino) in entered:
+            subfolders.clear()  # a link that leads back
+            continue
+        entered.add((stat.st_dev, stat.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        photos += [Path(folder, name) for name in names if is_photo_name(name)]
+    return sorted(photos)
+
+
+def is_photo_name(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(PHOTO_SUFFIXES)
+
+
+def find(folder: Path, name: str) -> Path | None:
+    """The file ``name`` in ``folder``, also where Unicode form or case differ (archives of other systems).
+
+    None if there is none, or if the name could mean two files.
+    """
+    exact = folder / name
+    try:
+        if exact.is_file() or exact.is_symlink():
+            return exact
+    except OSError:  # a name too long for this file system
+        return None
+    if not exact.parent.is_dir():
+        return None
+    # The folder's time in the key: a file added later is seen.
+    matches = _spellings(exact.parent, exact.parent.stat().st_mtime_ns).get(_folded(exact.name), [])
+    return exact.parent / matches[0] if len(matches) == 1 else None
+
+
+@lru_cache(maxsize=64)
+def _spellings(folder: Path, changed: int) -> dict[str, list[str]]:
+    spellings: dict[str, list[str]] = {}
+    for name in os.listdir(folder):
+        spellings.setdefault(_folded(name), []).append(name)
+    return spellings
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()

@@ -1,0 +1,181 @@
+"""A folder of photos with captions, in the layouts that trainers share.
+
+* ``metadata.jsonl`` or ``metadata.csv`` (Hugging Face imagefolder): ``file_name`` and ``text``, and where there is
+  more to say ``captions`` (a list), ``category``, ``group_id``, ``source``, ``mask``, ``split`` and ``mirror``.
+  Any other column becomes an attribute for caption templates. Files lie relative to the folder or its ``images/``.
+* no metadata: every photo ``x.jpg``, at any depth, has its caption beside it in ``x.txt`` or ``x.caption``.
+* folders named like ``10_red dress`` (kohya): its photos come ten times a pass; "red dress" is their caption where
+  they have none of their own.
+
+In all of them the folders ``source/`` and ``mask/`` may hold, under the photo's own name (any image suffix), the
+photo that steers it and its garment mask.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from lora_dae.config import ConfigError, DataConfig
+from lora_dae.data.entry import Entry, FileBlob
+from lora_dae.data.formats.files import (
+    PHOTO_SUFFIXES,
+    Row,
+    find,
+    read_csv,
+    read_jsonl,
+    read_text,
+    root_of,
+    walk_photos,
+)
+from lora_dae.data.formats.writing import Splits, every_pair, save_image, save_lines
+
+SIBLINGS = ("source", "mask")
+COLUMNS = ("file_name", "text", "captions", "category", "group_id", "source", "mask", "split", "mirror")
+REPEATS = re.compile(r"(\d+)_(.+)")
+
+
+def read(cfg: DataConfig) -> list[Entry]:
+    """What the folder lists, in its own order; raises ConfigError for a wrong table or a missing caption."""
+    root = root_of(cfg)
+    for name, rows in (("metadata.jsonl", read_jsonl), ("metadata.csv", read_csv)):
+        if (root / name).is_file():
+            entries = _from_metadata(root, name, list(rows(root / name)), cfg)
+            if not entries:
+                raise ConfigError(f"{root / name} lists no photos: add one line for each.")
+            return entries
+    return _from_sidecars(root, cfg)
+
+
+def may_lack_caption(cfg: DataConfig) -> bool:
+    """Whether something later fills captions in."""
+    return cfg.captions.missing != "error" or cfg.captions.template is not None or cfg.captions.file is not None
+
+
+def _from_metadata(root: Path, name: str, rows: list[Row], cfg: DataConfig) -> list[Entry]:
+    entries: list[Entry] = []
+    seen: set[str] = set()
+    for number, row in rows:
+        where = f"{root / name} line {number}"
+        text = {column: _word(row.get(column)) for column in COLUMNS}
+        file_name, captions = text["file_name"], _captions(row)
+        lacking = "file_name" if not file_name else "text" if not captions and not may_lack_caption(cfg) else None
+        if lacking:
+            have = ", ".join(str(key) for key in row) or "nothing"
+            raise ConfigError(f"{where} has no {lacking} (it has {have}): every line needs file_name and text.")
+        source, mask = (
+            FileBlob(_locate(root, text[part])) if text[part] else _sibling(root, part, file_name) for part in SIBLINGS
+        )
+        if text["split"] not in ("", "train", "val", "validation", "test"):
+            raise ConfigError(f"{where} has the split {text['split']}: use train, val or test.")
+        entries.append(
+            Entry(
+                # A photo may be listed more than once, with other captions.
+                id=f"{file_name}#{number}" if file_name in seen else file_name,
+                # Photos of one garment share its source photo, and must not be split over train and test.
+                group_id=text["group_id"] or text["source"] or file_name,
+                captions=captions,
+                image=FileBlob(_locate(root, file_name)),
+                where=where,
+                source=source,
+                mask=mask,
+                category=text["category"] or None,
+                attributes={str(k): _word(v) for k, v in row.items() if k not in COLUMNS and _word(v)},
+                split={"": None, "validation": "val"}.get(text["split"], text["split"]),
+                mirror=text["mirror"].lower() not in ("false", "no", "0"),
+            )
+        )
+        seen.add(file_name)
+    return entries
+
+
+def _from_sidecars(root: Path, cfg: DataConfig) -> list[Entry]:
+    beside = tuple(root / part for part in SIBLINGS)
+    photos = [path for path in walk_photos(root) if not any(path.is_relative_to(folder) for folder in beside)]
+    if not photos:
+        raise ConfigError(f"data.root={root} holds no photos ({', '.join(PHOTO_SUFFIXES)}): put some there.")
+    captions = [_sidecar(photo) for photo in photos]
+    if not any(captions) and not may_lack_caption(cfg) and not any(REPEATS.fullmatch(p.parent.name) for p in photos):
+        raise ConfigError(
+            f"data.root={root} holds {len(photos)} photos but no captions: add metadata.jsonl or "
+            "metadata.csv (file_name, text), a .txt beside each photo, or set data.captions.missing=file_name."
+        )
+    entries = []
+    for photo, caption in zip(photos, captions, strict=True):
+        name = photo.relative_to(root).as_posix()
+        repeated = REPEATS.fullmatch(photo.parent.name) if photo.parent != root else None
+        if caption is None and repeated:
+            caption = repeated[2].replace("_", " ")
+        if caption is None and not may_lack_caption(cfg):
+            raise ConfigError(f"{photo} has no caption: write {photo.with_suffix('.txt').name} beside it.")
+        entries.append(
+            Entry(
+                id=name,
+                group_id=name,
+                captions=(caption,) if caption else (),
+                image=FileBlob(photo),
+                where=name,
+                source=_sibling(root, "source", name),
+                mask=_sibling(root, "mask", name),
+                repeats=int(repeated[1]) if repeated else 1,
+            )
+        )
+    return entries
+
+
+def _sidecar(photo: Path) -> str | None:
+    for suffix in (".txt", ".caption"):
+        sidecar = photo.with_suffix(suffix)
+        if sidecar.is_file():
+            caption = " ".join(read_text(sidecar).split())
+            if not caption:
+                raise ConfigError(f"{sidecar} is empty: write the caption of {photo.name} into it.")
+            return caption
+    return None
+
+
+def _captions(row: dict[str, Any]) -> tuple[str, ...]:
+    """``text`` (a string, or a list) and then ``captions``, without empty ones and repetitions."""
+    given: list[Any] = []
+    for column in ("text", "captions"):
+        value = row.get(column)
+        given += value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(word for word in map(_word, given) if word))
+
+
+def _word(value: Any) -> str:
+    return str(value).strip() if isinstance(value, str | int | float) else ""
+
+
+def _locate(root: Path, name: str) -> Path:
+    """Where the file is, or would be: what is missing is told with the other unusable files."""
+    return find(root, name) or find(root / "images", name) or root / name
+
+
+def _sibling(root: Path, part: str, name: str) -> FileBlob | None:
+    """``source/x.jpg`` or ``mask/x.png`` of the photo ``x.jpg`` or ``images/x.jpg``."""
+    relative = Path(name)
+    if relative.parts[0] == "images":
+        relative = relative.relative_to("images")
+    for suffix in dict.fromkeys((relative.suffix, ".png", *PHOTO_SUFFIXES)):
+        found = root / part / relative.with_suffix(suffix)
+        if found.is_file():
+            return FileBlob(found)
+    return None
+
+
+def write(splits: Splits, root: Path) -> None:
+    """images/, source/, mask/ and metadata.jsonl with the splits."""
+    lines = []
+    for split, pair in every_pair(splits):
+        name = f"{pair.id}.png"
+        save_image(root / "images" / name, pair.image)
+        row: dict[str, Any] = {"file_name": f"images/{name}", "text": pair.caption, "split": split}
+        for part in SIBLINGS:
+            if getattr(pair, part) is not None:
+                save_image(root / part / name, getattr(pair, part))
+        row |= {"group_id": pair.group_id, **(pair.attributes or {})}
+        lines.append(json.dumps(row | ({"category": pair.category} if pair.category else {}), ensure_ascii=False))
+    save_lines(root / "metadata.jsonl", lines)

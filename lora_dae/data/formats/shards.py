@@ -1,0 +1,204 @@
+"""Shards for sets larger than memory and disk: tar files in WebDataset's convention, and an index beside each.
+
+    index.json                 {"format": 1, "splits": {"train": {"shards": [{"file", "count"}, ...], ...}}}
+    train-000000.tar           00000000.jpg, 00000000.source.jpg, 00000000.mask.png, 00000000.json, 00000001.jpg, ...
+    train-000000.index.jsonl   one line a record: its words, and where in the tar which of its files lies
+
+``python -m lora_dae.data shards --to <folder> data=...`` writes them, files as they are; ``data.root`` is that folder
+or its address in an object store that fsspec knows (``s3://...``). The webdataset library reads the same tars.
+
+Why not a library: LitData can unpickle what a shard tells it to, and brings torchvision and boto3; webdataset streams,
+so that a run cannot go on in the middle of an epoch exactly. With the index, a record is one ranged read: any order,
+any share, any step. The index of a shard is read when one of its records is wanted; opening ten million records reads
+``index.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache, partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+from PIL import Image
+
+from lora_dae.config import ConfigError, DataConfig
+from lora_dae.data.captions import prepare_captions
+from lora_dae.data.catalog import Facts, examine
+from lora_dae.data.entry import Entry, RowBlob
+from lora_dae.data.formats.writing import Splits
+from lora_dae.data.pair import Pair, PairDataset
+from lora_dae.data.photos import Fit, PhotoPairs
+
+FORMAT = 1
+PER_SHARD = 1000  # records
+OPEN_SHARDS = 32  # whose index is kept in memory
+PARTS = ("image", "source", "mask")
+
+
+class ShardPairs:
+    """One split of shards: a data set of pairs, of which nothing is held but the shards' names and sizes."""
+
+    def __init__(self, root: str, split: dict[str, Any], cfg: DataConfig, fit: Fit, mirror: bool) -> None:
+        self.root, self.cfg, self.fit, self.mirror = root, cfg, fit, mirror
+        self.files: list[str] = [shard["file"] for shard in split["shards"]]
+        self.ends = list(accumulate(int(shard["count"]) for shard in split["shards"]))
+        self.has_source, self.has_mask = bool(split["has_source"]), bool(split["has_mask"])
+        self._digest = str(split["digest"])
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(self._read_index)
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def __getitem__(self, index: int) -> Pair:
+        pairs, row = self._find(index)
+        return pairs[row]
+
+    def facts(self, index: int) -> dict[str, Facts]:
+        """What the index says about the record's files."""
+        pairs, row = self._find(index)
+        return pairs.facts[row]
+
+    def _find(self, index: int) -> tuple[PhotoPairs, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = bisect_right(self.ends, index)
+        return self._open(shard), index - (self.ends[shard - 1] if shard else 0)
+
+    @property
+    def blocks(self) -> list[int]:
+        """Records of each shard: shuffling by blocks reads few shards at a time."""
+        return [end - start for start, end in zip([0, *self.ends], self.ends, strict=False)]
+
+    @property
+    def fingerprint(self) -> str:
+        text = repr((self._digest, self.fit, self.mirror, self.cfg.captions, self.cfg.no_flip_words))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _read_index(self, shard: int) -> PhotoPairs:
+        file = f"{self.root}/{self.files[shard]}"
+        lines = _read(file.removesuffix(".tar") + ".index.jsonl").decode().split("\n")
+        rows = [json.loads(line) for line in lines if line]
+        entries = prepare_captions([_entry(file, row) for row in rows], self.cfg)
+        if len(entries) != len(rows):
+            raise ConfigError("data.captions.missing=drop would change how many records a shard has: caption them.")
+        facts = [{part: Facts(*place[2:]) for part, place in row["parts"].items()} for row in rows]
+        return PhotoPairs(entries, facts, self.fit, self.mirror)
+
+
+def load(cfg: DataConfig) -> dict[str, PairDataset]:
+    """The splits; reads ``index.json`` alone. Raises ConfigError if it is missing or of another version."""
+    root = (cfg.root or "").rstrip("/")
+    try:
+        index = json.loads(_read(f"{root}/index.json"))
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"data.root={root} has no readable index.json ({error}): is it a folder of shards?"
+        ) from error
+    if index.get("format") != FORMAT:
+        raise ConfigError(f"{root}/index.json is of format {index.get('format')}, this program reads {FORMAT}.")
+    fit = Fit.of(cfg)
+    splits = {
+        name: ShardPairs(
+            root, split, cfg, fit if name == "train" else replace(fit, buckets=()), cfg.flip and name == "train"
+        )
+        for name, split in index["splits"].items()
+    }
+    lacking = [name for name in ("train", "val", "test") if not len(splits.get(name, ()))]
+    if lacking:
+        raise ConfigError(f"the shards in {root} have no {' and no '.join(lacking)} split: write them anew.")
+    return dict(splits)
+
+
+def write(splits: Splits, root: Path, per_shard: int = PER_SHARD) -> None:
+    """Tars and their indices; ``index.json`` comes last, so a cut-off folder is none."""
+    root.mkdir(parents=True, exist_ok=True)
+    told = {}
+    for split, pairs in splits.items():
+        shards, digest = [], hashlib.sha256()
+        for number, start in enumerate(range(0, len(pairs), per_shard)):
+            name = f"{split}-{number:06d}"
+            count = min(per_shard, len(pairs) - start)
+            lines = []
+            with tarfile.open(root / f"{name}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+                for row in range(count):
+                    lines.append(json.dumps(_add(tar, f"{row:08d}", pairs, start + row), ensure_ascii=False))
+            text = "".join(f"{line}\n" for line in lines)
+            (root / f"{name}.index.jsonl").write_text(text, encoding="utf-8")
+            digest.update(text.encode())
+            shards.append({"file": f"{name}.tar", "count": count})
+        told[split] = {
+            "shards": shards, "digest": digest.hexdigest(), "has_source": pairs.has_source, "has_mask": pairs.has_mask
+        }  # fmt: skip
+    index = {"format": FORMAT, "splits": told}
+    (root / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _add(tar: tarfile.TarFile, key: str, pairs: PairDataset, index: int) -> dict[str, Any]:
+    """Writes one record's files; returns its line of the index."""
+    pair = pairs[index]
+    words = {
+        "id": pair.id, "group_id": pair.group_id, "captions": list(pair.captions or (pair.caption,)),
+        "category": pair.category, "attributes": pair.attributes or {},
+    }  # fmt: skip
+    parts = {}
+    for part, data, suffix in _files(pairs, index, pair):
+        facts = examine(RowBlob(part, "", partial(bytes, data)))
+        offset = _put(tar, f"{key}{'' if part == 'image' else f'.{part}'}.{suffix}", data)
+        place = [facts.digest, facts.width, facts.height, facts.remark, facts.reason, facts.hash]
+        parts[part] = [offset, len(data), *place, round(facts.red, 2), round(facts.green, 2), round(facts.blue, 2)]
+    _put(tar, f"{key}.json", json.dumps(words | {"text": pair.caption}, ensure_ascii=False).encode())
+    return words | {"parts": parts}
+
+
+def _files(pairs: PairDataset, index: int, pair: Pair) -> Iterator[tuple[str, bytes, str]]:
+    """(part, encoded bytes, suffix): a photo's own file where there is one, else a PNG."""
+    for part in PARTS:
+        if isinstance(pairs, PhotoPairs) and getattr(pairs.entries[index], part) is not None:
+            data = getattr(pairs.entries[index], part).read()
+            with Image.open(io.BytesIO(data)) as photo:
+                yield part, data, {"JPEG": "jpg", "MPO": "jpg"}.get(photo.format or "", str(photo.format).lower())
+        elif getattr(pair, part) is not None:
+            file = io.BytesIO()
+            Image.fromarray(np.asarray(getattr(pair, part))).save(file, "PNG")
+            yield part, file.getvalue(), "png"
+
+
+def _put(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+    """Appends a file; returns where its bytes begin."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    offset = tar.offset + tarfile.BLOCKSIZE  # one header block: USTAR, short names
+    tar.addfile(info, io.BytesIO(data))
+    return offset
+
+
+def _entry(file: str, row: dict[str, Any]) -> Entry:
+    blobs: dict[str, Any] = {
+        part: RowBlob(f"{file} {row['id']} {part}", place[2], partial(_read, file, place[0], place[1]))
+        for part, place in row["parts"].items()
+    }
+    return Entry(
+        id=row["id"],
+        group_id=row["group_id"],
+        captions=tuple(row["captions"]),
+        where=f"{file} {row['id']}",
+        category=row["category"],
+        attributes=row["attributes"],
+        **blobs,
+    )
+
+
+def _read(url: str, offset: int = 0, size: int = -1) -> bytes:
+    with fsspec.open(url, "rb") as file:
+        file.seek(offset)
+        return file.read(size)

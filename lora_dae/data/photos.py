@@ -1,0 +1,128 @@
+"""Photos of any size as a data set of pairs: decoded, cropped and filled when they are looked at."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from PIL import Image
+
+from lora_dae.config import ConfigError, DataConfig
+from lora_dae.data.buckets import Size, choose_bucket, fit_bucket, fit_bucket_mask, parse_buckets
+from lora_dae.data.catalog import Facts
+from lora_dae.data.decode import BadImageError, check_background, decode
+from lora_dae.data.entry import Blob, Entry
+from lora_dae.data.pair import Lazy, Pair
+from lora_dae.data.square import fit_mask, fit_square, has_plain_backdrop
+
+FIT_VERSION = 1  # raise it when the same photo would give other pixels
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How photos become pixels: squares of ``resolution``, or the ``buckets`` where there are any."""
+
+    resolution: int
+    buckets: tuple[Size, ...] = ()
+    background: str = "white"
+
+    @classmethod
+    def of(cls, cfg: DataConfig) -> Fit:
+        check_background(cfg.background)
+        return cls(cfg.resolution, tuple(parse_buckets(cfg.buckets, cfg.resolution, cfg.bucket_step)), cfg.background)
+
+    def size(self, facts: Facts) -> Size:
+        """(width, height) that a photo gets."""
+        if not self.buckets:
+            return self.resolution, self.resolution
+        return choose_bucket((facts.width, facts.height), list(self.buckets), self.resolution)
+
+
+class _Photo:
+    """One entry's photos while they turn into pixels; all of them are cropped by one decision."""
+
+    def __init__(self, entry: Entry, fit: Fit, size: Size) -> None:
+        self.entry, self.fit, self.size = entry, fit, size
+
+    @cached_property
+    def photo(self) -> Image.Image:
+        return self._decode(self.entry.image)
+
+    @cached_property
+    def whole(self) -> bool:
+        return has_plain_backdrop(self.photo)
+
+    def image(self) -> np.ndarray:
+        return self._fit(self.photo)
+
+    def source(self) -> np.ndarray:
+        assert self.entry.source is not None
+        return self._fit(self._decode(self.entry.source))
+
+    def mask(self) -> np.ndarray:
+        assert self.entry.mask is not None
+        mask = self._decode(self.entry.mask)
+        if self.fit.buckets:
+            return fit_bucket_mask(mask, self.photo, self.size)
+        return fit_mask(mask, self.photo, self.fit.resolution, self.whole)
+
+    def _fit(self, photo: Image.Image) -> np.ndarray:
+        if self.fit.buckets:
+            return fit_bucket(photo, self.size)
+        return fit_square(photo, self.fit.resolution, self.whole)
+
+    def _decode(self, blob: Blob) -> Image.Image:
+        try:
+            return decode(blob.read(), 2 * max(self.size), self.fit.background)
+        except (BadImageError, OSError) as error:
+            reason = error if isinstance(error, BadImageError) else f"cannot be read ({error})"
+            raise ConfigError(f"{blob.name} {reason}: replace it or take it out of the data.") from error
+
+
+class PhotoPairs:
+    """One split: entries whose files are known to be readable, as pairs."""
+
+    def __init__(self, entries: list[Entry], facts: list[dict[str, Facts]], fit: Fit, mirror: bool = False) -> None:
+        self.entries, self.facts, self.fit, self.mirror = entries, facts, fit, mirror
+        self.has_source = bool(entries) and entries[0].source is not None
+        self.has_mask = bool(entries) and entries[0].mask is not None
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Pair:
+        """The pair at ``index``, nothing decoded yet. Looking at a photo that broke since raises ConfigError."""
+        entry, facts = self.entries[index], self.facts[index]
+        size = self.fit.size(facts["image"])
+        photo = _Photo(entry, self.fit, size)
+        shape = (size[1], size[0], 3)
+
+        def key(part: str) -> str:
+            # Where padding ends is read off the image, so source and mask depend on it too.
+            digests = "".join(facts[p].digest for p in sorted({"image", part}))
+            text = f"{FIT_VERSION}:{part}:{digests}:{size}:{bool(self.fit.buckets)}:{self.fit.background}"
+            return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+        return Pair(
+            id=entry.id,
+            group_id=entry.group_id,
+            caption=entry.caption,
+            image=Lazy(photo.image, shape, key("image")),
+            source=None if entry.source is None else Lazy(photo.source, shape, key("source")),
+            mask=None if entry.mask is None else Lazy(photo.mask, shape[:2], key("mask")),
+            category=entry.category,
+            attributes=entry.attributes or None,
+            captions=entry.captions,
+            mirror=self.mirror and entry.mirror,
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with a file's bytes, a caption, the resolution, the buckets or the order."""
+        digest = hashlib.sha256(repr((FIT_VERSION, self.fit, self.mirror)).encode())
+        for entry, facts in zip(self.entries, self.facts, strict=True):
+            files = [facts[part].digest for part in sorted(facts)]
+            digest.update(repr((entry.id, entry.captions, files)).encode())
+        return digest.hexdigest()

@@ -1,0 +1,92 @@
+"""Shards: read by others, from anywhere, in any order, without holding the index."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from conftest import write_photos
+
+from lora_dae.config import ConfigError, DataConfig
+from lora_dae.data.formats import shards
+from lora_dae.data.sources import load_photos, load_splits
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """24 photos in shards of 4."""
+    write_photos(tmp_path / "photos", 24)
+    cfg = DataConfig(name="folder", root=str(tmp_path / "photos"), resolution=32, cache_dir=str(tmp_path / "cache"))
+    shards.write(dict(load_photos(cfg)), tmp_path / "shards", per_shard=4)
+    return tmp_path
+
+
+def config(root: object) -> DataConfig:
+    return DataConfig(name="shards", root=str(root), resolution=32, cache_dir="unused")
+
+
+def test_any_record_in_any_order_is_the_photo_that_went_in(written: Path) -> None:
+    folder = DataConfig(name="folder", root=str(written / "photos"), resolution=32, cache_dir=str(written / "cache"))
+    before, after = load_splits(folder), load_splits(config(written / "shards"))
+    assert {name: len(split) for name, split in before.items()} == {name: len(split) for name, split in after.items()}
+    for index in (13, 0, 7, 11, 3):
+        one, two = before["train"][index], after["train"][index]
+        assert (one.id, one.caption, one.category, one.key("image")) == (
+            two.id,
+            two.caption,
+            two.category,
+            two.key("image"),
+        )
+        np.testing.assert_array_equal(one.image, two.image)
+    with pytest.raises(IndexError):
+        after["train"][len(after["train"])]
+
+
+def test_object_storage_and_webdataset_read_the_same(written: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(written / "shards"), "/bucket/shards", recursive=True)
+    near, far = load_splits(config(written / "shards"))["train"], load_splits(config("memory://bucket/shards"))["train"]
+    np.testing.assert_array_equal(far[9].image, near[9].image)
+    assert far.fingerprint == near.fingerprint
+
+    wds = pytest.importorskip("webdataset")
+    tars = [str(path) for path in sorted((written / "shards").glob("train-*.tar"))]
+    samples = list(wds.WebDataset(tars, shardshuffle=False, empty_check=False))
+    assert len(samples) == len(near)
+    words = [json.loads(sample["json"]) for sample in samples]
+    assert [row["text"] for row in words] == [near[i].caption for i in range(len(near))]
+    photo = next((written / "photos").rglob(words[0]["id"]))
+    assert samples[0]["png"] == photo.read_bytes()  # files as they are
+
+
+def test_ten_million_records_open_at_once_and_small(tmp_path: Path) -> None:
+    """An index of 10,000 shards without any tar: opening must not look into them."""
+    split = {"digest": "0", "has_source": False, "has_mask": False}
+    names = [{"file": f"train-{number:06d}.tar", "count": 1000} for number in range(10_000)]
+    splits = {"train": split | {"shards": names}, "val": split | {"shards": names[:1]}}
+    (tmp_path / "index.json").write_text(json.dumps({"format": 1, "splits": {**splits, "test": splits["val"]}}))
+    tracemalloc.start()
+    train = load_splits(config(tmp_path))["train"]
+    assert len(train) == 10_000_000 and len(train.blocks) == 10_000  # type: ignore[attr-defined]
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+def test_what_is_no_shard_folder_is_refused(written: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no readable index.json"):
+        load_splits(config(tmp_path / "nowhere"))
+    index = written / "shards" / "index.json"
+    told = json.loads(index.read_text())
+    index.write_text(json.dumps({**told, "format": 99}))
+    with pytest.raises(ConfigError, match="format 99"):
+        load_splits(config(written / "shards"))
+    told["splits"]["val"]["shards"] = []
+    index.write_text(json.dumps(told))
+    with pytest.raises(ConfigError, match="no val split"):
+        load_splits(config(written / "shards"))
+    shutil.rmtree(written / "shards")
