@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lora_dae.adapter.atomic import save_tensors
+from lora_dae.adapter.fused import fuse
 from lora_dae.adapter.inject import ADAPTER_NAME, is_injected
 from lora_dae.adapter.source_input import SourceInput, detach_source_input
 from lora_dae.adapter.targets import base_layer
@@ -62,6 +63,7 @@ def load_adapter(unet: UNet2DConditionModel, path: str | Path) -> dict[str, str]
     _check(unet, file, weights)
     configuration = json.loads(header[LORA_ADAPTER_METADATA_KEY])
     unet.load_lora_adapter(weights, prefix="unet", adapter_name=ADAPTER_NAME, metadata=configuration)
+    fuse(unet)
     unet.requires_grad_(False)
     return {key: value for key, value in header.items() if key not in ("format", LORA_ADAPTER_METADATA_KEY)}
 
