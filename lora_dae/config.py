@@ -120,6 +120,10 @@ class EvaluationConfig:
     features: str = "effnet"  # effnet (offline) | inception (needs `pip install lora-dae[fid]`)
     frozen: bool = True  # also measure the frozen backbone
     bootstrap: int = 1000
+    lpips: str | None = None  # safetensors of torchvision's AlexNet features; None = LPIPS is left out
+    dists: bool = False  # needs torchvision and its VGG16 weights
+    clip: str | None = None  # a CLIP model (folder or hub name) for CLIPScore; None = left out
+    controls: bool = False  # also measure the real photos blurred and over-sharpened
 
 
 @dataclass

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from compose import config
 from conftest import write_tokenizer
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -16,13 +18,13 @@ from torchmetrics.functional.image import multiscale_structural_similarity_index
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from lora_dae.config import ConfigError
-from lora_dae.data.studio.attributes import draw_look
-from lora_dae.data.studio.scene import photo
-from lora_dae.evaluation import controls, edges, texture
+from lora_dae.data.pair import Pair
+from lora_dae.evaluation import controls, edges, run, texture
 from lora_dae.evaluation.clip_score import ClipScore
 from lora_dae.evaluation.color import ciede2000, color_difference, srgb_to_lab
-from lora_dae.evaluation.features import stack_images
+from lora_dae.evaluation.features import FeatureExtractor, stack_images
 from lora_dae.evaluation.perceptual import Lpips, ms_ssim
+from lora_dae.evaluation.table import MetricValue, Protocol, ResultsTable
 
 
 def _alexnet() -> nn.Sequential:
@@ -122,9 +124,12 @@ def test_color_difference_looks_inside_the_mask_only() -> None:
     assert color_difference(a, b, 1 - masks)[0] > 20
 
 
-def _photos(start: int, n: int = 6) -> Tensor:
-    photos = [photo(draw_look(0, i, "target"), 0, i, 128).image for i in range(start, start + n)]
-    return stack_images(photos).float() / 255
+def _photos(seed: int, n: int = 8, side: int = 64) -> Tensor:
+    """Pictures with the spectrum of natural photos: amplitude falls with 1 / frequency."""
+    fy, fx = torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side)[None, :]
+    noise = torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+    shaped = torch.fft.irfft2(torch.fft.rfft2(noise) / torch.hypot(fy, fx).clamp(min=1 / side), s=(side, side))
+    return (0.5 + 0.15 * shaped / shaped.std()).clamp(0, 1)
 
 
 def test_gradient_distance_of_a_ramp_is_the_difference_of_slopes() -> None:
@@ -162,7 +167,7 @@ def test_damage_far_from_the_border_does_not_count_as_edge_error() -> None:
 
 def test_every_texture_metric_ranks_blurred_and_over_sharpened_photos_worse() -> None:
     """Against other real photos: not because a photo equals itself."""
-    a, b = _photos(0, 12), _photos(12, 12)
+    a, b = _photos(0), _photos(1)
     pixels = [(image.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8) for image in a]
     makers = {"blurred": controls.blurred, "over-sharpened": controls.over_sharpened}
     damaged = {name: stack_images([make(p) for p in pixels]).float() / 255 for name, make in makers.items()}
@@ -187,7 +192,9 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     config = CLIPConfig(text_config=text, vision_config={"image_size": 32, "patch_size": 8, **small}, projection_dim=8)
     torch.manual_seed(0)
-    CLIPModel(config).save_pretrained(folder)
+    model = CLIPModel(config)
+    model.visual_projection.weight.data *= -1  # with this seed all cosines are negative otherwise, and all scores 0
+    model.save_pretrained(folder)
     size = {"height": 32, "width": 32}
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
     CLIPProcessor(image_processor=processor, tokenizer=tokenizer).save_pretrained(folder)
@@ -216,3 +223,72 @@ def test_a_caption_that_clip_would_cut_off_is_an_error_and_no_lower_score(clip_f
         score(torch.rand(2, 3, 32, 32), ["a"])
     with pytest.raises(ConfigError, match="cannot be loaded"):
         ClipScore(str(tmp_path))
+
+
+class _Filters(FeatureExtractor):
+    """A stand-in for the feature network: 8 random filters."""
+
+    name = "tiny"
+    num_features = 8
+    names = {"fd": "fd_tiny", "kd": "kd_tiny", "is": "is_tiny"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filters = nn.Conv2d(3, 8, 5, stride=2)
+
+    def features_and_probs(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = self.filters(images).abs().mean(dim=(2, 3))
+        return pooled, pooled.softmax(1)
+
+
+def test_options_add_their_metrics_and_rows_and_say_what_cannot_be_had(
+    alexnet_file: Path, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "load_features", lambda name: _Filters())
+    photos = (_photos(0, 4) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:48, 16:48] = 255
+    pairs = [Pair(str(i), str(i), "a red dress", p, source=p, mask=mask) for i, p in enumerate(photos)]
+    held_out = run.HeldOut(pairs)
+    rows = {"strength 0": photos, "frozen backbone": photos[::-1]}
+
+    def table(*overrides: str) -> ResultsTable:
+        cfg = config(tmp_path, tmp_path / "run", tmp_path / "cache", *overrides)
+        return run.measure_rows(cfg, rows, held_out, "test")[0]
+
+    plain = table()
+    asked = table(
+        f"evaluation.lpips={alexnet_file}", f"evaluation.clip={clip_folder}", "evaluation.controls=true",
+        "evaluation.dists=true",
+    )  # fmt: skip
+    assert set(plain.methods) == set(rows) and "clip_score" not in plain.methods["strength 0"]
+    assert plain.protocol.not_available.keys() == {"ms_ssim", "lpips_alex"}
+    assert "lpips_alex not available: evaluation.lpips names no weights" in plain.markdown()
+    assert list(asked.methods)[2:] == ["real, blurred", "real, over-sharpened"]
+    own, other = asked.methods["strength 0"], asked.methods["frozen backbone"]
+    assert own["lpips_alex"].value == 0 < other["lpips_alex"].value
+    assert own["color_garment"].value == 0 < other["color_garment"].value
+    assert own["gradient_garment"].value == 0 and own["edge_f1_garment"].value == 1
+    for name in ("real, blurred", "real, over-sharpened"):
+        assert asked.methods[name]["gradient_garment"].value > other["gradient_garment"].value
+    assert "clip score: 2.5 max(cos, 0)" in asked.protocol.line() and own["clip_score"].value >= 0
+    if importlib.util.find_spec("torchvision") is None:
+        assert "torchvision" in asked.protocol.not_available["dists"]
+    blocks = asked.blocks()
+    assert blocks["Edges and color of the garment"] == ["gradient_garment", "edge_f1_garment", "color_garment"]
+    assert {"psnr", "ssim", "lpips_alex"} <= set(blocks["Fidelity to the real photo"]) and "Other" not in blocks
+
+
+def test_marks_are_corrected_for_the_number_of_comparisons() -> None:
+    """A difference of 2.3 standard errors is told apart alone, and not among thirty comparisons."""
+    noise = torch.randn(2000, generator=torch.Generator().manual_seed(0))
+    noise = (noise - noise.mean()) / noise.std()
+    base = MetricValue(1.0, 0.0, 2.0, "higher", torch.ones(2000))
+    better = MetricValue(3.3, 1.0, 5.0, "higher", 3.3 + noise)
+    same = MetricValue(1.1, 0.0, 3.0, "higher", 1.1 + noise)
+    protocol = Protocol(9, 9, "test", 64, "ddim", 4, 2.0, None, [1], "effnet", 2000)
+    alone = ResultsTable({"a": {"x": base}, "b": {"x": better}}, protocol)
+    assert alone.cell("b", "x")[2] == "better" and alone.corrected()["b", "x"] == pytest.approx(0.0214, abs=2e-4)
+    many = {f"y{k}": base for k in range(29)}
+    among = ResultsTable({"a": {"x": base, **many}, "b": {"x": better, **{k: same for k in many}}}, protocol)
+    assert among.cell("b", "x")[2] == "" and "for 30 comparisons" in among.legend()

@@ -20,8 +20,11 @@ from lora_dae.config import Config, ConfigError, to_dict
 from lora_dae.data.pair import Pair, PairDataset
 from lora_dae.data.sources import load_splits
 from lora_dae.evaluation.attributes import AttributeClassifier, load_embedded
+from lora_dae.evaluation.clip_score import ClipScore
+from lora_dae.evaluation.controls import blurred, over_sharpened
 from lora_dae.evaluation.features import load_features, stack_images
 from lora_dae.evaluation.measure import Reference, build_reference, evaluate_images
+from lora_dae.evaluation.perceptual import MS_SSIM_SIDE, Distance, Lpips, load_dists
 from lora_dae.evaluation.plots import plot_band_power, plot_curves
 from lora_dae.evaluation.report import write_report
 from lora_dae.evaluation.table import MetricValue, Protocol, ResultsTable
@@ -103,6 +106,9 @@ def measure_rows(
     extractor = load_features(cfg.evaluation.features)
     real = build_reference(stack_images([p.image for p in held_out.pairs]), held_out.masks, extractor)
     classifier = _classifier(held_out)
+    perceptual, clip, definitions, not_available = _asked_for(cfg, held_out)
+    if cfg.evaluation.controls:
+        rows = {**rows, **control_rows(held_out)}
     methods: dict[str, dict[str, MetricValue]] = {}
     for name, images in rows.items():
         methods[name] = evaluate_images(
@@ -114,6 +120,9 @@ def measure_rows(
             bootstrap=cfg.evaluation.bootstrap,
             seed=cfg.seed,
             paired=held_out.sources is not None,
+            perceptual=perceptual,
+            clip=clip,
+            captions=held_out.captions,
         )
     sampling = cfg.sampling
     protocol = Protocol(
@@ -128,10 +137,44 @@ def measure_rows(
         seeds=[sampling.seed],
         features=cfg.evaluation.features,
         bootstrap=cfg.evaluation.bootstrap,
+        definitions=definitions,
+        not_available=not_available,
     )
     # Strength 0 comes first: it is what every other row is compared with.
     order = sorted(methods, key=lambda name: name != row_name(0.0))
     return ResultsTable({name: methods[name] for name in order}, protocol), real
+
+
+def control_rows(held_out: HeldOut) -> dict[str, np.ndarray]:
+    """The real photos made worse on purpose: a metric that ranks these well says nothing about texture."""
+    makers = {"real, blurred": blurred, "real, over-sharpened": over_sharpened}
+    return {name: np.stack([make(p.image) for p in held_out.pairs]) for name, make in makers.items()}
+
+
+def _asked_for(
+    cfg: Config, held_out: HeldOut
+) -> tuple[dict[str, Distance], ClipScore | None, list[str], dict[str, str]]:
+    """Paired distances and CLIPScore as configured, how they are defined, and what cannot be had and why."""
+    perceptual: dict[str, Distance] = {}
+    definitions: list[str] = []
+    not_available: dict[str, str] = {}
+    if cfg.data.resolution < MS_SSIM_SIDE:
+        not_available["ms_ssim"] = f"needs {MS_SSIM_SIDE} pixels"
+    if cfg.evaluation.lpips is None:
+        not_available["lpips_alex"] = "evaluation.lpips names no weights"
+    else:
+        perceptual["lpips_alex"] = Lpips(Path(cfg.evaluation.lpips))
+        definitions.append("lpips: version 0.1, AlexNet")
+    if cfg.evaluation.dists:
+        try:
+            perceptual["dists"] = load_dists()
+        except ConfigError as error:
+            not_available["dists"] = str(error)
+    clip = None
+    if cfg.evaluation.clip is not None:
+        clip = ClipScore(cfg.evaluation.clip)
+        definitions.append(f"clip score: 2.5 max(cos, 0), {clip.name}")
+    return perceptual, clip, definitions, not_available
 
 
 def _classifier(held_out: HeldOut) -> AttributeClassifier | None:
