@@ -193,6 +193,10 @@ def check(cfg: Config) -> None:
         _one_of("data.difficulty", cfg.data.difficulty, DIFFICULTIES)
     elif cfg.data.root is None:
         raise ConfigError("data=folder needs data.root: the folder of photos and captions.")
+    if cfg.evaluation.lpips is not None and not Path(cfg.evaluation.lpips).is_file():
+        raise ConfigError(
+            f"evaluation.lpips={cfg.evaluation.lpips} does not exist: give AlexNet's features as safetensors."
+        )
     at_least = {
         "adapter.rank": (cfg.adapter.rank, 1),
         "adapter.conv_rank": (1 if cfg.adapter.conv_rank is None else cfg.adapter.conv_rank, 1),

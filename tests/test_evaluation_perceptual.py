@@ -17,7 +17,7 @@ from torchmetrics.functional.image import lpips as reference_lpips
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from lora_dae.config import ConfigError
+from lora_dae.config import ConfigError, check
 from lora_dae.data.pair import Pair
 from lora_dae.evaluation import controls, edges, run, texture
 from lora_dae.evaluation.clip_score import ClipScore
@@ -254,8 +254,11 @@ def test_options_add_their_metrics_and_rows_and_say_what_cannot_be_had(
 
     def table(*overrides: str) -> ResultsTable:
         cfg = config(tmp_path, tmp_path / "run", tmp_path / "cache", *overrides)
-        return run.measure_rows(cfg, rows, held_out, "test")[0]
+        check(cfg)
+        return run.measure_rows(cfg, rows, held_out, "test", run.load_extras(cfg, held_out.captions))[0]
 
+    with pytest.raises(ConfigError, match="evaluation.lpips=nowhere does not exist"):
+        table("evaluation.lpips=nowhere")
     plain = table()
     asked = table(
         f"evaluation.lpips={alexnet_file}", f"evaluation.clip={clip_folder}", "evaluation.controls=true",

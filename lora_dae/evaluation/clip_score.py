@@ -31,11 +31,8 @@ class ClipScore:
         self.name = model
         self.max_tokens = int(self.model.config.text_config.max_position_embeddings)
 
-    @torch.inference_mode()
-    def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """Float NCHW in [0, 1] and as many captions -> (N,). ConfigError for a caption that CLIP would cut off."""
-        if len(images) != len(captions):
-            raise ConfigError(f"{len(images)} images need as many captions, got {len(captions)}.")
+    def check(self, captions: Sequence[str]) -> None:
+        """Raises ConfigError for a caption that CLIP would cut off."""
         for caption in captions:
             length = len(self.processor.tokenizer(caption)["input_ids"])
             if length > self.max_tokens:
@@ -43,6 +40,13 @@ class ClipScore:
                     f"a caption has {length} tokens, CLIP reads {self.max_tokens}: shorten it ({caption[:40]!r}...), "
                     "or leave evaluation.clip out."
                 )
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, captions: Sequence[str]) -> Tensor:
+        """Float NCHW in [0, 1] and as many captions -> (N,). Raises ConfigError as ``check``."""
+        if len(images) != len(captions):
+            raise ConfigError(f"{len(images)} images need as many captions, got {len(captions)}.")
+        self.check(captions)
         values = []
         for start in range(0, len(images), BATCH):
             pixels = (images[start : start + BATCH] * 255).round().to(torch.uint8)

@@ -100,13 +100,12 @@ def draw_rows(run: LoadedRun, held_out: HeldOut, console: Console, bf16: bool) -
 
 
 def measure_rows(
-    cfg: Config, rows: dict[str, np.ndarray], held_out: HeldOut, split: str
+    cfg: Config, rows: dict[str, np.ndarray], held_out: HeldOut, split: str, extras: Extras
 ) -> tuple[ResultsTable, Reference]:
     """The table over all rows, and the real side that it was measured against."""
     extractor = load_features(cfg.evaluation.features)
     real = build_reference(stack_images([p.image for p in held_out.pairs]), held_out.masks, extractor)
     classifier = _classifier(held_out)
-    perceptual, clip, definitions, not_available = _asked_for(cfg, held_out)
     if cfg.evaluation.controls:
         rows = {**rows, **control_rows(held_out)}
     methods: dict[str, dict[str, MetricValue]] = {}
@@ -120,8 +119,8 @@ def measure_rows(
             bootstrap=cfg.evaluation.bootstrap,
             seed=cfg.seed,
             paired=held_out.sources is not None,
-            perceptual=perceptual,
-            clip=clip,
+            perceptual=extras.perceptual,
+            clip=extras.clip,
             captions=held_out.captions,
         )
     sampling = cfg.sampling
@@ -137,8 +136,8 @@ def measure_rows(
         seeds=[sampling.seed],
         features=cfg.evaluation.features,
         bootstrap=cfg.evaluation.bootstrap,
-        definitions=definitions,
-        not_available=not_available,
+        definitions=extras.definitions,
+        not_available=extras.not_available,
     )
     # Strength 0 comes first: it is what every other row is compared with.
     order = sorted(methods, key=lambda name: name != row_name(0.0))
@@ -151,10 +150,21 @@ def control_rows(held_out: HeldOut) -> dict[str, np.ndarray]:
     return {name: np.stack([make(p.image) for p in held_out.pairs]) for name, make in makers.items()}
 
 
-def _asked_for(
-    cfg: Config, held_out: HeldOut
-) -> tuple[dict[str, Distance], ClipScore | None, list[str], dict[str, str]]:
-    """Paired distances and CLIPScore as configured, how they are defined, and what cannot be had and why."""
+@dataclass(frozen=True)
+class Extras:
+    """Metrics that need weights of their own: loaded before anything is drawn, so that a mistake costs no drawing."""
+
+    perceptual: dict[str, Distance]
+    clip: ClipScore | None
+    definitions: list[str]
+    not_available: dict[str, str]  # metric -> why
+
+
+def load_extras(cfg: Config, captions: list[str]) -> Extras:
+    """What ``evaluation.lpips``, ``dists`` and ``clip`` ask for; ConfigError for weights or captions that do not fit.
+
+    Only DISTS may be missing: it has no file of its own to name.
+    """
     perceptual: dict[str, Distance] = {}
     definitions: list[str] = []
     not_available: dict[str, str] = {}
@@ -173,8 +183,9 @@ def _asked_for(
     clip = None
     if cfg.evaluation.clip is not None:
         clip = ClipScore(cfg.evaluation.clip)
+        clip.check(captions)
         definitions.append(f"clip score: 2.5 max(cos, 0), {clip.name}")
-    return perceptual, clip, definitions, not_available
+    return Extras(perceptual, clip, definitions, not_available)
 
 
 def _classifier(held_out: HeldOut) -> AttributeClassifier | None:
@@ -207,9 +218,10 @@ def evaluate_run(
     run = run or load_run(run_dir)
     cfg = run.cfg
     held_out = HeldOut.take(load_splits(cfg.data)[split], cfg.evaluation.num_samples, cfg.conditioning)
+    extras = load_extras(cfg, held_out.captions)
     rows = draw_rows(run, held_out, console, bf16)
     with console.status("measuring"):
-        table, real = measure_rows(cfg, rows, held_out, split)
+        table, real = measure_rows(cfg, rows, held_out, split, extras)
     table.save(run_dir / "metrics.json")
     (run_dir / "table.md").write_text(table.markdown(), encoding="utf-8")
     grid = write_grid(rows, held_out, run_dir / "samples" / "grid.png")
