@@ -124,6 +124,17 @@ class EvaluateRequest:
     guidance_scale: float | None
     source_guidance_scale: float | None
     split: str
+    lpips: str | None
+    dists: bool | None
+    clip: str | None
+    controls: bool | None
+
+
+def override_evaluation(cfg: Config, request: EvaluateRequest) -> Config:
+    """The run's config with the request's numbers of the evaluation, where given."""
+    names = ("num_samples", "lpips", "dists", "clip", "controls")
+    given = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
+    return replace(cfg, evaluation=replace(cfg.evaluation, **given))
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
@@ -142,8 +153,7 @@ def evaluate(cfg: DictConfig) -> None:
     run_cfg = override_sampling(read_config(Path(request.run)), request)
     if request.strength is not None:
         run_cfg = replace(run_cfg, enhancement=replace(run_cfg.enhancement, strength=request.strength))
-    if request.num_samples is not None:
-        run_cfg = replace(run_cfg, evaluation=replace(run_cfg.evaluation, num_samples=request.num_samples))
+    run_cfg = override_evaluation(run_cfg, request)
     check(run_cfg)
     device = best_device()
     loaded = load_run(Path(request.run), device)

@@ -156,6 +156,10 @@ class EvaluationConfig:
     features: str = "effnet"  # effnet (offline) | inception (needs `pip install lora-dae[fid]`)
     frozen: bool = True  # also measure the frozen backbone
     bootstrap: int = 1000
+    lpips: str | None = None  # safetensors of torchvision's AlexNet features; None = LPIPS is left out
+    dists: bool = False  # needs torchvision and its VGG16 weights
+    clip: str | None = None  # a CLIP model (folder or hub name) for CLIPScore; None = left out
+    controls: bool = False  # also measure the real photos blurred and over-sharpened
 
 
 @dataclass
@@ -242,6 +246,10 @@ def check(cfg: Config) -> None:
         _one_of("data.difficulty", cfg.data.difficulty, DIFFICULTIES)
     elif cfg.data.root is None:
         raise ConfigError(f"data={cfg.data.name} needs data.root: the folder of photos and captions.")
+    if cfg.evaluation.lpips is not None and not Path(cfg.evaluation.lpips).is_file():
+        raise ConfigError(
+            f"evaluation.lpips={cfg.evaluation.lpips} does not exist: give AlexNet's features as safetensors."
+        )
     at_least = {
         "adapter.rank": (cfg.adapter.rank, 1),
         "adapter.conv_rank": (1 if cfg.adapter.conv_rank is None else cfg.adapter.conv_rank, 1),

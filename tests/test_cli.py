@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
-from lora_dae.config import Config, check, conf_dir, from_dict, to_dict
+from lora_dae.cli import EvaluateRequest, override_evaluation
+from lora_dae.config import Config, EvaluationConfig, check, conf_dir, from_dict, to_dict
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,3 +53,17 @@ def test_config_survives_its_yaml() -> None:
     cfg = Config(run_dir="somewhere")
     assert from_dict(to_dict(cfg)) == cfg
     check(cfg)
+
+
+def test_evaluating_again_overrides_what_is_given_and_keeps_the_rest() -> None:
+    options = ["run=x", "lpips=weights.safetensors", "clip=folder", "controls=true", "dists=true", "num_samples=7"]
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        given, nothing = (
+            EvaluateRequest(**OmegaConf.to_container(compose("evaluate", words)))  # type: ignore[arg-type]
+            for words in (options, options[:1])
+        )
+    cfg = Config(run_dir="x", evaluation=EvaluationConfig(bootstrap=33, clip="own"))
+    assert override_evaluation(cfg, nothing) == cfg
+    changed = override_evaluation(cfg, given).evaluation
+    expected = EvaluationConfig(7, bootstrap=33, lpips="weights.safetensors", dists=True, clip="folder", controls=True)
+    assert changed == expected

@@ -62,7 +62,7 @@ def test_paired_mode_measures_everything(extractor: TinyFeatures, masks: Tensor)
         attributes=labels, classifier=classifier, bootstrap=50, paired=True,
     )  # fmt: skip
     expected = "fd_tiny kd_tiny is_tiny attr_color power_low_garment power_mid_garment power_high_garment"
-    expected += " lsd_garment psnr ssim psnr_garment ssim_garment"
+    expected += " lsd_garment psnr ssim psnr_garment ssim_garment gradient_garment edge_f1_garment color_garment"
     assert set(result) == set(expected.split())
     for name, metric in result.items():
         assert metric.low is not None and metric.high is not None, name

@@ -15,7 +15,7 @@ from studies import make_study
 
 from lora_dae.study.exclude import Rules, excluded
 from lora_dae.study.plan import CLEAR, DEGRADED
-from lora_dae.study.report import ReportRequest, report_study, summarize
+from lora_dae.study.report import ReportRequest, markdown, report_study, summarize
 from lora_dae.study.store import StudyStore, VoteRow
 
 STRENGTH = {"good": 0.9, "middle": 0.0, "bad": -0.9}
@@ -134,3 +134,5 @@ def test_repeats_tell_consistency_and_are_no_votes() -> None:
 def test_a_report_of_excluded_raters_alone_has_no_numbers_and_no_crash() -> None:
     result = summarize(_votes(0, "pair", ["left"] * 30), ["a", "b"], Rules(), 20)
     assert result["questions"] == {} and len(result["raters"]["excluded"]) == 1
+    result["raters"] |= {"invited": 1, "finished": 0}
+    assert "median n/a s" in markdown({"title": "t", **result})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_dae.config import ConfigError
-from lora_dae.evaluation import distances, reference, texture
+from lora_dae.evaluation import color, distances, edges, reference, texture
 from lora_dae.evaluation.attributes import AttributeClassifier
 from lora_dae.evaluation.bootstrap import (
     bootstrap_interval,
@@ -23,7 +23,9 @@ from lora_dae.evaluation.bootstrap import (
     weighted_means,
     wilson_interval,
 )
+from lora_dae.evaluation.clip_score import ClipScore
 from lora_dae.evaluation.features import FeatureExtractor, Features, as_float_images
+from lora_dae.evaluation.perceptual import MS_SSIM_SIDE, Distance, ms_ssim
 from lora_dae.evaluation.table import Better, MetricValue
 
 
@@ -65,14 +67,18 @@ def evaluate_images(
     bootstrap: int = 1000,
     seed: int = 0,
     paired: bool = False,
+    perceptual: Mapping[str, Distance] | None = None,
+    clip: ClipScore | None = None,
+    captions: Sequence[str] | None = None,
 ) -> dict[str, MetricValue]:
     """Measure generated images (uint8 or float [0, 1] NCHW) against real ones.
 
     Always: fd, kd, is under the extractor's names, ``power_low|mid|high`` and ``lsd``. With ``attributes``
     (what the captions say, per image) and a ``classifier``: ``attr_<name>``. With ``paired`` (image i was
-    made from the source of real image i): ``psnr`` and ``ssim``. With ``masks`` (the garment in the generated
-    images; paired: the reference's by default): texture inside the garment, as ``power_low_garment`` and so
-    on, and paired ``psnr_garment``, ``ssim_garment``.
+    made from the source of real image i): ``psnr``, ``ssim``, from 161 pixels on ``ms_ssim``, and every distance of
+    ``perceptual`` (by its name). With ``clip`` and ``captions``: ``clip_score``. With ``masks`` (the garment in the
+    generated images; paired: the reference's by default): texture inside the garment, as ``power_low_garment`` and so
+    on, and paired ``psnr_garment``, ``ssim_garment``, ``gradient_garment``, ``edge_f1_garment``, ``color_garment``.
     ``bootstrap=0`` leaves intervals out. Raises ConfigError when numbers of images or sizes do not fit.
     """
     images = as_float_images(generated)
@@ -92,9 +98,19 @@ def evaluate_images(
     if paired:
         result["psnr"] = _mean(reference.psnr(images, real.images), weights)
         result["ssim"] = _mean(reference.ssim(images, real.images), weights)
+        if min(images.shape[-2:]) >= MS_SSIM_SIDE:
+            result["ms_ssim"] = _mean(ms_ssim(images, real.images), weights)
+        for name, distance in (perceptual or {}).items():
+            result[name] = _mean(distance(images, real.images), weights, "lower")
         if inside is not None:
             result["psnr_garment"] = _mean(reference.psnr(images, real.images, inside), weights)
             result["ssim_garment"] = _mean(reference.ssim(images, real.images, inside), weights)
+            gradients = edges.gradient_distance(images, real.images, inside)
+            result["gradient_garment"] = _mean(gradients, weights, "lower")
+            result["edge_f1_garment"] = _mean(edges.edge_f1(images, real.images, inside), weights)
+            result["color_garment"] = _mean(color.color_difference(images, real.images, inside), weights, "lower")
+    if clip is not None and captions is not None:
+        result["clip_score"] = _mean(clip(images, captions), weights)
     return result
 
 
@@ -151,10 +167,10 @@ def _metric(value: float, replicates: Tensor, better: Better | None, least: floa
     return MetricValue(value, max(low, least), high, better, replicates)
 
 
-def _mean(values: Tensor, weights: Tensor) -> MetricValue:
+def _mean(values: Tensor, weights: Tensor, better: Better = "higher") -> MetricValue:
     """Mean over images; NaN (an empty mask) does not count."""
     replicates = weighted_means(values, weights)
-    return _metric(values.nanmean().item(), replicates, "higher")
+    return _metric(values.nanmean().item(), replicates, better)
 
 
 def _share(right: Tensor, weights: Tensor) -> MetricValue:

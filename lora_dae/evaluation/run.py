@@ -20,8 +20,11 @@ from lora_dae.config import Config, ConfigError, to_dict
 from lora_dae.data.pair import Pair, PairDataset, replace_pixels
 from lora_dae.data.sources import load_splits
 from lora_dae.evaluation.attributes import AttributeClassifier, load_embedded
+from lora_dae.evaluation.clip_score import ClipScore
+from lora_dae.evaluation.controls import blurred, over_sharpened
 from lora_dae.evaluation.features import load_features, stack_images
 from lora_dae.evaluation.measure import Reference, build_reference, evaluate_images
+from lora_dae.evaluation.perceptual import MS_SSIM_SIDE, Distance, Lpips, load_dists
 from lora_dae.evaluation.plots import plot_band_power, plot_curves
 from lora_dae.evaluation.report import write_report
 from lora_dae.evaluation.table import MetricValue, Protocol, ResultsTable
@@ -99,12 +102,14 @@ def draw_rows(run: LoadedRun, held_out: HeldOut, console: Console, bf16: bool) -
 
 
 def measure_rows(
-    cfg: Config, rows: dict[str, np.ndarray], held_out: HeldOut, split: str
+    cfg: Config, rows: dict[str, np.ndarray], held_out: HeldOut, split: str, extras: Extras
 ) -> tuple[ResultsTable, Reference]:
     """The table over all rows, and the real side that it was measured against."""
     extractor = load_features(cfg.evaluation.features)
     real = build_reference(stack_images([p.image for p in held_out.pairs]), held_out.masks, extractor)
     classifier = _classifier(held_out)
+    if cfg.evaluation.controls:
+        rows = {**rows, **control_rows(held_out)}
     methods: dict[str, dict[str, MetricValue]] = {}
     for name, images in rows.items():
         methods[name] = evaluate_images(
@@ -116,6 +121,9 @@ def measure_rows(
             bootstrap=cfg.evaluation.bootstrap,
             seed=cfg.seed,
             paired=held_out.sources is not None and name != FROZEN,
+            perceptual=extras.perceptual,
+            clip=extras.clip,
+            captions=held_out.captions,
         )
     sampling = cfg.sampling
     protocol = Protocol(
@@ -130,6 +138,8 @@ def measure_rows(
         seeds=[sampling.seed],
         features=cfg.evaluation.features,
         bootstrap=cfg.evaluation.bootstrap,
+        definitions=extras.definitions,
+        not_available=extras.not_available,
     )
     # Strength 0 comes first: it is what every other row is compared with.
     order = sorted(methods, key=lambda name: name != row_name(0.0))
@@ -137,6 +147,50 @@ def measure_rows(
         comparable = methods[row_name(0.0)]
         methods[FROZEN] = {k: v for k, v in methods[FROZEN].items() if k in comparable}
     return ResultsTable({name: methods[name] for name in order}, protocol), real
+
+
+def control_rows(held_out: HeldOut) -> dict[str, np.ndarray]:
+    """The real photos made worse on purpose: a metric that ranks these well says nothing about texture."""
+    makers = {"real, blurred": blurred, "real, over-sharpened": over_sharpened}
+    return {name: np.stack([make(p.image) for p in held_out.pairs]) for name, make in makers.items()}
+
+
+@dataclass(frozen=True)
+class Extras:
+    """Metrics that need weights of their own: loaded before anything is drawn, so that a mistake costs no drawing."""
+
+    perceptual: dict[str, Distance]
+    clip: ClipScore | None
+    definitions: list[str]
+    not_available: dict[str, str]  # metric -> why
+
+
+def load_extras(cfg: Config, captions: list[str]) -> Extras:
+    """What ``evaluation.lpips``, ``dists`` and ``clip`` ask for; ConfigError for weights or captions that do not fit.
+
+    Only DISTS may be missing: it has no file of its own to name.
+    """
+    perceptual: dict[str, Distance] = {}
+    definitions: list[str] = []
+    not_available: dict[str, str] = {}
+    if cfg.data.resolution < MS_SSIM_SIDE:
+        not_available["ms_ssim"] = f"needs {MS_SSIM_SIDE} pixels"
+    if cfg.evaluation.lpips is None:
+        not_available["lpips_alex"] = "evaluation.lpips names no weights"
+    else:
+        perceptual["lpips_alex"] = Lpips(Path(cfg.evaluation.lpips))
+        definitions.append("lpips: version 0.1, AlexNet")
+    if cfg.evaluation.dists:
+        try:
+            perceptual["dists"] = load_dists()
+        except ConfigError as error:
+            not_available["dists"] = str(error)
+    clip = None
+    if cfg.evaluation.clip is not None:
+        clip = ClipScore(cfg.evaluation.clip)
+        clip.check(captions)
+        definitions.append(f"clip score: 2.5 max(cos, 0), {clip.name}")
+    return Extras(perceptual, clip, definitions, not_available)
 
 
 def _classifier(held_out: HeldOut) -> AttributeClassifier | None:
@@ -171,9 +225,10 @@ def evaluate_run(
     run = run or load_run(run_dir)
     cfg = run.cfg
     held_out = HeldOut.take(load_splits(cfg.data)[split], cfg.evaluation.num_samples, cfg.conditioning)
+    extras = load_extras(cfg, held_out.captions)
     rows = draw_rows(run, held_out, console, bf16)
     with console.status("measuring"):
-        table, real = measure_rows(cfg, rows, held_out, split)
+        table, real = measure_rows(cfg, rows, held_out, split, extras)
     table.save(run_dir / "metrics.json")
     (run_dir / "table.md").write_text(table.markdown(), encoding="utf-8")
     grid = write_grid(rows, held_out, run_dir / "samples" / "grid.png")

@@ -19,15 +19,17 @@ from torch import Tensor
 
 from lora_dae.config import ConfigError
 from lora_dae.evaluation.bootstrap import bootstrap_interval
+from lora_dae.evaluation.compare import holm
 from lora_dae.evaluation.distances import inception_splits
 
 Better = Literal["lower", "higher"]
 ARROWS = {"lower": "↓", "higher": "↑", None: "→ 1"}
 BLOCKS = {
     "Distance to real photos": ("fd_", "kd_", "is_", "fid", "kid", "is"),
-    "Follows the caption (share of images)": ("attr_",),
+    "Follows the caption (share of images; CLIPScore)": ("attr_", "clip_"),
     "Texture power, generated / real": ("power_", "lsd"),
-    "Fidelity to the real photo": ("psnr", "ssim"),
+    "Fidelity to the real photo": ("psnr", "ssim", "ms_", "lpips", "dists"),
+    "Edges and color of the garment": ("gradient", "edge_", "color"),
 }
 
 
@@ -64,14 +66,32 @@ def paired_difference(method: MetricValue, baseline: MetricValue) -> MetricValue
     return MetricValue(value, *bootstrap_interval(value, a - b), method.better, a - b)
 
 
-def verdict(method: MetricValue, baseline: MetricValue) -> Literal["better", "worse"] | None:
-    """Whether the paired interval of the difference excludes zero, and on which side."""
+def p_value(method: MetricValue, baseline: MetricValue) -> float | None:
+    """Two-sided p of the paired difference, from the standard deviation of its replicates; None where there is none.
+
+    Normal, because percentiles of a Frechet distance's replicates are biased (``bootstrap_interval``); 1 for metrics
+    without a better direction and for methods that do not differ at all.
+    """
     difference = paired_difference(method, baseline)
-    if difference is None or method.better is None or difference.low is None or difference.high is None:
+    if difference is None or difference.replicates is None:
         return None
-    if difference.low <= 0 <= difference.high:
+    spread = difference.replicates.std().item()
+    if method.better is None or difference.value == 0:
+        return 1.0
+    if spread == 0 or not math.isfinite(spread):
+        return 0.0 if spread == 0 else 1.0
+    return math.erfc(abs(difference.value) / spread / math.sqrt(2))
+
+
+def verdict(method: MetricValue, baseline: MetricValue, p: float | None = None) -> Literal["better", "worse"] | None:
+    """On which side the method differs from the baseline; None: cannot tell.
+
+    ``p``: as corrected for the number of comparisons; its own ``p_value`` by default. Differs: p below 0.05.
+    """
+    p = p_value(method, baseline) if p is None else p
+    if p is None or p >= 0.05 or method.better is None:
         return None
-    return "better" if (difference.value < 0) == (method.better == "lower") else "worse"
+    return "better" if (method.value < baseline.value) == (method.better == "lower") else "worse"
 
 
 @dataclass(frozen=True)
@@ -89,6 +109,8 @@ class Protocol:
     seeds: list[int]
     features: str
     bootstrap: int
+    definitions: list[str] = field(default_factory=list)  # of the metrics that were asked for: net, formula
+    not_available: dict[str, str] = field(default_factory=dict)  # metric -> why
 
     def line(self) -> str:
         guidance = f"guidance {self.guidance_scale:g}"
@@ -104,6 +126,10 @@ class Protocol:
                 f"95 % intervals, {self.bootstrap} bootstrap samples of the images",
                 f"is: {inception_splits(self.num_generated)} splits, kd: all images at once",
                 "psnr and ssim: RGB, data range 1, gaussian window of sigma 1.5, mean over images",
+                "gradient: Wasserstein distance of luma gradients in the mask; edge f1: Canny edges at its "
+                "border; color: CIEDE2000 of its mean colors",
+                *self.definitions,
+                *(f"{name} not available: {why}" for name, why in self.not_available.items()),
             ]
         )
 
@@ -158,13 +184,26 @@ class ResultsTable:
         if metric is None:
             return "", "", ""
         base = self.methods[self.baseline].get(name)
-        mark = verdict(metric, base) if base is not None and method != self.baseline else None
+        corrected = self.corrected().get((method, name))
+        mark = None if base is None or corrected is None else verdict(metric, base, corrected)
         return *format_value(metric), mark or ""
+
+    def corrected(self) -> dict[tuple[str, str], float]:
+        """(method, metric) -> p against the baseline, Holm-corrected over all comparisons of the table."""
+        base = self.methods[self.baseline]
+        found = {}
+        for method, metrics in self.methods.items():
+            for name in metrics:
+                if method != self.baseline and name in base and metrics[name].better is not None:
+                    p = p_value(metrics[name], base[name])
+                    if p is not None:
+                        found[method, name] = p
+        return dict(zip(found, holm(list(found.values())), strict=True))
 
     def legend(self) -> str:
         return (
-            f"Marked: told apart from '{self.baseline}' by a paired 95 % interval of the difference "
-            "(not corrected for the number of cells)."
+            f"Marked: told apart from '{self.baseline}' by a paired bootstrap, p < 0.05 after Holm's correction for "
+            f"{len(self.corrected())} comparisons; not marked: cannot tell."
         )
 
     def rich(self) -> Group:

@@ -148,7 +148,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"{raters['invited']} raters invited, {raters['voted']} voted, {raters['finished']} finished, "
         f"{len(raters['excluded'])} excluded. Attention checks passed: {_share(result['checks_passed'])}; repeated "
         f"pairs answered alike: {_share(result['repeats_consistent'])}. Time of a vote: median "
-        f"{seconds['median']:.1f} s ({seconds['p10']:.1f} to {seconds['p90']:.1f} s hold 80 %).",
+        f"{_number(seconds['median'])} s ({_number(seconds['p10'])} to {_number(seconds['p90'])} s hold 80 %).",
     ]
     for question, entry in result["questions"].items():
         lines += [

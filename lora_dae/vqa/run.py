@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFilter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_dae.config import ConfigError
 from lora_dae.evaluation.compare import compare_paired
+from lora_dae.evaluation.controls import blurred
 from lora_dae.evaluation.pictures import Item, gather
 from lora_dae.evaluation.preference import strengths, win_rates
 from lora_dae.evaluation.table import without_nan
@@ -94,12 +94,9 @@ def ask_judges(request: VqaRequest, console: Console) -> dict[str, Any]:
 
 
 def controls(items: Sequence[Item]) -> dict[str, list[np.ndarray]]:
-    """The real photos and blurred copies (Gaussian, sigma = 1.5 % of the width), where every prompt has its photo."""
+    """The real photos and blurred copies, where every prompt has its photo."""
     real = [item.real for item in items if item.real is not None]
-    if len(real) < len(items):
-        return {}
-    blurred = [np.asarray(Image.fromarray(r).filter(ImageFilter.GaussianBlur(0.015 * r.shape[1]))) for r in real]
-    return {REAL: real, BLURRED: blurred}
+    return {REAL: real, BLURRED: [blurred(r) for r in real]} if len(real) == len(items) else {}
 
 
 def single_tasks(bank: Bank, items: Sequence[Item], pictures: Mapping[str, list[np.ndarray]]) -> list[Task]:
