@@ -174,6 +174,7 @@ class Config:
     seed: int = 0
     run_dir: str = MISSING
     ckpt_path: str | None = None  # a checkpoint, or "last"
+    plan: bool = False  # say what would train and what it needs, load no weight, and stop
 
 
 def register() -> None:

@@ -36,6 +36,7 @@ from lora_dae.sampling.load import ENHANCEMENT_FILE, load_run, prepare_unet
 from lora_dae.training import callbacks, tracking
 from lora_dae.training.ema import EMACallback
 from lora_dae.training.module import LoraDae
+from lora_dae.training.plan import make_plan, print_plan
 
 console = Console()
 
@@ -56,6 +57,9 @@ def run(cfg: Config) -> Result:
     """Train, export, measure and report. Raises ConfigError for bad input before weights are loaded."""
     check(cfg)
     run_dir = Path(cfg.run_dir)
+    if cfg.plan:
+        print_plan(cfg, make_plan(cfg), console)
+        return Result(run_dir, None)
     checkpoints = find_checkpoints(cfg, run_dir)
     inspect_backbone(cfg.backbone, cfg.data.resolution)
     if cfg.adapter.init_from is not None:
