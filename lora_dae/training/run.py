@@ -22,7 +22,7 @@ from lora_dae.adapter.table import adapter_table
 from lora_dae.backbone.layout import inspect_backbone
 from lora_dae.backbone.load import Backbone, load_backbone
 from lora_dae.backbone.precision import choose_precision
-from lora_dae.config import Config, ConfigError, check, to_dict
+from lora_dae.config import Config, ConfigError, check, from_dict, to_dict
 from lora_dae.data.module import PairDataModule
 from lora_dae.data.pair import PairDataset
 from lora_dae.data.sources import check_source, load_splits
@@ -114,10 +114,10 @@ def find_checkpoints(cfg: Config, run_dir: Path) -> dict[str, Path]:
         found = {"enhancement" if path.stem.startswith("enhancement") else "adapter": path}
     saved = next(iter(found.values())).parent.parent / "config.yaml"
     if saved.is_file():
-        before = OmegaConf.to_container(OmegaConf.load(saved))
+        before = to_dict(from_dict(OmegaConf.to_container(OmegaConf.load(saved))))  # type: ignore[arg-type]
         now = to_dict(cfg)
         for key in ("adapter", "backbone", "conditioning"):
-            if before[key] != now[key]:  # type: ignore[index, call-overload]
+            if before[key] != now[key]:
                 raise ConfigError(
                     f"{next(iter(found.values()))} was written with another `{key}` than this run's: resume with "
                     "the same overrides, or start anew without ckpt_path."
