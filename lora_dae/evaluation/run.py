@@ -229,6 +229,8 @@ def usage(cfg: Config) -> str:
     ]
     if not cfg.adapter.full_finetune:
         lines.append(f'lora_dae.attach(pipe, "adapter", strength={cfg.enhancement.strength})')
+    else:
+        lines.append('pipe.unet = pipe.unet.from_pretrained("adapter/unet")')
     lines.append(
         f'image = pipe("a woman wearing a red plaid shirt", guidance_scale={cfg.sampling.guidance_scale}).images[0]'
     )

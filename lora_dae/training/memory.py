@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -43,3 +43,20 @@ class PeakMemory(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, gone)
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+def materialize(module: nn.Module, frozen: torch.dtype) -> None:
+    """Give a module of the meta device weights on the CPU, in place: what is frozen as ``frozen``, the rest as it is.
+
+    Values are whatever the memory holds. Under FakeTensorMode the weights are fake. (Building a model under that mode
+    in the first place would not do: ``Module.to`` then swaps tensors, which those that are watched do not allow.)
+    """
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            if parameter is not None:
+                dtype = parameter.dtype if parameter.requires_grad else frozen
+                weight = torch.empty(parameter.shape, dtype=dtype, device="cpu")
+                part._parameters[name] = nn.Parameter(weight, requires_grad=parameter.requires_grad)
+        for name, buffer in list(part._buffers.items()):
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from rich.console import Console
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from lora_dae.adapter.inject import inject, make_full_finetune, trainable_parameters
 from lora_dae.adapter.source_input import attach_source_input
@@ -30,7 +32,7 @@ from lora_dae.backbone.load import ENCODE_BATCH_SIZE, WEIGHTS
 from lora_dae.config import Config
 from lora_dae.data.sources import check_source, load_splits
 from lora_dae.enhancement.gates import EnhancementModule
-from lora_dae.training.memory import PeakMemory
+from lora_dae.training.memory import PeakMemory, materialize
 
 _HUB_CONFIGS = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
 
@@ -67,16 +69,17 @@ def make_plan(cfg: Config) -> Plan:
     shapes = _shapes(cfg)
     images, has_source = _images(cfg)
     latents = _latents_shape(cfg, shapes)
+    unet, extra = _meta_unet(cfg, shapes)
+    table = adapter_table(unet, extra)  # type: ignore[arg-type]
+    trainable = sum(p.numel() for p in trainable_parameters(unet).values())
+    enhancement = sum(p.numel() for m in extra.values() for p in m.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory:
-        unet, extra = _fake_unet(cfg, shapes)
-        table = adapter_table(unet, extra)  # type: ignore[arg-type]
-        trainable = sum(p.numel() for p in trainable_parameters(unet).values())
-        enhancement = sum(p.numel() for m in extra.values() for p in m.parameters())
+        materialize(unet, WEIGHTS[cfg.backbone.weights])
         _step(unet, cfg, shapes, latents)
-        step_peak = memory.peak
+    step_peak = memory.peak
     with FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory:
         _encode(cfg, shapes)
-        encoding_peak = memory.peak + 4 * shapes.text_parameters
+    encoding_peak = memory.peak + 4 * shapes.text_parameters
     sample = 2 * latents[1] * latents[2] * latents[3]
     arrays = (1 if shapes.vae["_class_name"] == "AutoencoderTiny" else 2) + int(has_source)
     text = 2 * shapes.text_length * int(shapes.unet["cross_attention_dim"])
@@ -164,13 +167,15 @@ def _latents_shape(cfg: Config, shapes: _Shapes) -> tuple[int, int, int, int]:
     return cfg.data.batch_size, int(shapes.vae.get("latent_channels", 4)), side, side
 
 
-def _fake_unet(cfg: Config, shapes: _Shapes) -> tuple[UNet2DConditionModel, dict[str, torch.nn.Module]]:
-    """The UNet as Training sets it up, and what trains beside it."""
-    unet: UNet2DConditionModel = UNet2DConditionModel.from_config(shapes.unet).to(WEIGHTS[cfg.backbone.weights])
+def _meta_unet(cfg: Config, shapes: _Shapes) -> tuple[UNet2DConditionModel, dict[str, torch.nn.Module]]:
+    """The UNet as Training sets it up, on the meta device, and what trains beside it."""
+    with torch.device("meta"):
+        unet: UNet2DConditionModel = UNet2DConditionModel.from_config(shapes.unet)
     unet.requires_grad_(False)
     pooled.hook_into(unet, 1)
     if cfg.backbone.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        # fake tensors have no random state to keep
+        unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
     unet.set_attn_processor(AttnProcessor() if cfg.backbone.attention == "plain" else AttnProcessor2_0())
     if cfg.adapter.full_finetune:
         make_full_finetune(unet)
@@ -202,7 +207,9 @@ def _step(unet: UNet2DConditionModel, cfg: Config, shapes: _Shapes, latents: tup
 
 def _encode(cfg: Config, shapes: _Shapes) -> None:
     vae_class: Any = AutoencoderTiny if shapes.vae["_class_name"] == "AutoencoderTiny" else AutoencoderKL
-    vae = vae_class.from_config(shapes.vae).requires_grad_(False)
+    with torch.device("meta"):
+        vae = vae_class.from_config(shapes.vae).requires_grad_(False)
+    materialize(vae, torch.float32)
     photos = torch.zeros(ENCODE_BATCH_SIZE, 3, cfg.data.resolution, cfg.data.resolution)
     with torch.no_grad(), _autocast(cfg):
         vae.encode(photos)
