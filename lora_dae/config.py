@@ -205,6 +205,7 @@ class Config:
     run_dir: str = MISSING
     ckpt_path: str | None = None  # a checkpoint, or "last"
     store: str | None = "auto"  # a folder of finished trainings; what is there is not trained again. auto: in sweeps
+    plan: bool = False  # say what would train and what it needs, load no weight, and stop
 
 
 def register() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from lora_dae.adapter.inject import layer_ranks
 from lora_dae.backbone.family import unet_family
+from lora_dae.backbone.hub import REPOSITORIES
 from lora_dae.backbone.layout import CONFIGS, inspect_backbone
 from lora_dae.backbone.load import load_backbone
 from lora_dae.backbone.parts import clip_vocabulary
@@ -145,6 +147,17 @@ def test_hub_without_connection_or_cache(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match="stable-diffusion-xl-base-1.0 is not in the cache .*backbone.path"):
         inspect_backbone(BackboneConfig(name="sdxl"))
+
+
+def test_hub_model_from_the_cache(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its pinned revision, without a connection."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repo, revision = REPOSITORIES["sd15"]
+    snapshot = tmp_path / f"models--{repo.replace('/', '--')}" / "snapshots" / revision
+    shutil.copytree(folders["sd15"], snapshot)
+    assert inspect_backbone(BackboneConfig(name="sd15")).path == snapshot
+    with pytest.raises(ConfigError, match="is not in the cache"):
+        inspect_backbone(BackboneConfig(name="sd15", revision="0" * 40))
 
 
 def test_damaged_backbones(folders: dict[str, Path], tmp_path: Path) -> None:

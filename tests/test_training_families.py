@@ -42,8 +42,9 @@ def without_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def short(root: Path, run_dir: Path, photos: Path, backbone: str, *overrides: str) -> Config:
+    kind = "file" if backbone.endswith(".safetensors") else "folder"
     return config(
-        root / backbone, run_dir, root / "cache", "backbone=folder", "data=folder", f"data.root={photos}",
+        root / backbone, run_dir, root / "cache", f"backbone={kind}", "data=folder", f"data.root={photos}",
         "data.resolution=32", "trainer.max_steps=2", "adapter.rank=2", "data.val_fraction=0.25",
         "data.test_fraction=0.25", "evaluation.frozen=false", "evaluation.num_samples=2", *overrides,
     )  # fmt: skip
@@ -156,6 +157,34 @@ def test_starts_from_the_kohya_file_of_another_run(root: Path, tiny_folder: Path
     one, other = load_file(file), load_file(second.run_dir / "adapter" / KOHYA_FILE)
     for key in one:
         torch.testing.assert_close(one[key], other[key], rtol=1e-5, atol=1e-7)
+
+
+def find_shared() -> Path | None:
+    """The folder of real data and weights beside the checkout, where there is one."""
+    for parent in Path(__file__).resolve().parents:
+        if (parent / "shared" / "weights" / "taesd").is_dir() and (parent / "shared" / "data" / "garments").is_dir():
+            return parent / "shared"
+    return None
+
+
+def test_real_latent_space_and_photos(root: Path, tmp_path: Path) -> None:
+    """TAESD's latents of real garment photos: a random UNet of SD's latent shape trains, caches and previews."""
+    shared = find_shared()
+    if shared is None:
+        pytest.skip("no shared/weights/taesd and shared/data/garments beside the checkout")
+    vae = f"backbone.vae_path={shared / 'weights' / 'taesd'}"
+    cfg = short(
+        root, tmp_path / "run", shared / "data" / "garments", "sd15", vae, "data.resolution=64",
+        "data.max_images=12", "tracking.sample_every_n_steps=1",
+    )  # fmt: skip
+    result = training.run(cfg)
+    assert (result.run_dir / "samples" / "step_000001.png").is_file()
+    shapes = {np.load(file, mmap_mode="r").shape[1:] for file in (root / "cache").rglob("image_mean.npy")}
+    assert (4, 8, 8) in shapes  # eight times smaller: TAESD's, not the tiny VAE's
+    backbone = load_run(result.run_dir).backbone
+    photo = np.full((1, 64, 64, 3), 200, np.uint8)
+    decoded = backbone.decode(backbone.encode_images(photo)[0])
+    assert float((decoded - 200 / 255).abs().mean()) < 0.05  # a real autoencoder: what went in comes out
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -85,7 +86,7 @@ def initialize(unet: UNet2DConditionModel, path: str | Path, allow_partial: bool
     return _table(unet, set(targets), used, len(unused), path)
 
 
-def _fill(target: LoraLayer, layer: LoraWeights, name: str, path: str | Path) -> None:
+def _fill(target: Any, layer: LoraWeights, name: str, path: str | Path) -> None:
     down, up = target.lora_A[ADAPTER_NAME].weight, target.lora_B[ADAPTER_NAME].weight
     rank = down.shape[0]
     if layer.rank > rank:

@@ -78,7 +78,8 @@ def resize(layers: Mapping[str, LoraWeights], rank: int) -> tuple[dict[str, Lora
     """
     if rank < 1:
         raise ConfigError(f"resize_rank={rank} is below 1: give at least 1.")
-    out, kept, total = {}, 0.0, 0.0
+    out: dict[str, LoraWeights] = {}
+    kept = total = 0.0
     for name, layer in layers.items():
         up, down = layer.up.double().flatten(1) * layer.scale, layer.down.double().flatten(1)
         up_q, up_r = torch.linalg.qr(up)

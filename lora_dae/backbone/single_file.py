@@ -96,7 +96,8 @@ def clip_tensors(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def open_clip_tensors(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """A CLIP text model's state dict as OpenCLIP names it: q, k and v joined, the projection transposed."""
-    out, joined = {}, {}
+    out: dict[str, Tensor] = {}
+    joined: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         name = key.removeprefix("text_model.")
         if name == "text_projection.weight":

@@ -284,18 +284,15 @@ def usage(cfg: Config) -> str:
     """How to draw with the run's files."""
     base = cfg.backbone.path or "<lora_dae>/backbone/studio/weights"
     lines = [
-        "from diffusers import StableDiffusionPipeline",
-        "from lora_dae.enhancement.files import load_enhancement",
-    ]
-    lines += [
-        "from lora_dae.enhancement.hook import enhance",
+        "import lora_dae",
+        "from diffusers import DiffusionPipeline",
         "",
-        f'pipe = StableDiffusionPipeline.from_pretrained("{base}")',
+        f'pipe = DiffusionPipeline.from_pretrained("{base}")',
     ]
     if not cfg.adapter.full_finetune:
-        lines.append('pipe.load_lora_weights("adapter")')
-    if cfg.enhancement.enabled:
-        lines.append(f'enhance(pipe, load_enhancement("adapter/enhancement.safetensors"), {cfg.enhancement.strength})')
+        lines.append(f'lora_dae.attach(pipe, "adapter", strength={cfg.enhancement.strength})')
+    else:
+        lines.append('pipe.unet = pipe.unet.from_pretrained("adapter/unet")')
     lines.append(
         f'image = pipe("a woman wearing a red plaid shirt", guidance_scale={cfg.sampling.guidance_scale}).images[0]'
     )

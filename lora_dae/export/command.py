@@ -121,9 +121,9 @@ def _write(
                 )  # fmt: skip
             )
     if "merged" in wanted:
-        written.append(write_merged_folder(load_run(run_dir), folder, request.dtype))
+        written.append(write_merged_folder(load_run(run_dir, weights="fp32"), folder, request.dtype))
     if "merged_file" in wanted:
-        written.append(write_merged_file(load_run(run_dir), folder, request.dtype, backbone.family))
+        written.append(write_merged_file(load_run(run_dir, weights="fp32"), folder, request.dtype, backbone.family))
     return written
 
 

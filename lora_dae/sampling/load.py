@@ -8,7 +8,7 @@ adapter/enhancement.safetensors            the enhancement module
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -58,10 +58,13 @@ def read_config(run_dir: Path) -> Config:
     return from_dict(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))  # type: ignore[arg-type]
 
 
-def load_run(run_dir: Path, device: str | torch.device = "cpu") -> LoadedRun:
-    """Load backbone, adapter, source input and enhancement of a run, frozen, in eval mode."""
+def load_run(run_dir: Path, device: str | torch.device = "cpu", weights: str | None = None) -> LoadedRun:
+    """Load backbone, adapter, source input and enhancement of a run, frozen, in eval mode.
+
+    ``weights`` (fp32, bf16 or fp16) instead of the run's own ``backbone.weights``.
+    """
     cfg = read_config(run_dir)
-    backbone = load_backbone(cfg.backbone, device)
+    backbone = load_backbone(replace(cfg.backbone, weights=weights or cfg.backbone.weights), device)
     adapter = run_dir / "adapter"
     if (adapter / "unet").is_dir():
         unet = UNet2DConditionModel.from_pretrained(adapter / "unet", torch_dtype=torch.float32, use_safetensors=True)

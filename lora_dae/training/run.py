@@ -23,7 +23,7 @@ from lora_dae.adapter.table import adapter_table
 from lora_dae.backbone.layout import inspect_backbone
 from lora_dae.backbone.load import Backbone, load_backbone
 from lora_dae.backbone.precision import choose_precision
-from lora_dae.config import Config, ConfigError, check, to_dict
+from lora_dae.config import Config, ConfigError, check, from_dict, to_dict
 from lora_dae.data.module import PairDataModule
 from lora_dae.data.pair import PairDataset, replace_pixels
 from lora_dae.data.sources import check_source, load_splits
@@ -37,6 +37,7 @@ from lora_dae.sampling.load import ENHANCEMENT_FILE, load_run, prepare_unet
 from lora_dae.training import callbacks, tracking
 from lora_dae.training.ema import EMACallback
 from lora_dae.training.module import LoraDae
+from lora_dae.training.plan import make_plan, print_plan
 
 console = Console()
 
@@ -67,6 +68,9 @@ def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Tr
     """Train both stages and, on rank 0, export. Raises ConfigError for bad input before weights are loaded."""
     check(cfg)
     run_dir = Path(cfg.run_dir)
+    if cfg.plan:
+        print_plan(cfg, make_plan(cfg), console)
+        return Result(run_dir, None)
     checkpoints = find_checkpoints(cfg, run_dir)
     inspect_backbone(cfg.backbone, cfg.data.resolution)
     if cfg.adapter.init_from is not None:
@@ -129,10 +133,10 @@ def find_checkpoints(cfg: Config, run_dir: Path) -> dict[str, Path]:
         found = {"enhancement" if path.stem.startswith("enhancement") else "adapter": path}
     saved = next(iter(found.values())).parent.parent / "config.yaml"
     if saved.is_file():
-        before = OmegaConf.to_container(OmegaConf.load(saved))
+        before = to_dict(from_dict(OmegaConf.to_container(OmegaConf.load(saved))))  # type: ignore[arg-type]
         now = to_dict(cfg)
         for key in ("adapter", "backbone", "conditioning"):
-            if before[key] != now[key]:  # type: ignore[index, call-overload]
+            if before[key] != now[key]:
                 raise ConfigError(
                     f"{next(iter(found.values()))} was written with another `{key}` than this run's: resume with "
                     "the same overrides, or start anew without ckpt_path."
