@@ -118,6 +118,7 @@ class ObjectiveConfig:
     min_snr_gamma: float = 5.0  # 0 = unweighted
     caption_dropout: float = 0.1
     source_dropout: float = 0.1
+    garment_weight: float = 1.0  # how much an error on the garment counts against one beside it; needs masks
 
 
 @dataclass
@@ -216,6 +217,8 @@ def check(cfg: Config) -> None:
         _one_of("data.difficulty", cfg.data.difficulty, DIFFICULTIES)
     elif cfg.data.root is None:
         raise ConfigError(f"data={cfg.data.name} needs data.root: the folder of photos and captions.")
+    if cfg.data.name == "shards" and cfg.data.buckets:
+        raise ConfigError("data.buckets needs every photo's size at the start, which shards do not give: leave it out.")
     at_least = {
         "adapter.rank": (cfg.adapter.rank, 1),
         "adapter.conv_rank": (1 if cfg.adapter.conv_rank is None else cfg.adapter.conv_rank, 1),
@@ -234,6 +237,7 @@ def check(cfg: Config) -> None:
         "sampling.source_guidance_scale": (cfg.sampling.source_guidance_scale, 0),
         "evaluation.num_samples": (cfg.evaluation.num_samples, 2),
         "optimizer.learning_rate": (cfg.optimizer.learning_rate, 0),
+        "objective.garment_weight": (cfg.objective.garment_weight, 0),
         "objective.min_snr_gamma": (cfg.objective.min_snr_gamma, 0),
     }
     for name, (value, least) in at_least.items():

@@ -44,8 +44,8 @@ class BackboneFolder:
                 f"UNet {self.unet_factor}) as the backbone at {self.path} needs: use {near}."
             )
 
-    def fingerprint(self) -> str:
-        """16 hex digits of the content of every JSON, text and weight file.
+    def fingerprint(self, *parts: str) -> str:
+        """16 hex digits of the content of every JSON, text and weight file, of all parts or of those named.
 
         Weight files above 100 MB are hashed by size, header (tensor names and offsets) and 64 slices of
         64 kB spread over the file: training or quantizing changes values everywhere, and reading 4 GB at
@@ -53,6 +53,8 @@ class BackboneFolder:
         """
         digest = hashlib.sha256()
         for file in sorted(self.path.glob("*/*")):
+            if parts and file.parent.name not in parts:
+                continue
             if file.suffix in (".json", ".txt", ".safetensors"):
                 digest.update(file.relative_to(self.path).as_posix().encode())
                 digest.update(_digest(file))

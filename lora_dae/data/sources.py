@@ -133,6 +133,15 @@ def check_source(cfg: Config, train: PairDataset) -> None:
         )
 
 
+def check_mask(cfg: Config, train: PairDataset) -> None:
+    """objective.garment_weight needs to know where the garment is."""
+    if cfg.objective.garment_weight != 1 and not train.has_mask:
+        raise ConfigError(
+            f"objective.garment_weight={cfg.objective.garment_weight:g} needs garment masks, which {cfg.data.root} "
+            "does not have: add a mask column or folder, or leave it at 1."
+        )
+
+
 def _check_all_or_none(entries: list[Entry], part: str) -> None:
     without = [entry for entry in entries if getattr(entry, part) is None]
     if without and len(without) < len(entries):

@@ -22,9 +22,10 @@ from lora_dae.backbone.layout import inspect_backbone
 from lora_dae.backbone.load import Backbone, load_backbone
 from lora_dae.backbone.precision import choose_precision
 from lora_dae.config import Config, ConfigError, check, to_dict
+from lora_dae.data.captions import long_captions
 from lora_dae.data.module import PairDataModule
 from lora_dae.data.pair import PairDataset, replace_pixels
-from lora_dae.data.sources import check_source, load_splits
+from lora_dae.data.sources import check_mask, check_source, load_splits
 from lora_dae.enhancement.files import save_enhancement
 from lora_dae.enhancement.gates import EnhancementModule
 from lora_dae.evaluation.run import HeldOut, evaluate_run, usage, write_grid
@@ -60,6 +61,7 @@ def run(cfg: Config) -> Result:
     _quiet()
     splits = load_splits(cfg.data)
     check_source(cfg, splits["train"])
+    check_mask(cfg, splits["train"])
     if cfg.conditioning == "none":
         splits = {name: _without_source(split) for name, split in splits.items()}
     console.print(f"run folder {run_dir}", soft_wrap=True, highlight=False)
@@ -141,6 +143,9 @@ class Training:
         if cfg.conditioning == "source":
             attach_source_input(backbone.unet)
         null = backbone.encode_text([""])[0]
+        too_long = long_captions(self.data.captions("train"), backbone.tokenizer)
+        if self.rank == 0 and too_long:
+            console.print(too_long, soft_wrap=True, highlight=False)
         if self.rank == 0:  # before the stages take turns in what requires a gradient
             extra = {} if self.enhancement is None else {"enhancement": self.enhancement}
             console.print(adapter_table(backbone.unet, extra))  # type: ignore[arg-type]
@@ -155,8 +160,11 @@ class Training:
         return PairDataModule(
             self.splits["train"], self.splits["val"], self.splits["test"],
             cache_dir=Path(self.cfg.data.cache_dir) / "latents", encode_images=self._encode_images,
-            encode_text=self.backbone.encode_text, backbone_fingerprint=f"{self.backbone.fingerprint}-{self.precision}",
-            batch_size=batch_size, seed=self.cfg.seed,
+            encode_text=self.backbone.encode_text,
+            vae=f"{self.backbone.folder.fingerprint('vae')}-{self.precision}",
+            text_encoder=self.backbone.folder.fingerprint("text_encoder", "tokenizer"),
+            batch_size=batch_size, seed=self.cfg.seed, cache=self.cfg.data.cache,
+            masks=self.cfg.objective.garment_weight != 1,
         )  # fmt: skip
 
     def _encode_images(self, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
