@@ -44,6 +44,15 @@ class BackboneFolder:
                 f"UNet {self.unet_factor}) as the backbone at {self.path} needs: use {near}."
             )
 
+    def check_bucket(self, size: tuple[int, int]) -> None:
+        """Raises ConfigError unless images of ``size`` (width, height) pass VAE and UNet evenly."""
+        factor = self.vae_scale_factor * self.unet_factor
+        if size[0] % factor or size[1] % factor:
+            raise ConfigError(
+                f"data.buckets has {size[0]}x{size[1]}, not a multiple of {factor} (VAE {self.vae_scale_factor} x UNet "
+                f"{self.unet_factor}) as the backbone at {self.path} needs: set data.bucket_step={factor}."
+            )
+
     def fingerprint(self, *parts: str) -> str:
         """16 hex digits of the content of every JSON, text and weight file, of all parts or of those named.
 

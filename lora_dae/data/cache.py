@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -121,26 +121,28 @@ class LivePairs(Dataset[dict[str, Tensor]]):
 
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         passes, rows = np.divmod(np.asarray(numbers, dtype=np.int64), len(self))
-        pairs, captions = [], []
+        pairs: list[Pair] = []
+        captions: list[str] = []
         for number, row in zip(passes.tolist(), rows.tolist(), strict=True):
             pair = self.dataset[row]
             texts = captions_of(pair, self.views)
             view = choose_view(number, _offset(pair.id), len(texts), self.views and pair.mirror)
             captions.append(texts[view % len(texts)])
             pairs.append(pair.mirrored() if view >= len(texts) else pair)
-        mean, std = self._encode([pair.image for pair in pairs])
+        mean, std = self._encode(pairs, "image")
         batch = {"index": torch.from_numpy(rows), "latent_mean": mean, "latent_std": std}
         batch["text"] = self.encode_text(captions).detach().float().cpu()
         if self.dataset.has_source:
-            batch["source"] = self._encode([pair.source for pair in pairs])[0]
+            batch["source"] = self._encode(pairs, "source")[0]
         if self.masks:
             height, width = mean.shape[-2:]
             shares = shrink_masks(np.stack([pair.mask for pair in pairs]), (height, width))
             batch["mask"] = torch.from_numpy(shares.astype(np.float32))
         return batch
 
-    def _encode(self, pixels: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-        mean, std = self.encode_images(np.ascontiguousarray(np.stack(pixels)))
+    def _encode(self, pairs: list[Pair], part: str) -> tuple[Tensor, Tensor]:
+        pixels = next(decoded(lambda k: getattr(pairs[k], part), [range(len(pairs))]))
+        mean, std = self.encode_images(np.ascontiguousarray(pixels))
         return mean.detach().float().cpu(), std.detach().float().cpu()
 
 
@@ -223,8 +225,20 @@ def build_cache(
     return LatentCache(dataset, images, texts, kept_masks, views)
 
 
+def decoded(pixels: Callable[[int], np.ndarray], batches: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+    """Each batch stacked, uint8 (N, H, W, 3); threads decode the next one while the caller works on the present one."""
+    if not batches:
+        return
+    with ThreadPoolExecutor(DECODERS) as pool:
+        coming = pool.map(pixels, batches[0])
+        for following in [*batches[1:], []]:
+            present = np.stack(list(coming))
+            coming = pool.map(pixels, following)
+            yield present
+
+
 class _Maker:
-    """Turns rows of one part into arrays; decodes the next batch while the present one is encoded."""
+    """Turns rows of one part into arrays."""
 
     def __init__(
         self,
@@ -241,13 +255,8 @@ class _Maker:
 
     def __call__(self, positions: list[int]) -> Arrays:
         batches = [positions[start : start + BATCH_SIZE] for start in range(0, len(positions), BATCH_SIZE)]
-        made: list[Arrays] = []
-        with ThreadPoolExecutor(DECODERS) as pool:
-            coming = pool.map(self._pixels, batches[0])
-            for batch, following in zip(batches, [*batches[1:], []], strict=True):
-                pixels = np.stack(list(coming))
-                coming = pool.map(self._pixels, following)
-                made.append(self._encode(pixels, batch[0]))
+        pixels = decoded(self._pixels, batches)
+        made = [self._encode(some, batch[0]) for some, batch in zip(pixels, batches, strict=True)]
         return {name: np.concatenate([arrays[name] for arrays in made]) for name in made[0]}
 
     def _pair(self, row: int) -> Pair:

@@ -22,6 +22,7 @@ from lora_dae.backbone.layout import inspect_backbone
 from lora_dae.backbone.load import Backbone, load_backbone
 from lora_dae.backbone.precision import choose_precision
 from lora_dae.config import Config, ConfigError, check, to_dict
+from lora_dae.data.buckets import parse_buckets
 from lora_dae.data.captions import long_captions
 from lora_dae.data.module import PairDataModule
 from lora_dae.data.pair import PairDataset, replace_pixels
@@ -56,7 +57,9 @@ def run(cfg: Config) -> Result:
     check(cfg)
     run_dir = Path(cfg.run_dir)
     checkpoints = find_checkpoints(cfg, run_dir)
-    inspect_backbone(cfg.backbone, cfg.data.resolution)
+    folder = inspect_backbone(cfg.backbone, cfg.data.resolution)
+    for bucket in parse_buckets(cfg.data.buckets, cfg.data.resolution, cfg.data.bucket_step):
+        folder.check_bucket(bucket)
     tracking.wandb_mode(cfg.tracking.wandb)
     _quiet()
     splits = load_splits(cfg.data)
