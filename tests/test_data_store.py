@@ -81,6 +81,20 @@ def test_another_list_adds_only_what_is_new(tmp_path: Path) -> None:
     assert (store.locate(KEYS[:350]) >= 0).all()
 
 
+def test_places_stay_valid_when_rows_are_added(tmp_path: Path) -> None:
+    """Several splits share a store: what one has located must survive what the next one adds."""
+    for directory in (tmp_path / "store", None):
+        store = RowStore(directory)
+
+        def add(keys: list[str], store: RowStore = store) -> None:
+            store.fill(keys, lambda positions: {"mean": np.stack([value(keys[p]) for p in positions])})
+
+        add(KEYS[:20])
+        places = store.locate(KEYS[:20])
+        add(KEYS[20:600])
+        np.testing.assert_array_equal(store.read("mean", places), np.stack([value(k) for k in KEYS[:20]]))
+
+
 def test_damage_is_found_when_the_row_is_read(tmp_path: Path) -> None:
     store = fill(tmp_path / "store", tmp_path / "log")
     for file in (tmp_path / "store").glob("*.mean.npy"):
@@ -100,11 +114,11 @@ def test_arrays_of_zeros_are_not_kept(tmp_path: Path) -> None:
     assert store.read("std", store.locate(["b", "a"])).tolist() == [[0.0] * 4] * 2
 
 
-def test_a_million_rows_are_found_quickly_and_small(tmp_path: Path) -> None:
-    """The index of many rows is arrays, not objects: 28 bytes a row."""
+def test_the_index_is_small(tmp_path: Path) -> None:
+    """The index of many rows is arrays, not objects: about 50 bytes a row."""
     store = RowStore(None)
     keys = [f"key {n}" for n in range(20_000)]
     store.fill(keys, lambda p: {"mean": np.ones((len(p), 1), np.float16)})
-    held = sum(a.nbytes for a in (store._high, store._low, store._chunk, store._row, store._verified))
-    assert held <= 28 * len(keys)
+    held = sum(a.nbytes for a in (store._high, store._low, store._places, *store._indices, *store._verified))
+    assert held <= 50 * len(keys)
     assert (store.locate(keys) >= 0).all() and store.locate(["no"]).tolist() == [-1]

@@ -19,12 +19,12 @@ QUICK = ("enhancement=none", "evaluation.frozen=false", "trainer.max_steps=3", "
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve pairs with masks, tall and square in turn."""
+    """Twenty pairs with masks, tall and square in turn."""
     root = tmp_path_factory.mktemp("photos")
     rows = []
     for part in ("images", "source", "mask"):
         (root / part).mkdir()
-    for number in range(12):
+    for number in range(20):
         size = (64, 64) if number % 2 else (48, 64)
         for part in ("images", "source"):
             rng = np.random.default_rng(number + 100 * (part == "source"))
@@ -33,7 +33,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         mask = np.zeros((size[1], size[0]), np.uint8)
         mask[:20] = 255
         Image.fromarray(mask).save(root / "mask" / f"{number}.png")
-        split = "test" if number < 2 else "val" if number < 4 else "train"
+        split = "test" if number < 4 else "val" if number < 8 else "train"
         rows.append({"file_name": f"images/{number}.png", "text": "a dress, red, long, plaid", "split": split})
     (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return root

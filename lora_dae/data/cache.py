@@ -17,6 +17,7 @@ import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -51,31 +52,18 @@ class LatentCache(Dataset[dict[str, Tensor]]):
     both orientations in turn. Without ``views`` it is always the first caption, as it is.
     """
 
-    def __init__(self, dataset: PairDataset, images: RowStore, texts: RowStore, masks: RowStore | None, views: bool):
+    def __init__(self, records: list[_Record], images: RowStore, texts: RowStore, masks: RowStore | None) -> None:
         self.images, self.texts, self.masks = images, texts, masks
-        self.has_source = dataset.has_source
-        self.ids: list[str] = []
-        self.captions: list[str] = []
-        sizes, captions, first, mirrors, keys = [], [], [0], [], []  # type: ignore[var-annotated]
-        for index in range(len(dataset)):
-            pair = dataset[index]
-            self.ids.append(pair.id)
-            self.captions.append(pair.caption)
-            sizes.append(pair.size)
-            captions += captions_of(pair, views)
-            first.append(len(captions))
-            mirrors.append(views and pair.mirror)
-            keys.append(keys_of(pair, views))
-        self.sizes: list[tuple[int, int]] = sizes
-        self._first = np.array(first)
-        self._mirrors = np.array(mirrors, dtype=bool)
+        self.ids = [record.id for record in records]
+        self.captions = [record.captions[0] for record in records]
+        self.sizes = [record.size for record in records]
+        self._first = np.cumsum([0, *(len(record.captions) for record in records)])
+        self._mirrors = np.array([record.mirror for record in records], dtype=bool)
         self._offset = np.array([_offset(id) for id in self.ids], dtype=np.int64)
-        self._text = _found(texts, captions, "captions")
-        self._image = _found(images, [k for row in keys for k in row["image"]], "photos").reshape(len(keys), -1)
-        if self.has_source:
-            self._source = _found(images, [k for row in keys for k in row["source"]], "sources").reshape(len(keys), -1)
-        if masks is not None:
-            self._mask = _found(masks, [k for row in keys for k in row["mask"]], "masks").reshape(len(keys), -1)
+        self._text = _found(texts, [caption for record in records for caption in record.captions], "captions")
+        self._image = _places(images, records, "image")
+        self._source = _places(images, records, "source") if records[0].keys["source"][0] else None
+        self._mask = None if masks is None else _places(masks, records, "mask")
         self.null_text = torch.from_numpy(texts.read("text", texts.locate([""]))[0])  # (L, D), of the empty caption
 
     def __len__(self) -> int:
@@ -97,9 +85,9 @@ class LatentCache(Dataset[dict[str, Tensor]]):
             "latent_std": torch.from_numpy(self.images.read("std", places)),
             "text": torch.from_numpy(self.texts.read("text", self._text[text])),
         }
-        if self.has_source:
+        if self._source is not None:
             batch["source"] = torch.from_numpy(self.images.read("mean", self._source[rows, turned]))
-        if self.masks is not None:
+        if self.masks is not None and self._mask is not None:
             batch["mask"] = torch.from_numpy(self.masks.read("mask", self._mask[rows, turned]))
         return batch
 
@@ -112,6 +100,11 @@ class LivePairs(Dataset[dict[str, Tensor]]):
     ) -> None:
         self.dataset, self.encode_images, self.encode_text = dataset, encode_images, encode_text
         self.masks, self.views = masks and dataset.has_mask, views
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of each sample."""
+        return [self.dataset[index].size for index in range(len(self))]
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -160,12 +153,25 @@ def captions_of(pair: Pair, views: bool) -> tuple[str, ...]:
     return (pair.captions or (pair.caption,)) if views else (pair.caption,)
 
 
-def keys_of(pair: Pair, views: bool) -> dict[str, list[str]]:
-    """Part -> its key as it is and, with ``views``, mirrored (the same again where it may not be)."""
-    turned = pair.mirrored() if views and pair.mirror else pair
-    both = [pair, turned] if views else [pair]
-    keys = {part: [p.key(part) for p in both] for part in ("image", "source", "mask")}
-    return {part: [key or "" for key in row] for part, row in keys.items()}
+@dataclass(frozen=True)
+class _Record:
+    """What the cache has to know of a pair, read in one pass over the data that decodes nothing.
+
+    ``keys``: part -> its key as it is and mirrored (the same again where it may not be), "" where there is none.
+    """
+
+    id: str
+    captions: tuple[str, ...]
+    size: tuple[int, int]
+    mirror: bool
+    keys: dict[str, tuple[str, str]]
+
+    @classmethod
+    def of(cls, pair: Pair, views: bool) -> _Record:
+        mirror = views and pair.mirror
+        turned = pair.mirrored() if mirror else pair
+        keys = {part: (pair.key(part) or "", turned.key(part) or "") for part in ("image", "source", "mask")}
+        return cls(pair.id, captions_of(pair, views), pair.size, mirror, keys)
 
 
 def build_cache(
@@ -180,6 +186,7 @@ def build_cache(
     views: bool = False,
     stores: dict[str, RowStore] | None = None,
     description: str = "Encoding",
+    quiet: bool = False,
 ) -> LatentCache:
     """The encoded ``dataset``; what ``directory`` does not hold yet is encoded first (None: all, into memory).
 
@@ -187,6 +194,9 @@ def build_cache(
     ``encode_text`` maps N captions to (N, L, D). ``vae`` and ``text_encoder`` name the weights behind them. Several
     processes may build the same cache and share the work. Raises ConfigError for an unwritable directory, and for
     latents that are not finite in half precision.
+
+    ``masks``: keep garment masks too. ``views``: all captions and, where allowed, mirrored pairs (see LatentCache).
+    ``stores``: opened stores to use again. ``quiet``: no progress bar.
     """
     stores = {} if stores is None else stores
 
@@ -198,31 +208,33 @@ def build_cache(
 
     images, texts = store(vae, "images"), store(text_encoder, "texts")
     kept_masks = store(vae, "masks") if masks and dataset.has_mask else None
-    captions = list(dict.fromkeys(["", *(c for i in range(len(dataset)) for c in captions_of(dataset[i], views))]))
+    records = [_Record.of(dataset[index], views) for index in range(len(dataset))]
     by_size: dict[tuple[int, int], list[int]] = {}
-    for index in range(len(dataset)):
-        by_size.setdefault(dataset[index].size, []).append(index)
-    turns = [False, True] if views and any(dataset[i].mirror for i in range(len(dataset))) else [False]
+    for index, record in enumerate(records):
+        by_size.setdefault(record.size, []).append(index)
+    turns = [False, True] if any(record.mirror for record in records) else [False]
     parts = ["image"] + ["source"] * dataset.has_source + ["mask"] * (kept_masks is not None)
-    with Progress(transient=True) as progress:
+    with Progress(transient=True, disable=quiet) as progress:
         task = progress.add_task(description, total=len(dataset) * len(parts) * len(turns))
         for indices in by_size.values():
             latent_size: tuple[int, int] | None = None
             for mirrored, part in product(turns, parts):
-                rows = [i for i in indices if not mirrored or dataset[i].mirror]
+                rows = [i for i in indices if not mirrored or records[i].mirror]
+                keys = [records[i].keys[part][mirrored] for i in rows]
                 maker = _Maker(dataset, rows, part, mirrored, encode_images, latent_size)
                 target = kept_masks if part == "mask" and kept_masks is not None else images
-                target.fill(maker.keys, maker, lambda n: progress.advance(task, n))
+                target.fill(keys, maker, lambda n: progress.advance(task, n))
                 if latent_size is None:
-                    height, width = images.read("mean", images.locate(maker.keys[:1])).shape[-2:]
+                    height, width = images.read("mean", images.locate(keys[:1])).shape[-2:]
                     latent_size = height, width
+    captions = list(dict.fromkeys(["", *(caption for record in records for caption in record.captions)]))
 
     def embed(positions: list[int]) -> Arrays:
         batches = [positions[i : i + BATCH_SIZE] for i in range(0, len(positions), BATCH_SIZE)]
         return {"text": _half(torch.cat([encode_text([captions[p] for p in batch]) for batch in batches]))}
 
     texts.fill(captions, embed)
-    return LatentCache(dataset, images, texts, kept_masks, views)
+    return LatentCache(records, images, texts, kept_masks)
 
 
 def decoded(pixels: Callable[[int], np.ndarray], batches: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
@@ -251,7 +263,6 @@ class _Maker:
     ) -> None:
         self.dataset, self.rows, self.part, self.mirrored = dataset, rows, part, mirrored
         self.encode_images, self.latent_size = encode_images, latent_size
-        self.keys = [self._pair(row).key(part) or "" for row in rows]
 
     def __call__(self, positions: list[int]) -> Arrays:
         batches = [positions[start : start + BATCH_SIZE] for start in range(0, len(positions), BATCH_SIZE)]
@@ -259,12 +270,9 @@ class _Maker:
         made = [self._encode(some, batch[0]) for some, batch in zip(pixels, batches, strict=True)]
         return {name: np.concatenate([arrays[name] for arrays in made]) for name in made[0]}
 
-    def _pair(self, row: int) -> Pair:
-        pair = self.dataset[row]
-        return pair.mirrored() if self.mirrored else pair
-
     def _pixels(self, position: int) -> np.ndarray:
-        return np.ascontiguousarray(getattr(self._pair(self.rows[position]), self.part))
+        pair = self.dataset[self.rows[position]]
+        return np.ascontiguousarray(getattr(pair.mirrored() if self.mirrored else pair, self.part))
 
     def _encode(self, pixels: np.ndarray, position: int) -> Arrays:
         if self.part == "mask":
@@ -292,6 +300,12 @@ def _found(store: RowStore, keys: list[str], what: str) -> np.ndarray:
     if (places < 0).any():
         raise ConfigError(f"the cache lacks {int((places < 0).sum())} {what}: was it changed while it was read?")
     return places
+
+
+def _places(store: RowStore, records: list[_Record], part: str) -> np.ndarray:
+    """(N, 2) int64: where each sample's row is, as it is and mirrored."""
+    both = [key for record in records for key in record.keys[part]]
+    return _found(store, both, f"{part}s").reshape(-1, 2)
 
 
 def shrink_masks(masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -46,6 +46,7 @@ class PairDataModule(lightning.LightningDataModule):
         seed: int = 0,
         cache: str = "disk",
         masks: bool = False,
+        stores: dict[str, RowStore] | None = None,
     ) -> None:
         super().__init__()
         self.pairs: dict[str, PairDataset] = {"train": train, "val": val, "test": test}
@@ -57,7 +58,7 @@ class PairDataModule(lightning.LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
         self.cache, self.masks = cache, masks
-        self._stores: dict[str, RowStore] = {}
+        self.stores: dict[str, RowStore] = {} if stores is None else stores
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the caches, on every rank, and builds with the others what is missing; test only for its stage."""
@@ -80,13 +81,13 @@ class PairDataModule(lightning.LightningDataModule):
                 raise ConfigError("the training stream has no epochs: give trainer.max_steps.")
             start_step = self.trainer.global_step * self.trainer.accumulate_grad_batches
         rank, world_size = self._rank()
-        pairs = self.pairs["train"]
+        pairs, cache = self.pairs["train"], self.caches["train"]
         blocks = getattr(pairs, "blocks", None)
-        sizes = None if blocks is not None else [pairs[index].size for index in range(len(pairs))]
+        sizes = None if blocks is not None else cache.sizes
         sampler = StepBatchSampler(
             len(pairs), self.batch_size, self.seed, rank, world_size, start_step, groups=sizes, blocks=blocks
         )
-        return DataLoader(self.caches["train"], batch_sampler=sampler, collate_fn=_as_is)
+        return DataLoader(cache, batch_sampler=sampler, collate_fn=_as_is)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return self._in_order("val")
@@ -132,8 +133,9 @@ class PairDataModule(lightning.LightningDataModule):
             self.text_encoder,
             masks=self.masks,
             views=views,
-            stores=self._stores,
+            stores=self.stores,
             description=f"Encoding {name}",
+            quiet=self._rank()[0] > 0,
         )
 
 

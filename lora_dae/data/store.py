@@ -40,7 +40,9 @@ class RowStore:
     def __init__(self, directory: Path | None) -> None:
         self.directory = directory
         self._memory: dict[str, Arrays] = {}
-        self._chunks: list[str] = []
+        self._chunks: list[str] = []  # only ever grows, so that a place stays valid
+        self._indices: list[np.ndarray] = []
+        self._verified: list[np.ndarray] = []
         self._array = lru_cache(maxsize=OPEN_FILES)(self._open_array)
         if directory is not None:
             try:
@@ -111,51 +113,57 @@ class RowStore:
             raise _unwritable(self.directory, error) from error
 
     def _refresh(self) -> None:
-        """Reads the indices of all complete chunks."""
+        """Reads the indices of the chunks that have become complete."""
         if self.directory is None:
             found = {name: arrays["index"] for name, arrays in self._memory.items()}
+            new = {name: index for name, index in found.items() if name not in self._chunks}
         else:
-            files = sorted(self.directory.glob("*.index.npy"))
-            found = {file.name.partition(".")[0]: np.load(file) for file in files}
-        self._chunks = list(found)
-        self._crcs = [index for index in found.values()]
-        counts = [len(index) for index in found.values()]
-        high = np.concatenate([np.empty(0, np.uint64), *(index["high"] for index in found.values())])
+            known = set(self._chunks)
+            files = {file.name.partition(".")[0]: file for file in sorted(self.directory.glob("*.index.npy"))}
+            new = {name: np.load(file) for name, file in files.items() if name not in known}
+        for name, index in new.items():
+            self._chunks.append(name)
+            self._indices.append(index)
+            self._verified.append(np.zeros(len(index), bool))
+        empty = np.empty(0, np.uint64)
+        high = np.concatenate([empty, *(index["high"] for index in self._indices)])
         order = np.argsort(high, kind="stable")
         self._high = high[order]
-        self._low = np.concatenate([np.empty(0, np.uint64), *(index["low"] for index in found.values())])[order]
-        self._chunk = np.repeat(np.arange(len(counts), dtype=np.int32), counts)[order]
-        self._row = np.concatenate([np.empty(0, np.int32), *(np.arange(n, dtype=np.int32) for n in counts)])[order]
-        self._verified = np.zeros(len(high), bool)
+        self._low = np.concatenate([empty, *(index["low"] for index in self._indices)])[order]
+        places = (chunk * CHUNK + np.arange(len(index)) for chunk, index in enumerate(self._indices))
+        self._places = np.concatenate([np.empty(0, np.int64), *places])[order]
 
     def locate(self, keys: Sequence[str]) -> np.ndarray:
-        """Where each key's row is, int64, for ``read``; -1 where there is none."""
+        """The place of each key's row, int64, for ``read`` from now on; -1 where there is none."""
         if not len(self._high):
             return np.full(len(keys), -1, np.int64)
         high, low = _halves(keys)
         at = np.minimum(np.searchsorted(self._high, high), len(self._high) - 1)
-        return np.where((self._high[at] == high) & (self._low[at] == low), at, -1).astype(np.int64)
+        return np.where((self._high[at] == high) & (self._low[at] == low), self._places[at], -1)
 
     def read(self, array: str, places: np.ndarray) -> np.ndarray:
         """float32 (N, ...): that array of the rows at ``places``; zeros where a chunk does not keep it.
 
         Raises ConfigError, naming the file, if a row is not what was written (checked once a row and process).
         """
-        names = self._crcs[0].dtype.names or ()
-        main = names[2]
         out = []
         for place in places.tolist():
-            chunk, row = int(self._chunk[place]), int(self._row[place])
-            if not self._verified[place]:
+            chunk, row = divmod(place, CHUNK)
+            if not self._verified[chunk][row]:
                 self._verify(chunk, row)
-                self._verified[place] = True
-            kept = array in (self._crcs[chunk].dtype.names or ())
-            out.append(self._array(chunk, array if kept else main)[row] * DTYPE(kept))
+                self._verified[chunk][row] = True
+            arrays = self._arrays(chunk)
+            kept = array in arrays
+            out.append(self._array(chunk, array if kept else arrays[0])[row] * DTYPE(kept))
         return np.stack(out).astype(np.float32)
 
+    def _arrays(self, chunk: int) -> tuple[str, ...]:
+        """The names of a chunk's arrays, the one that is always kept first."""
+        return (self._indices[chunk].dtype.names or ())[2:]
+
     def _verify(self, chunk: int, row: int) -> None:
-        for array in (self._crcs[chunk].dtype.names or ())[2:]:
-            if zlib.crc32(self._array(chunk, array)[row].tobytes()) != self._crcs[chunk][array][row]:
+        for array in self._arrays(chunk):
+            if zlib.crc32(self._array(chunk, array)[row].tobytes()) != self._indices[chunk][array][row]:
                 raise ConfigError(
                     f"row {row} of {self.directory}/{self._chunks[chunk]}.{array}.npy is damaged: delete the files "
                     f"{self._chunks[chunk]}.*, and they are made anew."

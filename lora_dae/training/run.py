@@ -137,6 +137,7 @@ class Training:
         backbone.vae.to(self.device)  # they fill the cache
         backbone.text_encoder.to(self.device)  # type: ignore[arg-type]
         self.precision = choose_precision(str(cfg.trainer.get("precision", "auto")), self.device)
+        self.stores: dict[str, Any] = {}  # both stages read the same rows
         self.data = self._data(cfg.data.batch_size)
         attention = prepare_unet(backbone, cfg)
         if cfg.adapter.full_finetune:
@@ -146,9 +147,10 @@ class Training:
         if cfg.conditioning == "source":
             attach_source_input(backbone.unet)
         null = backbone.encode_text([""])[0]
-        too_long = long_captions(self.data.captions("train"), backbone.tokenizer)
-        if self.rank == 0 and too_long:
-            console.print(too_long, soft_wrap=True, highlight=False)
+        if self.rank == 0:
+            too_long = long_captions(self.data.captions("train"), backbone.tokenizer)
+            if too_long:
+                console.print(too_long, soft_wrap=True, highlight=False)
         if self.rank == 0:  # before the stages take turns in what requires a gradient
             extra = {} if self.enhancement is None else {"enhancement": self.enhancement}
             console.print(adapter_table(backbone.unet, extra))  # type: ignore[arg-type]
@@ -167,7 +169,7 @@ class Training:
             vae=f"{self.backbone.folder.fingerprint('vae')}-{self.precision}",
             text_encoder=self.backbone.folder.fingerprint("text_encoder", "tokenizer"),
             batch_size=batch_size, seed=self.cfg.seed, cache=self.cfg.data.cache,
-            masks=self.cfg.objective.garment_weight != 1,
+            masks=self.cfg.objective.garment_weight != 1, stores=self.stores,
         )  # fmt: skip
 
     def _encode_images(self, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,6 +254,7 @@ class _WithoutSource:
 
     def __init__(self, dataset: PairDataset) -> None:
         self.dataset, self.has_mask = dataset, dataset.has_mask
+        self.blocks = getattr(dataset, "blocks", None)
         self.fingerprint = dataset.fingerprint + "-text"
 
     def __len__(self) -> int:
