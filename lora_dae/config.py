@@ -36,6 +36,7 @@ class BackboneConfig:
     name: str = "studio"
     path: str | None = None  # a diffusers folder; None = the shipped one
     attention: str = "auto"  # auto (measured at start) | plain | sdpa
+    text_chunks: int = 1  # captions of up to 75 tokens a chunk; above 1 plain pipelines need prompt_embeds
 
 
 @dataclass
@@ -220,6 +221,7 @@ def check(cfg: Config) -> None:
     if cfg.data.name == "shards" and cfg.data.buckets:
         raise ConfigError("data.buckets needs every photo's size at the start, which shards do not give: leave it out.")
     at_least = {
+        "backbone.text_chunks": (cfg.backbone.text_chunks, 1),
         "adapter.rank": (cfg.adapter.rank, 1),
         "adapter.conv_rank": (1 if cfg.adapter.conv_rank is None else cfg.adapter.conv_rank, 1),
         "enhancement.strength": (cfg.enhancement.strength, 0),

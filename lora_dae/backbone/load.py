@@ -35,6 +35,7 @@ class Backbone:
     scheduler: Any  # the folder's own: its betas and prediction_type are those that the UNet was trained with
     folder: BackboneFolder
     fingerprint: str
+    text_chunks: int = 1  # windows of the text encoder that a caption may fill
 
     @property
     def path(self) -> Path:
@@ -79,11 +80,14 @@ class Backbone:
 
     @torch.no_grad()
     def encode_text(self, captions: list[str]) -> Tensor:
-        """Captions to the text encoder's last hidden states, float32 (N, L, D).
+        """Captions to the text encoder's last hidden states, float32 (N, L * text_chunks, D).
 
         As in diffusers' StableDiffusionPipeline: padded and cut to the tokenizer's ``model_max_length``,
-        no attention mask.
+        no attention mask. With more ``text_chunks`` the tokens that one window leaves over fill further ones, each
+        encoded by itself between the marks of beginning and end, one after the other.
         """
+        if self.text_chunks > 1:
+            return self._encode_chunks(captions)
         tokens = self.tokenizer(
             captions,
             padding="max_length",
@@ -92,6 +96,17 @@ class Backbone:
             return_tensors="pt",
         )
         return self.text_encoder(tokens.input_ids.to(self.device))[0]
+
+    def _encode_chunks(self, captions: list[str]) -> Tensor:
+        length, tokenizer = self.tokenizer.model_max_length, self.tokenizer
+        room = length - 2  # beside the two marks
+        rows = []
+        for words in tokenizer(captions, add_special_tokens=False, truncation=False, verbose=False).input_ids:
+            for chunk in range(self.text_chunks):
+                window = [tokenizer.bos_token_id, *words[chunk * room : (chunk + 1) * room], tokenizer.eos_token_id]
+                rows.append(window + [tokenizer.pad_token_id] * (length - len(window)))
+        encoded = self.text_encoder(torch.tensor(rows, device=self.device))[0]
+        return encoded.reshape(len(captions), self.text_chunks * length, -1)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -131,6 +146,7 @@ def load_backbone(cfg: BackboneConfig, device: str | torch.device = "cpu") -> Ba
         scheduler=_scheduler(folder),
         folder=folder,
         fingerprint=folder.fingerprint(),
+        text_chunks=cfg.text_chunks,
     )
 
 

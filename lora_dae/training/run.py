@@ -148,7 +148,7 @@ class Training:
             attach_source_input(backbone.unet)
         null = backbone.encode_text([""])[0]
         if self.rank == 0:
-            too_long = long_captions(self.data.captions("train"), backbone.tokenizer)
+            too_long = long_captions(self.data.captions("train"), backbone.tokenizer, backbone.text_chunks)
             if too_long:
                 console.print(too_long, soft_wrap=True, highlight=False)
         if self.rank == 0:  # before the stages take turns in what requires a gradient
@@ -167,7 +167,7 @@ class Training:
             cache_dir=Path(self.cfg.data.cache_dir) / "latents", encode_images=self._encode_images,
             encode_text=self.backbone.encode_text,
             vae=f"{self.backbone.folder.fingerprint('vae')}-{self.precision}",
-            text_encoder=self.backbone.folder.fingerprint("text_encoder", "tokenizer"),
+            text_encoder=f"{self.backbone.folder.fingerprint('text_encoder', 'tokenizer')}-{self.backbone.text_chunks}",
             batch_size=batch_size, seed=self.cfg.seed, cache=self.cfg.data.cache,
             masks=self.cfg.objective.garment_weight != 1, stores=self.stores,
         )  # fmt: skip
