@@ -218,8 +218,10 @@ def check(cfg: Config) -> None:
         _one_of("data.difficulty", cfg.data.difficulty, DIFFICULTIES)
     elif cfg.data.root is None:
         raise ConfigError(f"data={cfg.data.name} needs data.root: the folder of photos and captions.")
-    if cfg.data.name == "shards" and cfg.data.buckets:
-        raise ConfigError("data.buckets needs every photo's size at the start, which shards do not give: leave it out.")
+    if cfg.data.name == "shards" and (cfg.data.buckets or cfg.data.max_images is not None):
+        raise ConfigError(
+            "data.buckets and data.max_images need the list of all photos, which shards do not have: leave them out."
+        )
     at_least = {
         "backbone.text_chunks": (cfg.backbone.text_chunks, 1),
         "adapter.rank": (cfg.adapter.rank, 1),
