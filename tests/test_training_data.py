@@ -12,6 +12,7 @@ from compose import config
 from PIL import Image
 
 from lora_dae.config import ConfigError
+from lora_dae.data.export import export
 from lora_dae.training import run as training
 
 QUICK = ("enhancement=none", "evaluation.frozen=false", "trainer.max_steps=3", "trainer.log_every_n_steps=1")
@@ -61,6 +62,18 @@ def test_buckets_and_all_caches_train_alike(tiny_backbone: Path, photos: Path, t
     plain = config(tiny_backbone, tmp_path / "plain", tmp_path / "cache", *(o for o in options if "weight" not in o))
     training.run(plain)
     assert losses(tmp_path / "plain") != seen["disk"]
+
+
+@pytest.mark.parametrize("layout", ["fashion_mannequin", "shards"])
+def test_exported_pairs_are_trained_on(layout: str, tiny_backbone: Path, tmp_path: Path) -> None:
+    """conf/data/<layout>.yaml as it is, on the studio written in that layout."""
+    cache = tmp_path / "cache"
+    studio = config(tiny_backbone, tmp_path / "unused", cache, "data.train_size=8", "data.val_size=4")
+    export(studio.data, layout, tmp_path / "data")
+    options = (f"data={layout}", f"data.root={tmp_path / 'data'}", "conditioning=source", *QUICK)
+    training.run(config(tiny_backbone, tmp_path / "run", cache, *options))
+    assert (tmp_path / "run" / "adapter" / "source_input.safetensors").is_file()
+    assert len(losses(tmp_path / "run")) == 3
 
 
 def test_buckets_that_the_backbone_cannot_take(tiny_backbone: Path, photos: Path, tmp_path: Path) -> None:
