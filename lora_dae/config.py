@@ -44,6 +44,7 @@ class BackboneConfig:
     weights: str = "fp32"  # of the frozen UNet: fp32 | bf16 | fp16; what trains stays fp32
     gradient_checkpointing: bool = False
     attention: str = "auto"  # auto (measured at start) | plain | sdpa
+    text_chunks: int = 1  # captions of up to 75 tokens a chunk; above 1 plain pipelines need prompt_embeds
 
 
 @dataclass
@@ -129,6 +130,7 @@ class ObjectiveConfig:
     min_snr_gamma: float = 5.0  # 0 = unweighted
     caption_dropout: float = 0.1
     source_dropout: float = 0.1
+    garment_weight: float = 1.0  # how much an error on the garment counts against one beside it; needs masks
 
 
 @dataclass
@@ -251,7 +253,12 @@ def check(cfg: Config) -> None:
         raise ConfigError(
             f"evaluation.lpips={cfg.evaluation.lpips} does not exist: give AlexNet's features as safetensors."
         )
+    if cfg.data.name == "shards" and (cfg.data.buckets or cfg.data.max_images is not None):
+        raise ConfigError(
+            "data.buckets and data.max_images need the list of all photos, which shards do not have: leave them out."
+        )
     at_least = {
+        "backbone.text_chunks": (cfg.backbone.text_chunks, 1),
         "adapter.rank": (cfg.adapter.rank, 1),
         "adapter.conv_rank": (1 if cfg.adapter.conv_rank is None else cfg.adapter.conv_rank, 1),
         "enhancement.strength": (cfg.enhancement.strength, 0),
@@ -269,6 +276,7 @@ def check(cfg: Config) -> None:
         "sampling.source_guidance_scale": (cfg.sampling.source_guidance_scale, 0),
         "evaluation.num_samples": (cfg.evaluation.num_samples, 2),
         "optimizer.learning_rate": (cfg.optimizer.learning_rate, 0),
+        "objective.garment_weight": (cfg.objective.garment_weight, 0),
         "objective.min_snr_gamma": (cfg.objective.min_snr_gamma, 0),
     }
     for name, (value, least) in at_least.items():

@@ -62,6 +62,19 @@ def test_pads_to_the_tokenizers_length(backbone: Backbone) -> None:
     assert backbone.encode_text(["a red dress"]).shape == (1, 16, 32)
 
 
+def test_long_captions_fill_further_windows(backbone: Backbone, tiny_backbone: Path) -> None:
+    """Each window is what the plain encoder makes of those words alone; what is short is followed by "" windows."""
+    long = load_backbone(BackboneConfig(path=str(tiny_backbone), text_chunks=2))
+    words = long.tokenizer(" ".join(["red dress"] * 9), add_special_tokens=False).input_ids
+    assert len(words) > 14
+    texts = [long.tokenizer.decode(words), "a red dress"]
+    encoded = long.encode_text(texts)
+    assert encoded.shape == (2, 32, 32)
+    parts = [long.tokenizer.decode(words[:14]), long.tokenizer.decode(words[14:28]), "a red dress", ""]
+    expected = backbone.encode_text(parts)
+    torch.testing.assert_close(encoded.reshape(4, 16, 32), expected)
+
+
 def test_decode_is_what_the_diffusers_pipeline_does_with_its_last_latents(
     backbone: Backbone, tiny_backbone: Path
 ) -> None:

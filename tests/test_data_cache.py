@@ -1,4 +1,4 @@
-"""The cache gives back what the encoders gave, encodes once, and notices every change."""
+"""The cache gives back what the encoders gave, encodes once, and notices exactly what changed."""
 
 from __future__ import annotations
 
@@ -11,26 +11,32 @@ import torch
 from torch import Tensor
 
 from lora_dae.config import ConfigError
-from lora_dae.data.cache import LatentCache, build_cache, cache_key
-from lora_dae.data.pair import Pair
+from lora_dae.data.cache import LatentCache, LivePairs, build_cache
+from lora_dae.data.pair import Pair, replace_pixels
 
 CAPTIONS = ["a dress", "a hat", "a dress", ""]
 
 
 class Pairs:
-    """Random pairs in memory."""
+    """Random pairs in memory; ``edited`` names samples whose photo is another one."""
 
-    has_mask = False
-
-    def __init__(self, count: int = 40, has_source: bool = False, fingerprint: str = "pairs") -> None:
-        self.count, self.has_source, self.fingerprint = count, has_source, fingerprint
+    def __init__(
+        self, count: int = 40, has_source: bool = False, fingerprint: str = "pairs", has_mask: bool = False,
+        edited: tuple[int, ...] = (), mirror: bool = False, captions: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self.count, self.has_source, self.fingerprint, self.has_mask = count, has_source, fingerprint, has_mask
+        self.edited, self.mirror, self.captions = edited, mirror, captions
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Pair:
-        image, source = np.random.default_rng(index).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
-        pair = Pair(str(index), str(index), CAPTIONS[index % 4], image)
+        rng = np.random.default_rng(index + 10_000 * (index in self.edited))
+        image, source = rng.integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+        caption = self.captions[0] if self.captions else CAPTIONS[index % 4]
+        pair = Pair(str(index), str(index), caption, image, captions=self.captions, mirror=self.mirror)
+        mask = np.where(np.arange(8)[:, None] < 4, 255, 0).repeat(8, 1).astype(np.uint8)
+        pair = replace_pixels(pair, mask=mask) if self.has_mask else pair
         return replace(pair, source=source) if self.has_source else pair
 
 
@@ -42,7 +48,7 @@ class Encoders:
 
     def encode_images(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
         self.images += len(images)
-        mean = torch.from_numpy(images[:, ::4, ::4]).permute(0, 3, 1, 2) / 64
+        mean = torch.from_numpy(images[:, ::4, ::4].copy()).permute(0, 3, 1, 2) / 64
         return mean, torch.full_like(mean, self.deviation)
 
     def encode_text(self, captions: list[str]) -> Tensor:
@@ -50,17 +56,19 @@ class Encoders:
         return torch.stack([torch.full((3, 5), float(len(caption))) for caption in captions])
 
 
-def build(pairs: Pairs, path: Path, encoders: Encoders, backbone: str = "backbone") -> LatentCache:
-    return build_cache(pairs, path, encoders.encode_images, encoders.encode_text, backbone)
+def build(
+    pairs: Pairs, path: Path | None, encoders: Encoders, vae: str = "vae", text: str = "text", **options: bool
+) -> LatentCache:
+    return build_cache(pairs, path, encoders.encode_images, encoders.encode_text, vae, text, **options)
 
 
-def test_items_are_what_the_encoders_gave(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", ["disk", "memory"])
+def test_items_are_what_the_encoders_gave(tmp_path: Path, kept: str) -> None:
     pairs, encoders = Pairs(has_source=True), Encoders(deviation=0.25)
-    cache = build(pairs, tmp_path, encoders)
-    assert len(cache) == 40
+    cache = build(pairs, tmp_path if kept == "disk" else None, encoders)
+    assert len(cache) == 40 and any(tmp_path.iterdir()) == (kept == "disk")
     for index in (0, 33, 39):
         item, pair = cache[index], pairs[index]
-        assert pair.source is not None
         mean, std = encoders.encode_images(pair.image[None])
         torch.testing.assert_close(item["latent_mean"], mean[0], atol=0, rtol=1e-3)  # stored in half precision
         torch.testing.assert_close(item["latent_std"], std[0])
@@ -78,10 +86,21 @@ def test_a_list_of_indices_is_one_batch(tmp_path: Path) -> None:
         assert torch.equal(value, torch.stack([cache[index][name] for index in (7, 3, 7)]))
 
 
+def test_without_a_cache_batches_are_the_same_to_half_precision(tmp_path: Path) -> None:
+    pairs, encoders = Pairs(has_source=True, has_mask=True, mirror=True, captions=("one", "three")), Encoders(0.5)
+    cached = build(pairs, tmp_path, encoders, masks=True, views=True)
+    live = LivePairs(pairs, encoders.encode_images, encoders.encode_text, masks=True, views=True)
+    for numbers in ([0, 1, 2], [40, 121, 82]):  # 40 + 0: the first sample in the second pass
+        one, two = cached.__getitems__(numbers), live.__getitems__(numbers)
+        assert one.keys() == two.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], atol=0, rtol=1e-3)
+
+
 def test_a_deterministic_vae_needs_no_deviation_on_disk(tmp_path: Path) -> None:
     cache = build(Pairs(), tmp_path, Encoders(deviation=0.0))
-    assert not (cache.path / "image_std.npy").exists() and not cache[0]["latent_std"].any()
-    assert "source" not in cache[0]
+    assert not list(tmp_path.rglob("*.std.npy")) and not cache[0]["latent_std"].any()
+    assert "source" not in cache[0] and "mask" not in cache[0]
 
 
 def test_encodes_once_and_each_caption_once(tmp_path: Path) -> None:
@@ -91,34 +110,64 @@ def test_encodes_once_and_each_caption_once(tmp_path: Path) -> None:
     assert (encoders.images, encoders.texts) == (40, 3)  # "", "a dress", "a hat"
 
 
-def test_every_change_is_another_cache() -> None:
-    class Larger(Pairs):
-        def __getitem__(self, index: int) -> Pair:
-            return replace(super().__getitem__(index), image=np.zeros((16, 16, 3), np.uint8))
+@pytest.mark.parametrize(
+    ("change", "images", "texts"),
+    [
+        ({"edited": (3,)}, 1, 0),
+        ({"captions": ("another",)}, 0, 1),
+        ({"count": 43}, 3, 0),
+        ({"fingerprint": "renamed"}, 0, 0),
+        ({"vae": "another"}, 40, 0),
+        ({"text": "another"}, 0, 3),
+        ({"mirror": True}, 40, 0),
+    ],
+    ids=str,
+)
+def test_what_changed_is_encoded_again_and_nothing_else(tmp_path: Path, change: dict, images: int, texts: int) -> None:
+    build(Pairs(), tmp_path, Encoders(), views=True)
+    again = Encoders()
+    weights = {name: change.pop(name) for name in ("vae", "text") if name in change}
+    cache = build(Pairs(**change), tmp_path, again, views=True, **weights)
+    assert (again.images, again.texts) == (images, texts)
+    pairs = Pairs(**change)
+    expected = again.encode_images(np.stack([pairs[i].image for i in range(len(pairs))]))[0]
+    if not change.get("mirror"):
+        got = cache.__getitems__(range(len(pairs)))["latent_mean"]
+        torch.testing.assert_close(got, expected, atol=0, rtol=1e-3)
 
-    keys = {
-        cache_key(Pairs(), "backbone"),
-        cache_key(Pairs(), "another backbone"),
-        cache_key(Pairs(fingerprint="edited"), "backbone"),
-        cache_key(Pairs(count=39), "backbone"),
-        cache_key(Larger(), "backbone"),
-    }
-    assert len(keys) == 5
+
+def test_passes_show_every_caption_and_both_orientations_in_turn(tmp_path: Path) -> None:
+    texts = ("1", "22", "333")
+    pairs = Pairs(count=5, has_source=True, mirror=True, captions=texts)
+    cache = build(pairs, tmp_path, Encoders(), views=True)
+    plain = build(pairs, tmp_path, Encoders())
+    for index in range(5):
+        shown = [cache[index + 5 * number] for number in range(12)]
+        views = [(int(v["text"][0, 0]), bool((v["latent_mean"] == plain[index]["latent_mean"]).all())) for v in shown]
+        assert sorted(views[:6]) == sorted((k, m) for k in (1, 2, 3) for m in (False, True)) and views[6:] == views[:6]
+        for view in shown:  # the source goes the way of its image
+            same = torch.equal(view["latent_mean"], plain[index]["latent_mean"])
+            assert torch.equal(view["source"], plain[index]["source"]) == same
+    assert len({int(cache[index]["text"][0, 0]) for index in range(5)}) > 1  # not all begin with the first
 
 
-def test_a_build_that_broke_off_leaves_nothing_and_is_started_anew(tmp_path: Path) -> None:
+def test_masks_are_shares_of_covered_area(tmp_path: Path) -> None:
+    cache = build(Pairs(has_mask=True), tmp_path, Encoders(), masks=True)
+    assert cache[0]["mask"].tolist() == [[[1, 1], [0, 0]]]  # the upper half of 8 x 8, on latents of 2 x 2
+
+
+def test_a_build_that_broke_off_goes_on_where_it_was(tmp_path: Path) -> None:
     class Breaks(Encoders):
-        def encode_text(self, captions: list[str]) -> Tensor:
-            raise KeyboardInterrupt
+        def encode_images(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
+            if self.images >= 300:  # in the second chunk of 256
+                raise KeyboardInterrupt
+            return super().encode_images(images)
 
     with pytest.raises(KeyboardInterrupt):
-        build(Pairs(), tmp_path, Breaks())
-    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
-    killed = tmp_path / f"{cache_key(Pairs(), 'backbone')}.partial"
-    killed.mkdir()
-    (killed / "image_mean.npy").write_bytes(b"half")
-    assert len(build(Pairs(), tmp_path, Encoders())) == 40
-    assert not killed.exists()
+        build(Pairs(count=600), tmp_path, Breaks())
+    encoders = Encoders()
+    assert len(build(Pairs(count=600), tmp_path, encoders)) == 600
+    assert encoders.images == 600 - 256
 
 
 def test_latents_that_are_not_finite_are_named(tmp_path: Path) -> None:
@@ -129,7 +178,7 @@ def test_latents_that_are_not_finite_are_named(tmp_path: Path) -> None:
                 mean[5] = 1e6
             return mean, std
 
-    with pytest.raises(ConfigError, match="image_mean of 37 is not finite"):
+    with pytest.raises(ConfigError, match="latents of the image of 37 are not finite"):
         build(Pairs(), tmp_path, Overflows())
 
 

@@ -121,6 +121,7 @@ def test_files_without_pixels_say_why() -> None:
     reasons = {
         b"": "is empty",
         b"<html>404</html>": "cannot be read as an image",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n": "cannot be read as an image",
         encoded(noise(200, 200))[:9000]: "cannot be read as an image (",
         encoded(noise(200, 200), "JPEG")[:4000]: "cannot be read as an image (",
         encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"): "has floating-point pixels",

@@ -319,3 +319,14 @@ def test_folders_that_link_in_circles_are_entered_once(tmp_path: Path) -> None:
     entries = read(config(tmp_path, captions=CaptionConfig(missing="file_name")))
     assert [entry.id for entry in entries] == ["loop.png", *(f"real/images/00{i}.png" for i in range(3))]
     assert "loop.png cannot be read" in refusal(tmp_path, captions=CaptionConfig(missing="file_name"))
+
+
+def test_enlarged_and_moving_pictures_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(6):
+        save_photo(tmp_path / f"{number}.png", number, size=(20, 24) if number < 2 else (40, 20))
+    frames = [Image.new("RGB", (64, 64), (k, 0, 0)) for k in (10, 200)]
+    frames[0].save(tmp_path / "9.gif", save_all=True, append_images=frames[1:])
+    load_photos(config(tmp_path, captions=CaptionConfig(missing="file_name")))
+    said = capsys.readouterr().err
+    assert "2 of 7 photos are smaller than they are trained at" in said
+    assert "1 of 7 photos: animated, 2 frames: the first is used" in said

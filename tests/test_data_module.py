@@ -12,12 +12,13 @@ import torch
 from test_data_cache import Encoders, Pairs
 
 from lora_dae.config import ConfigError
-from lora_dae.data.module import PairDataModule, StepBatchSampler
+from lora_dae.data.module import PairDataModule
+from lora_dae.data.sampler import StepBatchSampler
 
 
 def first_steps(count: int, **settings: Any) -> list[list[int]]:
     stream = iter(StepBatchSampler(**settings))
-    return [next(stream) for _ in range(count)]
+    return [[number % settings["dataset_size"] for number in next(stream)] for _ in range(count)]
 
 
 def test_every_sample_comes_once_per_pass() -> None:
@@ -48,6 +49,60 @@ def test_seeds_give_other_orders() -> None:
     )
 
 
+SIZES = ["tall"] * 23 + ["square"] * 40 + ["wide"] * 7
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_buckets_keep_batches_of_one_size_on_all_ranks(world_size: int) -> None:
+    settings = {"dataset_size": 70, "batch_size": 2, "seed": 1, "groups": SIZES, "world_size": world_size}
+    shares = [first_steps(400, rank=rank, **settings) for rank in range(world_size)]
+    for step in zip(*shares, strict=True):
+        assert len({SIZES[i] for share in step for i in share}) == 1
+        assert all(len(share) == 2 for share in step)
+    # Every sample once per pass: after any number of steps, of one size, none is a pass ahead of another.
+    seen = Counter(i for step in zip(*shares, strict=True) for share in step for i in share)
+    for size in set(SIZES):
+        counts = [seen[i] for i in range(70) if SIZES[i] == size]
+        assert max(counts) - min(counts) <= 1
+    # And each size in its share: within a batch or two of 400 steps x samples / 70.
+    mean = 400 * 2 * world_size / 70
+    assert all(abs(seen[i] - mean) < 1.5 for i in range(70))
+
+
+def test_bucketed_streams_begin_anywhere_and_are_shared_exactly() -> None:
+    settings = {"dataset_size": 70, "seed": 1, "groups": SIZES}
+    one = first_steps(60, batch_size=6, **settings)
+    assert first_steps(20, batch_size=6, start_step=40, **settings) == one[40:]
+    shares = [first_steps(60, batch_size=2, rank=r, world_size=3, **settings) for r in range(3)]
+    assert one == [sum(step, []) for step in zip(*shares, strict=True)]
+
+
+def test_one_size_is_the_stream_without_buckets() -> None:
+    settings = {"dataset_size": 11, "batch_size": 4, "seed": 2}
+    assert first_steps(9, **settings) == first_steps(9, groups=["square"] * 11, **settings)
+
+
+def test_blocks_are_read_few_at_a_time() -> None:
+    blocks = [10] * 40
+    flat = sum(first_steps(100, dataset_size=400, batch_size=4, blocks=blocks), [])
+    assert sorted(flat) == list(range(400))
+    for start in range(0, 400, 80):  # WINDOW = 8 blocks of 10
+        assert len({i // 10 for i in flat[start : start + 80]}) == 8
+    assert flat != sorted(flat) and flat != sum(first_steps(100, dataset_size=400, batch_size=4), [])
+
+
+def test_numbers_name_the_pass() -> None:
+    sampler = StepBatchSampler(5, 5)
+    assert [{number // 5 for number in sampler.numbers(step)} for step in range(3)] == [{0}, {1}, {2}]
+
+
+def test_ten_million_samples_start_at_once() -> None:
+    sampler = StepBatchSampler(10_000_000, 8, start_step=123_456_789, rank=3, world_size=16, blocks=[1000] * 10_000)
+    numbers = next(iter(sampler))
+    number = (123_456_789 * 16 + 3) * 8 // 10_000_000
+    assert len(numbers) == 8 and {n // 10_000_000 for n in numbers} == {number}
+
+
 class Recorder(lightning.LightningModule):
     """Trains one number and writes down which samples it saw."""
 
@@ -75,7 +130,8 @@ def datamodule(cache: Path) -> PairDataModule:
         cache_dir=cache,
         encode_images=encoders.encode_images,
         encode_text=encoders.encode_text,
-        backbone_fingerprint="backbone",
+        vae="vae",
+        text_encoder="text encoder",
         batch_size=4,
         seed=5,
     )
@@ -121,6 +177,20 @@ def test_a_resumed_run_sees_what_the_straight_run_saw(tmp_path: Path, accumulate
 def test_training_without_an_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="trainer.max_steps"):
         trainer(tmp_path, max_epochs=2).fit(Recorder(), datamodule(tmp_path / "cache"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_resuming_with_other_batches_is_refused_or_shared_exactly(tmp_path: Path) -> None:
+    first = trainer(tmp_path, max_steps=3, accumulate_grad_batches=2)
+    first.fit(Recorder(), datamodule(tmp_path / "cache"))
+    first.save_checkpoint(tmp_path / "3.ckpt")
+    load = {"ckpt_path": str(tmp_path / "3.ckpt"), "weights_only": False}
+    with pytest.raises(ConfigError, match="8 samples a step .* this run has 4"):
+        trainer(tmp_path, max_steps=5).fit(Recorder(), datamodule(tmp_path / "cache"), **load)
+    doubled, recorder = datamodule(tmp_path / "cache"), Recorder()
+    doubled.batch_size = 8
+    trainer(tmp_path, max_steps=5).fit(recorder, doubled, **load)
+    assert recorder.seen == first_steps(2, dataset_size=21, batch_size=8, seed=5, start_step=3)
 
 
 def test_ranks_share_the_validation_data_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

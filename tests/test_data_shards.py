@@ -13,6 +13,7 @@ import pytest
 from conftest import write_photos
 
 from lora_dae.config import ConfigError, DataConfig
+from lora_dae.data.__main__ import data_config
 from lora_dae.data.formats import shards
 from lora_dae.data.sources import load_photos, load_splits
 
@@ -75,6 +76,13 @@ def test_ten_million_records_open_at_once_and_small(tmp_path: Path) -> None:
     assert len(train) == 10_000_000 and len(train.blocks) == 10_000  # type: ignore[attr-defined]
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
+
+
+def test_options_that_shards_cannot_follow_are_refused() -> None:
+    for option in ("data.buckets=[auto]", "data.max_images=5"):
+        with pytest.raises(ConfigError, match="which shards do not have"):
+            data_config(["data=shards", "data.root=somewhere", option])
+    assert data_config(["data=shards", "data.root=somewhere"]).cache == "off"
 
 
 def test_what_is_no_shard_folder_is_refused(written: Path, tmp_path: Path) -> None:

@@ -88,3 +88,20 @@ def test_dropped_captions_become_the_null_text() -> None:
     adapter_loss(Recorder(), scheduler, b, torch.full((5, 3), 7.0), draws, 0.0)
     assert (seen["text"][flags] == 7).all() and torch.equal(seen["text"][~flags], b["text"][~flags])
     assert (seen["sample"][flags, 4:] == 1).all() and (seen["sample"][~flags, 4:] == 0).all()
+
+
+def test_garment_weight_averages_errors_by_the_mask() -> None:
+    """Errors of 1 on the garment (a quarter) and 3 beside it: (w * 1 * 1/4 + 9 * 3/4) / (w / 4 + 3/4), by hand."""
+
+    class Off(torch.nn.Module):
+        def forward(self, sample, t, encoder_hidden_states, return_dict):  # noqa: ANN001, ANN201
+            return (draws.noise + torch.where(mask > 0, 1.0, 3.0),)
+
+    b = batch()
+    mask = torch.zeros(6, 1, 8, 8)
+    mask[..., :4, :4] = 1
+    draws = draw(b, 1000, ObjectiveConfig(), step_generator(0, 0, 0))
+    scheduler = DDIMScheduler(prediction_type="epsilon")
+    for weight, expected in ((1.0, 7.0), (3.0, (3 * 0.25 + 6.75) / (0.75 + 0.75)), (0.0, 9.0)):
+        loss = adapter_loss(Off(), scheduler, {**b, "mask": mask}, torch.zeros(5, 3), draws, 0.0, weight)
+        torch.testing.assert_close(loss, torch.full((6,), expected))

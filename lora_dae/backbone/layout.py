@@ -65,8 +65,17 @@ class BackboneFolder:
                 f"UNet {self.unet_factor}) as the backbone at {self.path} needs: use {near}."
             )
 
-    def fingerprint(self) -> str:
-        """16 hex digits of the content of every JSON, text and weight file.
+    def check_bucket(self, size: tuple[int, int]) -> None:
+        """Raises ConfigError unless images of ``size`` (width, height) pass VAE and UNet evenly."""
+        factor = self.vae_scale_factor * self.unet_factor
+        if size[0] % factor or size[1] % factor:
+            raise ConfigError(
+                f"data.buckets has {size[0]}x{size[1]}, not a multiple of {factor} (VAE {self.vae_scale_factor} x UNet "
+                f"{self.unet_factor}) as the backbone at {self.path} needs: set data.bucket_step={factor}."
+            )
+
+    def fingerprint(self, *parts: str) -> str:
+        """16 hex digits of the content of every JSON, text and weight file, of all parts or of those named.
 
         Weight files above 100 MB are hashed by size, header (tensor names and offsets) and 64 slices of
         64 kB spread over the file: training or quantizing changes values everywhere, and reading 4 GB at
@@ -77,6 +86,9 @@ class BackboneFolder:
         if self.vae_path != self.path / "vae":
             files += [(f"own vae/{file.name}", file) for file in sorted(self.vae_path.glob("*"))]
         for name, file in files:
+            part = "vae" if name.startswith("own vae/") else file.parent.name
+            if parts and part not in parts:
+                continue
             if file.suffix in (".json", ".txt", ".safetensors"):
                 digest.update(name.encode())
                 digest.update(_digest(file))

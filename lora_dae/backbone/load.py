@@ -37,6 +37,7 @@ class Backbone:
     text_encoder_2: CLIPTextModelWithProjection | None = None  # SDXL
     tokenizer_2: CLIPTokenizer | None = None
     visits: torch.device | None = None  # where VAE and text encoders go while they are used (see rest)
+    text_chunks: int = 1  # windows of the text encoder that a caption may fill
 
     @property
     def path(self) -> Path:
@@ -114,10 +115,14 @@ class Backbone:
 
         As in diffusers' pipelines: padded and cut to the tokenizer's ``model_max_length``, no attention mask. SD 1.x
         and 2.x: the last hidden states. SDXL: the last but one of both encoders, and the pooled text as the last
-        row (pooled.py); the empty caption is zeros where the model was trained so.
+        row (pooled.py); the empty caption is zeros where the model was trained so. With more ``text_chunks`` (one
+        encoder only) the tokens that one window leaves over fill further ones, each encoded by itself between the
+        marks of beginning and end: (N, text_length * text_chunks, D).
         """
         if self.text_encoder_2 is None or self.tokenizer_2 is None:
             with self._awake(self.text_encoder):
+                if self.text_chunks > 1:
+                    return self._encode_chunks(captions)
                 return self.text_encoder(self._tokens(self.tokenizer, captions))[0]
         with self._awake(self.text_encoder, self.text_encoder_2):
             first = self.text_encoder(self._tokens(self.tokenizer, captions), output_hidden_states=True)
@@ -137,6 +142,17 @@ class Backbone:
             return_tensors="pt",
         )
         return tokens.input_ids.to(self.device)
+
+    def _encode_chunks(self, captions: list[str]) -> Tensor:
+        length, tokenizer = self.tokenizer.model_max_length, self.tokenizer
+        room = length - 2  # beside the two marks
+        rows = []
+        for words in tokenizer(captions, add_special_tokens=False, truncation=False, verbose=False).input_ids:
+            for chunk in range(self.text_chunks):
+                window = [tokenizer.bos_token_id, *words[chunk * room : (chunk + 1) * room], tokenizer.eos_token_id]
+                rows.append(window + [tokenizer.pad_token_id] * (length - len(window)))
+        encoded = self.text_encoder(torch.tensor(rows, device=self.device))[0]
+        return encoded.reshape(len(captions), self.text_chunks * length, -1)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -175,6 +191,8 @@ def load_backbone(cfg: BackboneConfig, device: str | torch.device = "cpu") -> Ba
     if cfg.gradient_checkpointing:
         unet.enable_gradient_checkpointing()  # not reentrant: LoRA's inputs need no gradient of their own
     if folder.family == "sdxl":
+        if cfg.text_chunks > 1:
+            raise ConfigError("backbone.text_chunks is for one text encoder; SDXL has two: leave it at 1.")
         text_encoder_2 = load_part(CLIPTextModelWithProjection, folder, "text_encoder_2", device, fp32)
         tokenizer_2 = load_tokenizer(folder, "tokenizer_2")
     return Backbone(
@@ -187,6 +205,7 @@ def load_backbone(cfg: BackboneConfig, device: str | torch.device = "cpu") -> Ba
         fingerprint=folder.fingerprint(),
         text_encoder_2=text_encoder_2,
         tokenizer_2=tokenizer_2,
+        text_chunks=cfg.text_chunks,
     )
 
 

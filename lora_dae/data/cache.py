@@ -1,196 +1,315 @@
-"""Latents and text embeddings on disk, so that VAE and text encoder stay out of the training loop.
+"""Latents and text embeddings kept, so that VAE and text encoder stay out of the training loop.
 
-A cache is a folder named by what it holds, written once and then only read (memory-mapped):
+    <cache_dir>/<VAE>/images     mean and std of the VAE's posterior, of photos and source photos, scaled as the UNet
+                                 sees latents; std only where it is not zero (AutoencoderTiny)
+    <cache_dir>/<VAE>/masks      garment masks at the latents' size
+    <cache_dir>/<text>/texts     every different caption once
 
-    image_mean.npy       (N, C, h, w) float16   mean of the VAE's posterior, scaled as the UNet sees latents
-    image_std.npy        (N, C, h, w) float16   its standard deviation; absent when zero (AutoencoderTiny)
-    source_mean.npy      (N, C, h, w) float16   the same of the source photos; absent when there are none
-    text_embeddings.npy  (T, L, D)    float16   every different caption once; row 0 is "", the null caption
-    text_index.npy       (N,)         int64     which row is whose
-    samples.json         ids and captions in order
-
-Mean and deviation are kept rather than one draw, so that every epoch can draw anew.
+``<VAE>`` and ``<text>`` name the weights, the precision and this file's version. A row's key is the content of its
+pixels (file bytes, crop, bucket, mirroring) or the caption: editing one photo encodes that one again, editing a caption
+that caption, and changing the UNet nothing. Mean and deviation are kept rather than one draw, so that every epoch can
+draw anew. ``store.py`` has the files.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
+import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
-from filelock import FileLock
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lora_dae.config import ConfigError
 from lora_dae.data.pair import Pair, PairDataset
+from lora_dae.data.store import DTYPE, Arrays, RowStore
 
-FORMAT = 1  # raise it when the layout or the meaning of the arrays changes
-DTYPE = np.float16
+FORMAT = 2  # raise it when the meaning of the rows changes
 BATCH_SIZE = 32
+DECODERS = 4
 
 EncodeImages = Callable[[np.ndarray], tuple[Tensor, Tensor]]
 EncodeText = Callable[[list[str]], Tensor]
 
 
 class LatentCache(Dataset[dict[str, Tensor]]):
-    """A cache folder as a torch data set.
+    """The encoded pairs of one split as a torch data set.
 
     An item holds ``index`` (int64 scalar), ``latent_mean`` and ``latent_std`` (C, h, w) float32, ``text``
-    (L, D) float32 and, for pairs, ``source`` (C, h, w) float32. A list of indices given at once
-    (``__getitems__``, which torch's DataLoader calls) comes back as one batch of the same with a leading N.
+    (L, D) float32, for pairs ``source`` (C, h, w) float32 and where asked for ``mask`` (1, h, w) in [0, 1]. A list
+    of numbers given at once (``__getitems__``, which torch's DataLoader calls) comes back as one batch of the same
+    with a leading N; all of them must have the same size.
+
+    Number i + k * len stands for sample i in pass k: passes go through its captions and, if it may be mirrored,
+    both orientations in turn. Without ``views`` it is always the first caption, as it is.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.image_mean = _open(path, "image_mean")
-        self.image_std = _open(path, "image_std") if (path / "image_std.npy").is_file() else None
-        self.source_mean = _open(path, "source_mean") if (path / "source_mean.npy").is_file() else None
-        self.text_embeddings = _open(path, "text_embeddings")
-        self.text_index = np.load(path / "text_index.npy")
-        samples = json.loads((path / "samples.json").read_text(encoding="utf-8"))
-        self.ids: list[str] = samples["ids"]
-        self.captions: list[str] = samples["captions"]
+    def __init__(self, records: list[_Record], images: RowStore, texts: RowStore, masks: RowStore | None) -> None:
+        self.images, self.texts, self.masks = images, texts, masks
+        self.ids = [record.id for record in records]
+        self.captions = [record.captions[0] for record in records]
+        self.sizes = [record.size for record in records]
+        self._first = np.cumsum([0, *(len(record.captions) for record in records)])
+        self._mirrors = np.array([record.mirror for record in records], dtype=bool)
+        self._offset = np.array([_offset(id) for id in self.ids], dtype=np.int64)
+        self._text = _found(texts, [caption for record in records for caption in record.captions], "captions")
+        self._image = _places(images, records, "image")
+        self._source = _places(images, records, "source") if records[0].keys["source"][0] else None
+        self._mask = None if masks is None else _places(masks, records, "mask")
+        self.null_text = torch.from_numpy(texts.read("text", texts.locate([""]))[0])  # (L, D), of the empty caption
 
     def __len__(self) -> int:
-        return len(self.image_mean)
+        return len(self.ids)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.__getitems__([number]).items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        rows = np.asarray(indices, dtype=np.int64)
-        mean = _rows(self.image_mean, rows)
+    def __getitems__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        passes, rows = np.divmod(np.asarray(numbers, dtype=np.int64), len(self))
+        captions = self._first[rows + 1] - self._first[rows]
+        chosen = zip(passes, self._offset[rows], captions, self._mirrors[rows], strict=True)
+        view = np.array([choose_view(int(n), int(o), int(c), bool(m)) for n, o, c, m in chosen], dtype=np.int64)
+        text, turned = self._first[rows] + view % captions, view // captions
+        places = self._image[rows, turned]
         batch = {
-            "index": torch.from_numpy(rows.copy()),
-            "latent_mean": mean,
-            "latent_std": torch.zeros_like(mean) if self.image_std is None else _rows(self.image_std, rows),
-            "text": _rows(self.text_embeddings, self.text_index[rows]),
+            "index": torch.from_numpy(rows),
+            "latent_mean": torch.from_numpy(self.images.read("mean", places)),
+            "latent_std": torch.from_numpy(self.images.read("std", places)),
+            "text": torch.from_numpy(self.texts.read("text", self._text[text])),
         }
-        if self.source_mean is not None:
-            batch["source"] = _rows(self.source_mean, rows)
+        if self._source is not None:
+            batch["source"] = torch.from_numpy(self.images.read("mean", self._source[rows, turned]))
+        if self.masks is not None and self._mask is not None:
+            batch["mask"] = torch.from_numpy(self.masks.read("mask", self._mask[rows, turned]))
         return batch
 
+
+class LivePairs(Dataset[dict[str, Tensor]]):
+    """The same batches without any cache: each is decoded and encoded when it is asked for (``data.cache=off``)."""
+
+    def __init__(
+        self, dataset: PairDataset, encode_images: EncodeImages, encode_text: EncodeText, masks: bool, views: bool
+    ) -> None:
+        self.dataset, self.encode_images, self.encode_text = dataset, encode_images, encode_text
+        self.masks, self.views = masks and dataset.has_mask, views
+
     @property
-    def null_text(self) -> Tensor:
-        """The embedding of the empty caption, (L, D) float32."""
-        return torch.from_numpy(self.text_embeddings[0].astype(np.float32))
+    def sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of each sample."""
+        return [self.dataset[index].size for index in range(len(self))]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        return {name: value[0] for name, value in self.__getitems__([number]).items()}
+
+    def __getitems__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        passes, rows = np.divmod(np.asarray(numbers, dtype=np.int64), len(self))
+        pairs: list[Pair] = []
+        captions: list[str] = []
+        for number, row in zip(passes.tolist(), rows.tolist(), strict=True):
+            pair = self.dataset[row]
+            texts = captions_of(pair, self.views)
+            view = choose_view(number, _offset(pair.id), len(texts), self.views and pair.mirror)
+            captions.append(texts[view % len(texts)])
+            pairs.append(pair.mirrored() if view >= len(texts) else pair)
+        mean, std = self._encode(pairs, "image")
+        batch = {"index": torch.from_numpy(rows), "latent_mean": mean, "latent_std": std}
+        batch["text"] = self.encode_text(captions).detach().float().cpu()
+        if self.dataset.has_source:
+            batch["source"] = self._encode(pairs, "source")[0]
+        if self.masks:
+            height, width = mean.shape[-2:]
+            shares = shrink_masks(np.stack([pair.mask for pair in pairs]), (height, width))
+            batch["mask"] = torch.from_numpy(shares.astype(np.float32))
+        return batch
+
+    def _encode(self, pairs: list[Pair], part: str) -> tuple[Tensor, Tensor]:
+        pixels = next(decoded(lambda k: getattr(pairs[k], part), [range(len(pairs))]))
+        mean, std = self.encode_images(np.ascontiguousarray(pixels))
+        return mean.detach().float().cpu(), std.detach().float().cpu()
 
 
-def cache_key(dataset: PairDataset, backbone_fingerprint: str) -> str:
-    """16 hex digits that change with the data, its resolution, the backbone, and the cache's own format."""
-    identity = {
-        "format": FORMAT,
-        "dtype": np.dtype(DTYPE).name,
-        "data": dataset.fingerprint,
-        "length": len(dataset),
-        "resolution": dataset[0].image.shape[:2],
-        "backbone": backbone_fingerprint,
-    }
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+def choose_view(number: int, offset: int, captions: int, mirror: bool) -> int:
+    """Which of ``captions`` (and, from ``captions`` on, mirrored) a sample shows in pass ``number``: each in turn."""
+    views = captions * (1 + mirror)
+    return (number + offset) % views if views > 1 else 0
+
+
+def _offset(id: str) -> int:
+    return zlib.crc32(id.encode())
+
+
+def captions_of(pair: Pair, views: bool) -> tuple[str, ...]:
+    return (pair.captions or (pair.caption,)) if views else (pair.caption,)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What the cache has to know of a pair, read in one pass over the data that decodes nothing.
+
+    ``keys``: part -> its key as it is and mirrored (the same again where it may not be), "" where there is none.
+    """
+
+    id: str
+    captions: tuple[str, ...]
+    size: tuple[int, int]
+    mirror: bool
+    keys: dict[str, tuple[str, str]]
+
+    @classmethod
+    def of(cls, pair: Pair, views: bool) -> _Record:
+        mirror = views and pair.mirror
+        turned = pair.mirrored() if mirror else pair
+        keys = {part: (pair.key(part) or "", turned.key(part) or "") for part in ("image", "source", "mask")}
+        return cls(pair.id, captions_of(pair, views), pair.size, mirror, keys)
 
 
 def build_cache(
     dataset: PairDataset,
-    directory: str | Path,
+    directory: str | Path | None,
     encode_images: EncodeImages,
     encode_text: EncodeText,
-    backbone_fingerprint: str,
+    vae: str,
+    text_encoder: str,
+    *,
+    masks: bool = False,
+    views: bool = False,
+    stores: dict[str, RowStore] | None = None,
     description: str = "Encoding",
+    quiet: bool = False,
 ) -> LatentCache:
-    """Opens the cache of ``dataset`` under ``directory``; encodes everything first if it is not there.
+    """The encoded ``dataset``; what ``directory`` does not hold yet is encoded first (None: all, into memory).
 
     ``encode_images`` maps uint8 (N, H, W, 3) to the (mean, std) of scaled latents (N, C, h, w);
-    ``encode_text`` maps N captions to (N, L, D). Several processes may ask for the same cache: one builds,
-    the others wait and read. The folder gets its name only when it is complete, so a build that was cut
-    off is started anew. Raises ConfigError for an unwritable directory, and for latents that are not
-    finite in half precision.
+    ``encode_text`` maps N captions to (N, L, D). ``vae`` and ``text_encoder`` name the weights behind them. Several
+    processes may build the same cache and share the work. Raises ConfigError for an unwritable directory, and for
+    latents that are not finite in half precision.
+
+    ``masks``: keep garment masks too. ``views``: all captions and, where allowed, mirrored pairs (see LatentCache).
+    ``stores``: opened stores to use again. ``quiet``: no progress bar.
     """
-    path = Path(directory) / cache_key(dataset, backbone_fingerprint)
-    if path.is_dir():
-        return LatentCache(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"))
-        lock.acquire()
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to the cache folder {directory} ({error.strerror}): set data.cache_dir."
-        ) from error
-    try:
-        if not path.is_dir():
-            partial = path.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)  # what a killed build may have left
-            partial.mkdir()
-            try:
-                _write(dataset, partial, encode_images, encode_text, description)
-                partial.rename(path)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        lock.release()
-    return LatentCache(path)
+    stores = {} if stores is None else stores
+
+    def store(weights: str, kind: str) -> RowStore:
+        name = f"{hashlib.sha256(f'{FORMAT}:{np.dtype(DTYPE).name}:{weights}'.encode()).hexdigest()[:16]}/{kind}"
+        if name not in stores:
+            stores[name] = RowStore(None if directory is None else Path(directory) / name)
+        return stores[name]
+
+    images, texts = store(vae, "images"), store(text_encoder, "texts")
+    kept_masks = store(vae, "masks") if masks and dataset.has_mask else None
+    records = [_Record.of(dataset[index], views) for index in range(len(dataset))]
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for index, record in enumerate(records):
+        by_size.setdefault(record.size, []).append(index)
+    turns = [False, True] if any(record.mirror for record in records) else [False]
+    parts = ["image"] + ["source"] * dataset.has_source + ["mask"] * (kept_masks is not None)
+    with Progress(transient=True, disable=quiet) as progress:
+        task = progress.add_task(description, total=len(dataset) * len(parts) * len(turns))
+        for indices in by_size.values():
+            latent_size: tuple[int, int] | None = None
+            for mirrored, part in product(turns, parts):
+                rows = [i for i in indices if not mirrored or records[i].mirror]
+                keys = [records[i].keys[part][mirrored] for i in rows]
+                maker = _Maker(dataset, rows, part, mirrored, encode_images, latent_size)
+                target = kept_masks if part == "mask" and kept_masks is not None else images
+                target.fill(keys, maker, lambda n: progress.advance(task, n))
+                if latent_size is None:
+                    height, width = images.read("mean", images.locate(keys[:1])).shape[-2:]
+                    latent_size = height, width
+    captions = list(dict.fromkeys(["", *(caption for record in records for caption in record.captions)]))
+
+    def embed(positions: list[int]) -> Arrays:
+        batches = [positions[i : i + BATCH_SIZE] for i in range(0, len(positions), BATCH_SIZE)]
+        return {"text": _half(torch.cat([encode_text([captions[p] for p in batch]) for batch in batches]))}
+
+    texts.fill(captions, embed)
+    return LatentCache(records, images, texts, kept_masks)
 
 
-def _write(
-    dataset: PairDataset, path: Path, encode_images: EncodeImages, encode_text: EncodeText, description: str
-) -> None:
-    count = len(dataset)
-    arrays: dict[str, np.memmap] = {}
-    ids: list[str] = []
-    captions: list[str] = []
+def decoded(pixels: Callable[[int], np.ndarray], batches: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+    """Each batch stacked, uint8 (N, H, W, 3); threads decode the next one while the caller works on the present one."""
+    if not batches:
+        return
+    with ThreadPoolExecutor(DECODERS) as pool:
+        coming = pool.map(pixels, batches[0])
+        for following in [*batches[1:], []]:
+            present = np.stack(list(coming))
+            coming = pool.map(pixels, following)
+            yield present
 
-    def put(name: str, start: int, value: Tensor) -> None:
-        with np.errstate(over="ignore"):  # said better below
-            values = value.float().cpu().numpy().astype(DTYPE)
-        finite = np.isfinite(values).reshape(len(values), -1).all(axis=1)
+
+class _Maker:
+    """Turns rows of one part into arrays."""
+
+    def __init__(
+        self,
+        dataset: PairDataset,
+        rows: list[int],
+        part: str,
+        mirrored: bool,
+        encode_images: EncodeImages,
+        latent_size: tuple[int, int] | None,
+    ) -> None:
+        self.dataset, self.rows, self.part, self.mirrored = dataset, rows, part, mirrored
+        self.encode_images, self.latent_size = encode_images, latent_size
+
+    def __call__(self, positions: list[int]) -> Arrays:
+        batches = [positions[start : start + BATCH_SIZE] for start in range(0, len(positions), BATCH_SIZE)]
+        pixels = decoded(self._pixels, batches)
+        made = [self._encode(some, batch[0]) for some, batch in zip(pixels, batches, strict=True)]
+        return {name: np.concatenate([arrays[name] for arrays in made]) for name in made[0]}
+
+    def _pixels(self, position: int) -> np.ndarray:
+        pair = self.dataset[self.rows[position]]
+        return np.ascontiguousarray(getattr(pair.mirrored() if self.mirrored else pair, self.part))
+
+    def _encode(self, pixels: np.ndarray, position: int) -> Arrays:
+        if self.part == "mask":
+            assert self.latent_size is not None
+            return {"mask": shrink_masks(pixels, self.latent_size)}
+        mean, std = self.encode_images(pixels)
+        arrays = {"mean": _half(mean), "std": _half(std)}
+        finite = np.isfinite(arrays["mean"]).reshape(len(pixels), -1).all(axis=1)
         if not finite.all():
+            pair = self.dataset[self.rows[position + int(np.argmin(finite))]]
             raise ConfigError(
-                f"the VAE's {name} of {ids[start + int(np.argmin(finite))]} is not finite in half precision: "
-                "look at that photo, or use a backbone whose VAE has a sane scaling factor."
+                f"the VAE's latents of the {self.part} of {pair.id} are not finite in half precision: look at that "
+                "photo, or use a backbone whose VAE has a sane scaling factor."
             )
-        if name not in arrays:
-            shape = (count, *values.shape[1:])
-            arrays[name] = np.lib.format.open_memmap(path / f"{name}.npy", mode="w+", dtype=DTYPE, shape=shape)
-        arrays[name][start : start + len(values)] = values
-
-    total = -(-count // BATCH_SIZE)
-    for batch in track(_batches(dataset), description=description, total=total):
-        start = len(ids)
-        ids += [pair.id for pair in batch]
-        captions += [pair.caption for pair in batch]
-        mean, std = encode_images(np.stack([pair.image for pair in batch]))
-        put("image_mean", start, mean)
-        if bool(std.any()):  # a memmap begins as zeros, so rows before the first deviation are right
-            put("image_std", start, std)
-        if dataset.has_source:
-            sources = [pair.source for pair in batch if pair.source is not None]
-            put("source_mean", start, encode_images(np.stack(sources))[0])
-    for array in arrays.values():
-        array.flush()
-
-    unique = list(dict.fromkeys(["", *captions]))
-    row = {caption: index for index, caption in enumerate(unique)}
-    texts = [encode_text(unique[i : i + BATCH_SIZE]).float().cpu() for i in range(0, len(unique), BATCH_SIZE)]
-    np.save(path / "text_embeddings.npy", torch.cat(texts).numpy().astype(DTYPE))
-    np.save(path / "text_index.npy", np.array([row[caption] for caption in captions], dtype=np.int64))
-    samples = json.dumps({"ids": ids, "captions": captions}, ensure_ascii=False, indent=0)
-    (path / "samples.json").write_text(samples, encoding="utf-8")
+        return arrays
 
 
-def _batches(dataset: PairDataset) -> Iterator[list[Pair]]:
-    for start in range(0, len(dataset), BATCH_SIZE):
-        yield [dataset[index] for index in range(start, min(start + BATCH_SIZE, len(dataset)))]
+def _half(values: Tensor) -> np.ndarray:
+    with np.errstate(over="ignore"):  # said by the caller
+        return values.detach().float().cpu().numpy().astype(DTYPE)
 
 
-def _open(path: Path, name: str) -> np.ndarray:
-    return np.load(path / f"{name}.npy", mmap_mode="r")
+def _found(store: RowStore, keys: list[str], what: str) -> np.ndarray:
+    places = store.locate(keys)
+    if (places < 0).any():
+        raise ConfigError(f"the cache lacks {int((places < 0).sum())} {what}: was it changed while it was read?")
+    return places
 
 
-def _rows(array: np.ndarray, rows: np.ndarray) -> Tensor:
-    return torch.from_numpy(array[rows].astype(np.float32))
+def _places(store: RowStore, records: list[_Record], part: str) -> np.ndarray:
+    """(N, 2) int64: where each sample's row is, as it is and mirrored."""
+    both = [key for record in records for key in record.keys[part]]
+    return _found(store, both, f"{part}s").reshape(-1, 2)
+
+
+def shrink_masks(masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Masks, uint8 (N, H, W) of 0 and 255, as shares of covered area in [0, 1], float16 (N, 1, h, w)."""
+    height, width = size
+    shares = [cv2.resize(m.astype(np.float32) / 255, (width, height), interpolation=cv2.INTER_AREA) for m in masks]
+    return np.stack(shares)[:, None].astype(DTYPE)

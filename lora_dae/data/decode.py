@@ -12,6 +12,9 @@ from lora_dae.config import ConfigError
 # Above it Pillow itself speaks of a decompression bomb: a few kilobytes that unfold to gigabytes.
 MAX_PIXELS = 178_956_970
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+Image.init()
+# Pillow opens more, and for some of that (EPS) it starts other programs.
+FORMATS = tuple(f for f in ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF") if f in Image.OPEN)
 _SRGB = ImageCms.createProfile("sRGB")
 
 
@@ -24,7 +27,7 @@ def open_image(data: bytes) -> Image.Image:
     if not data:
         raise BadImageError("is empty")
     try:
-        photo = Image.open(io.BytesIO(data))
+        photo = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise BadImageError("is a decompression bomb (far more pixels than a photo has)") from error
     except (OSError, SyntaxError, ValueError) as error:

@@ -23,7 +23,7 @@ from lora_dae.data.sources import load_splits
 
 NEAR_BITS = 4  # of 64: a hash that differs in more is another photo
 NEAR_LEVELS = 6.0  # mean absolute difference, of 255, of what is compared pixel by pixel then
-OUTLIER = 5.0  # median absolute deviations (scaled to sigmas) from the median
+OUTLIER = 8.0  # median absolute deviations (scaled to sigmas) from the median
 TOKENS_PER_WORD = 1.35  # of CLIP's tokenizer on captions, for the estimate without a backbone
 STOP_WORDS = frozenset("a an and the of in on with is are to for from at by wearing photo image".split())
 

@@ -79,6 +79,7 @@ def load_photos(cfg: DataConfig) -> dict[str, PhotoPairs]:
             "at least 3 are needed, and some in each published split."
         )
     facts = {entry.id: f for entry, f in usable}
+    _tell([f["image"] for f in facts.values()], fit)
     splits["train"] = [entry for entry in splits["train"] for _ in range(entry.repeats)]
     # Held-out images are compared with drawn ones, so they have the one size that is drawn.
     square = replace(fit, buckets=())
@@ -133,10 +134,31 @@ def check_source(cfg: Config, train: PairDataset) -> None:
         )
 
 
+def check_mask(cfg: Config, train: PairDataset) -> None:
+    """objective.garment_weight needs to know where the garment is."""
+    if cfg.objective.garment_weight != 1 and not train.has_mask:
+        raise ConfigError(
+            f"objective.garment_weight={cfg.objective.garment_weight:g} needs garment masks, which {cfg.data.root} "
+            "does not have: add a mask column or folder, or leave it at 1."
+        )
+
+
 def _check_all_or_none(entries: list[Entry], part: str) -> None:
     without = [entry for entry in entries if getattr(entry, part) is None]
     if without and len(without) < len(entries):
         raise ConfigError(f"{without[0].where} has no {part} but other lines do: give one to all lines or none.")
+
+
+def _tell(photos: list[Facts], fit: Fit) -> None:
+    """What a person should know about photos that are used: enlarged ones, first frames, converted colors."""
+    enlarged = 0
+    for photo in photos:
+        width, height = fit.size(photo)
+        enlarged += photo.width < width and photo.height < height
+    if enlarged:
+        _say_once(f"{enlarged} of {len(photos)} photos are smaller than they are trained at, and are enlarged")
+    for remark, count in Counter(photo.remark for photo in photos if photo.remark).most_common(5):
+        _say_once(f"{count} of {len(photos)} photos: {remark}")
 
 
 @cache

@@ -89,8 +89,10 @@ class LoraDae(lightning.LightningModule):
         self.log("val/loss", losses.mean(), batch_size=len(losses), sync_dist=True, prog_bar=True)
 
     def _losses(self, batch: Batch, draws: Any) -> Tensor:
-        gamma = self.cfg.objective.min_snr_gamma
-        return adapter_loss(self.unet, self.noise_scheduler, batch, self.null_text, draws, gamma)  # type: ignore[arg-type]
+        cfg = self.cfg.objective
+        return adapter_loss(
+            self.unet, self.noise_scheduler, batch, self.null_text, draws, cfg.min_snr_gamma, cfg.garment_weight  # type: ignore[arg-type]
+        )  # fmt: skip
 
     def configure_optimizers(self) -> Any:
         cfg = self.cfg.optimizer

@@ -71,11 +71,14 @@ def adapter_loss(
     null_text: Tensor,
     draws: Draws,
     min_snr_gamma: float,
+    garment_weight: float = 1.0,
 ) -> Tensor:
     """Loss of each sample, float32 (B,): (weighted) squared error of the network's own target.
 
     Min-SNR weights of Hang et al. 2023; ``min_snr_gamma=0`` leaves them out. The source latents, where the
-    batch has them, enter as extra input channels (InstructPix2Pix, Brooks et al. 2023).
+    batch has them, enter as extra input channels (InstructPix2Pix, Brooks et al. 2023). Where the batch has a
+    ``mask`` (B, 1, h, w) in [0, 1], the squared errors are averaged with weight ``garment_weight`` in it and 1
+    elsewhere.
     """
     x0 = batch["latent_mean"] + batch["latent_std"] * draws.posterior
     alpha, sigma = alpha_sigma(scheduler, draws.timesteps, x0)
@@ -88,7 +91,12 @@ def adapter_loss(
     output = unet(noisy, draws.timesteps, encoder_hidden_states=text, return_dict=False)[0]
     prediction_type = scheduler.config.prediction_type
     target = training_target(x0, draws.noise, alpha, sigma, prediction_type)
-    error = (output.float() - target).square().mean((1, 2, 3))
+    squares = (output.float() - target).square()
+    if "mask" in batch and garment_weight != 1:
+        weight = 1 + (garment_weight - 1) * batch["mask"]
+        error = (squares * weight).mean((1, 2, 3)) / weight.mean((1, 2, 3)).clamp_min(1e-6)
+    else:
+        error = squares.mean((1, 2, 3))
     if min_snr_gamma <= 0:
         return error
     return error * min_snr_weight(snr(alpha, sigma).flatten(), min_snr_gamma, prediction_type)

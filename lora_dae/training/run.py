@@ -24,9 +24,11 @@ from lora_dae.backbone.layout import inspect_backbone
 from lora_dae.backbone.load import Backbone, load_backbone
 from lora_dae.backbone.precision import choose_precision
 from lora_dae.config import Config, ConfigError, check, from_dict, to_dict
+from lora_dae.data.buckets import parse_buckets
+from lora_dae.data.captions import long_captions
 from lora_dae.data.module import PairDataModule
 from lora_dae.data.pair import PairDataset, replace_pixels
-from lora_dae.data.sources import check_source, load_splits
+from lora_dae.data.sources import check_mask, check_source, load_splits
 from lora_dae.enhancement.files import save_enhancement
 from lora_dae.enhancement.gates import EnhancementModule
 from lora_dae.evaluation.run import HeldOut, evaluate_run, write_grid
@@ -40,6 +42,7 @@ from lora_dae.training.module import LoraDae
 from lora_dae.training.plan import make_plan, print_plan
 
 console = Console()
+TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,10 @@ class InterruptedRunError(RuntimeError):
 
 def run(cfg: Config) -> Result:
     """Train, export, measure and report. Raises ConfigError for bad input before weights are loaded."""
+    if cfg.plan:
+        check(cfg)
+        print_plan(cfg, make_plan(cfg), console)
+        return Result(Path(cfg.run_dir), None)
     trained = train(cfg)
     if trained.rank != 0:
         return Result(trained.run_dir, None)
@@ -68,17 +75,17 @@ def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Tr
     """Train both stages and, on rank 0, export. Raises ConfigError for bad input before weights are loaded."""
     check(cfg)
     run_dir = Path(cfg.run_dir)
-    if cfg.plan:
-        print_plan(cfg, make_plan(cfg), console)
-        return Result(run_dir, None)
     checkpoints = find_checkpoints(cfg, run_dir)
-    inspect_backbone(cfg.backbone, cfg.data.resolution)
+    folder = inspect_backbone(cfg.backbone, cfg.data.resolution)
+    for bucket in parse_buckets(cfg.data.buckets, cfg.data.resolution, cfg.data.bucket_step):
+        folder.check_bucket(bucket)
     if cfg.adapter.init_from is not None:
         check_file(cfg.adapter.init_from)
     tracking.wandb_mode(cfg.tracking.wandb)
     _quiet()
     splits = load_splits(cfg.data)
     check_source(cfg, splits["train"])
+    check_mask(cfg, splits["train"])
     if cfg.conditioning == "none":
         splits = {name: _without_source(split) for name, split in splits.items()}
     console.print(f"run folder {run_dir}", soft_wrap=True, highlight=False)
@@ -173,6 +180,7 @@ class Training:
                 f"backbone.weights={cfg.backbone.weights} needs mixed precision, but trainer.precision is 32-true "
                 "here: set trainer.precision=bf16-mixed, or backbone.weights=fp32."
             )
+        self.stores: dict[str, Any] = {}  # both stages read the same rows
         self.data = self._data(cfg.data.batch_size)
         attention = prepare_unet(backbone, cfg)
         if cfg.adapter.full_finetune:
@@ -186,6 +194,10 @@ class Training:
         if cfg.conditioning == "source":
             attach_source_input(backbone.unet)
         null = backbone.encode_text([""])[0]
+        if self.rank == 0:
+            too_long = long_captions(self.data.captions("train"), backbone.tokenizer, backbone.text_chunks)
+            if too_long:
+                console.print(too_long, soft_wrap=True, highlight=False)
         if self.rank == 0:  # before the stages take turns in what requires a gradient
             extra = {} if self.enhancement is None else {"enhancement": self.enhancement}
             console.print(adapter_table(backbone.unet, extra))  # type: ignore[arg-type]
@@ -200,8 +212,11 @@ class Training:
         return PairDataModule(
             self.splits["train"], self.splits["val"], self.splits["test"],
             cache_dir=Path(self.cfg.data.cache_dir) / "latents", encode_images=self._encode_images,
-            encode_text=self.backbone.encode_text, backbone_fingerprint=f"{self.backbone.fingerprint}-{self.precision}",
-            batch_size=batch_size, seed=self.cfg.seed,
+            encode_text=self.backbone.encode_text,
+            vae=f"{self.backbone.folder.fingerprint('vae')}-{self.precision}",
+            text_encoder=f"{self.backbone.folder.fingerprint(*TEXT_PARTS)}-{self.backbone.text_chunks}",
+            batch_size=batch_size, seed=self.cfg.seed, cache=self.cfg.data.cache,
+            masks=self.cfg.objective.garment_weight != 1, stores=self.stores,
         )  # fmt: skip
 
     def _encode_images(self, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -292,6 +307,7 @@ class _WithoutSource:
 
     def __init__(self, dataset: PairDataset) -> None:
         self.dataset, self.has_mask = dataset, dataset.has_mask
+        self.blocks = getattr(dataset, "blocks", None)
         self.fingerprint = dataset.fingerprint + "-text"
 
     def __len__(self) -> int:

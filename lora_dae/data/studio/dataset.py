@@ -13,7 +13,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_dae.config import DIFFICULTIES, ConfigError
-from lora_dae.data.pair import Pair
+from lora_dae.data.pair import Lazy, Pair
 from lora_dae.data.studio.attributes import draw_look, stream
 from lora_dae.data.studio.captions import caption
 from lora_dae.data.studio.scene import photo, source_photo
@@ -70,6 +70,8 @@ class StudioDataset:
         if not self.has_source:
             difficulty = "none"
         key = f"v{RENDERER_VERSION}-{domain}-{split}-{size}-seed{seed}-{resolution}px-{difficulty}"
+        # The same item is the same pixels, however many there are beside it.
+        self.key = f"studio-v{RENDERER_VERSION}-{domain}-seed{seed}-{resolution}px-{difficulty}"
         self.fingerprint = hashlib.sha256(key.encode()).hexdigest()
         self.directory = Path(cache_dir) / "studio" / key
         if not self.directory.exists():
@@ -131,9 +133,12 @@ class StudioDataset:
             id=f"{self.domain}-{self.start + i}",
             group_id=f"{self.domain}-{self.start + i}",
             caption=self.caption(i),
-            image=np.array(self.images[i]),
-            source=None if self.sources is None else np.array(self.sources[i]),
-            mask=np.array(self.masks[i]),
+            image=self._pixels(self.images, "image", i),
+            source=None if self.sources is None else self._pixels(self.sources, "source", i),
+            mask=self._pixels(self.masks, "mask", i),
             category=words["garment"],
             attributes=words,
         )
+
+    def _pixels(self, array: np.ndarray, part: str, i: int) -> Lazy:
+        return Lazy(lambda: np.array(array[i]), array.shape[1:], f"{self.key}-{self.start + i}-{part}")

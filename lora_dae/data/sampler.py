@@ -1,0 +1,120 @@
+"""Which samples a step sees: a pure function of (seed, step, rank, world size)."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
+from torch.utils.data import Sampler
+
+WINDOW = 8  # blocks that are shuffled together
+
+
+class StepBatchSampler(Sampler[list[int]]):
+    """An endless stream of batches that can begin at any step.
+
+    The stream is one shuffled pass over the data after the other, each in an order of its own drawn from
+    (seed, pass). Step s takes the next ``batch_size * world_size`` of it, rank r its own ``batch_size`` of
+    these. So every sample comes once per pass, no batch is short, and resuming at step N continues
+    exactly; only the batch in which one pass ends and the next begins may hold a sample twice.
+
+    With ``groups`` (a label for each sample: its size) every group is such a stream of its own, and a step takes
+    from one of them, the same on all ranks: each as often as its share of the data, in an order drawn anew for
+    each pass. With ``blocks`` (consecutive samples that lie in one file; no groups then) an order keeps ``WINDOW``
+    blocks together, so that few files are read at a time.
+
+    Sample i in pass k is given as the number i + k * dataset_size.
+    """
+
+    def __init__(
+        self,
+        dataset_size: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+        groups: Sequence[Hashable] | None = None,
+        blocks: Sequence[int] | None = None,
+    ) -> None:
+        self.dataset_size = dataset_size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.start_step = start_step
+        self.blocks = blocks
+        labels = list(dict.fromkeys(groups)) if groups is not None else []
+        if groups is not None and len(labels) > 1:
+            number = {label: k for k, label in enumerate(labels)}
+            member = np.array([number[label] for label in groups])
+            self.members: list[np.ndarray | None] = [np.flatnonzero(member == k) for k in range(len(labels))]
+        else:
+            self.members = [None]  # everything
+        self._order = lru_cache(maxsize=2 * len(self.members))(self._shuffled)
+        self._turns = lru_cache(maxsize=2)(self._schedule)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.start_step
+        while True:
+            yield self.numbers(step)
+            step += 1
+
+    def numbers(self, step: int) -> list[int]:
+        """The samples of this rank at ``step``, each with its pass."""
+        group, turn = (0, step) if self.members == [None] else self._turn(step)
+        size = self._size(group)
+        first = (turn * self.world_size + self.rank) * self.batch_size
+        places = (divmod(place, size) for place in range(first, first + self.batch_size))
+        return [int(self._order(group, number)[offset]) + number * self.dataset_size for number, offset in places]
+
+    def _size(self, group: int) -> int:
+        members = self.members[group]
+        return self.dataset_size if members is None else len(members)
+
+    def _shuffled(self, group: int, number: int) -> np.ndarray:
+        members = self.members[group]
+        if members is not None:
+            return np.random.default_rng([self.seed, number, group]).permutation(members)
+        rng = np.random.default_rng([self.seed, number])
+        if self.blocks is None:
+            return rng.permutation(self.dataset_size)
+        ends = np.cumsum(self.blocks)
+        order = rng.permutation(len(ends))
+        windows = (order[k : k + WINDOW] for k in range(0, len(order), WINDOW))
+        ranges = ([np.arange(ends[b] - self.blocks[b], ends[b]) for b in window] for window in windows)
+        return np.concatenate([rng.permutation(np.concatenate(window)) for window in ranges])
+
+    # A group of n samples has floor(c * n / G) whole batches of G = batch_size * world_size before cycle c. Cycle c
+    # therefore holds, of each group, the difference to cycle c + 1: over time every group in its share, no sample lost.
+
+    def _before(self, cycle: int) -> int:
+        """Steps before ``cycle``."""
+        return sum(cycle * self._size(g) // self._global for g in range(len(self.members)))
+
+    @property
+    def _global(self) -> int:
+        return self.batch_size * self.world_size
+
+    def _schedule(self, cycle: int) -> np.ndarray:
+        """The groups of the cycle's steps, in order."""
+        counts = [
+            (cycle + 1) * self._size(g) // self._global - cycle * self._size(g) // self._global
+            for g in range(len(self.members))
+        ]
+        return np.random.default_rng([self.seed, cycle]).permutation(np.repeat(np.arange(len(counts)), counts))
+
+    def _turn(self, step: int) -> tuple[int, int]:
+        """(group, how many batches of this group came before) of ``step``."""
+        low, high = 0, 1
+        while self._before(high) <= step:
+            high *= 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._before(middle) <= step else (low, middle)
+        turns = self._turns(low)
+        at = step - self._before(low)
+        group = int(turns[at])
+        earlier = low * self._size(group) // self._global
+        return group, earlier + int((turns[:at] == group).sum())

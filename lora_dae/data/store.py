@@ -1,0 +1,192 @@
+"""Rows of numbers by key, in a few large files: what latents and text embeddings are cached in.
+
+    <chunk>.<array>.npy    (n, ...) float16, memory-mapped; n is at most CHUNK
+    <chunk>.index.npy      (n,) of the rows' keys (128 bits) and checksums, written last: with it a chunk is complete
+
+Rows are found by key alone, so an edited photo is one new row and the others stay. Any number of processes, of one
+run or of several, may fill a store at once: each takes a chunk that nobody works on (a file lock, which the system
+drops with a killed process) and leaves those that are complete. A killed run loses the chunks it was writing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from lora_dae.config import ConfigError
+
+CHUNK = 256  # rows a file: a multiple of the encoding batch
+OPEN_FILES = 256
+DTYPE = np.float16
+Arrays = dict[str, np.ndarray]
+Make = Callable[[list[int]], Arrays]
+
+
+class RowStore:
+    """A folder of chunks, or, without a folder, the same in memory.
+
+    Every row of a store has arrays of the same names; an array that is zero throughout a chunk is not kept.
+    Rows of different shapes may lie in one store but are read separately.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self.directory = directory
+        self._memory: dict[str, Arrays] = {}
+        self._chunks: list[str] = []  # only ever grows, so that a place stays valid
+        self._indices: list[np.ndarray] = []
+        self._verified: list[np.ndarray] = []
+        self._array = lru_cache(maxsize=OPEN_FILES)(self._open_array)
+        if directory is not None:
+            try:
+                (directory / "locks").mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise _unwritable(directory, error) from error
+        self._refresh()
+
+    def fill(self, keys: Sequence[str], make: Make, done: Callable[[int], None] = lambda rows: None) -> None:
+        """Makes the rows of ``keys`` that are missing: ``make`` gets positions in ``keys``, returns their arrays.
+
+        All rows that one call makes have the same shapes. ``done`` is told how many rows were just made or found.
+        Raises ConfigError where the folder cannot be written to, and what ``make`` raises.
+        """
+        self._refresh()
+        there = self.locate(keys) >= 0
+        done(int(there.sum()))
+        first = {key: position for position, key in reversed(list(enumerate(keys))) if not there[position]}
+        missing = sorted(first.values())
+        pending = [missing[start : start + CHUNK] for start in range(0, len(missing), CHUNK)]
+        while pending:
+            left = [chunk for chunk in pending if not self._take(chunk, [keys[p] for p in chunk], make, done)]
+            if len(left) == len(pending):
+                time.sleep(0.1)  # others work on all that is left
+            pending = left
+        self._refresh()
+
+    def _take(self, positions: list[int], keys: list[str], make: Make, done: Callable[[int], None]) -> bool:
+        """Writes one chunk unless it is there; False if another process works on it."""
+        name = hashlib.blake2b("\n".join(keys).encode(), digest_size=16).hexdigest()
+        if self.directory is None:
+            self._write(name, keys, make(positions))
+            done(len(keys))
+            return True
+        # Few lock files for any number of chunks: two chunks of one lock merely wait for each other.
+        lock = FileLock(self.directory / "locks" / f"{name[:2]}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        except OSError as error:
+            raise _unwritable(self.directory, error) from error
+        try:
+            if not (self.directory / f"{name}.index.npy").is_file():
+                self._write(name, keys, make(positions))
+        finally:
+            lock.release()
+        done(len(keys))
+        return True
+
+    def _write(self, name: str, keys: list[str], arrays: Arrays) -> None:
+        arrays = {k: np.ascontiguousarray(v, DTYPE) for k, v in arrays.items() if v.any() or k == next(iter(arrays))}
+        fields: list[tuple[str, type]] = [("high", np.uint64), ("low", np.uint64)]
+        index = np.empty(len(keys), [*fields, *((array, np.uint32) for array in arrays)])
+        index["high"], index["low"] = _halves(keys)
+        for array, rows in arrays.items():
+            index[array] = [zlib.crc32(row.tobytes()) for row in rows]
+        if self.directory is None:
+            self._memory[name] = {"index": index, **arrays}
+            return
+        try:
+            for array, rows in arrays.items():
+                np.save(self.directory / f"{name}.{array}.npy", rows)
+            partial = self.directory / f"{name}.partial.npy"
+            np.save(partial, index)
+            os.replace(partial, self.directory / f"{name}.index.npy")
+        except OSError as error:
+            raise _unwritable(self.directory, error) from error
+
+    def _refresh(self) -> None:
+        """Reads the indices of the chunks that have become complete."""
+        if self.directory is None:
+            found = {name: arrays["index"] for name, arrays in self._memory.items()}
+            new = {name: index for name, index in found.items() if name not in self._chunks}
+        else:
+            known = set(self._chunks)
+            files = {file.name.partition(".")[0]: file for file in sorted(self.directory.glob("*.index.npy"))}
+            new = {name: np.load(file) for name, file in files.items() if name not in known}
+        for name, index in new.items():
+            self._chunks.append(name)
+            self._indices.append(index)
+            self._verified.append(np.zeros(len(index), bool))
+        empty = np.empty(0, np.uint64)
+        high = np.concatenate([empty, *(index["high"] for index in self._indices)])
+        order = np.argsort(high, kind="stable")
+        self._high = high[order]
+        self._low = np.concatenate([empty, *(index["low"] for index in self._indices)])[order]
+        places = (chunk * CHUNK + np.arange(len(index)) for chunk, index in enumerate(self._indices))
+        self._places = np.concatenate([np.empty(0, np.int64), *places])[order]
+
+    def locate(self, keys: Sequence[str]) -> np.ndarray:
+        """The place of each key's row, int64, for ``read`` from now on; -1 where there is none."""
+        if not len(self._high):
+            return np.full(len(keys), -1, np.int64)
+        high, low = _halves(keys)
+        at = np.minimum(np.searchsorted(self._high, high), len(self._high) - 1)
+        return np.where((self._high[at] == high) & (self._low[at] == low), self._places[at], -1)
+
+    def read(self, array: str, places: np.ndarray) -> np.ndarray:
+        """float32 (N, ...): that array of the rows at ``places``; zeros where a chunk does not keep it.
+
+        Raises ConfigError, naming the file, if a row is not what was written (checked once a row and process).
+        """
+        out = []
+        for place in places.tolist():
+            chunk, row = divmod(place, CHUNK)
+            if not self._verified[chunk][row]:
+                self._verify(chunk, row)
+                self._verified[chunk][row] = True
+            arrays = self._arrays(chunk)
+            kept = array in arrays
+            out.append(self._array(chunk, array if kept else arrays[0])[row] * DTYPE(kept))
+        return np.stack(out).astype(np.float32)
+
+    def _arrays(self, chunk: int) -> tuple[str, ...]:
+        """The names of a chunk's arrays, the one that is always kept first."""
+        return (self._indices[chunk].dtype.names or ())[2:]
+
+    def _verify(self, chunk: int, row: int) -> None:
+        for array in self._arrays(chunk):
+            if zlib.crc32(self._array(chunk, array)[row].tobytes()) != self._indices[chunk][array][row]:
+                raise ConfigError(
+                    f"row {row} of {self.directory}/{self._chunks[chunk]}.{array}.npy is damaged: delete the files "
+                    f"{self._chunks[chunk]}.*, and they are made anew."
+                )
+
+    def _open_array(self, chunk: int, array: str) -> np.ndarray:
+        name = self._chunks[chunk]
+        if self.directory is None:
+            return self._memory[name][array]
+        try:
+            return np.load(self.directory / f"{name}.{array}.npy", mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{self.directory / name}.{array}.npy cannot be read ({error}): delete the files {name}.*, and they "
+                "are made anew."
+            ) from error
+
+
+def _halves(keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=16).digest() for key in keys)
+    both = np.frombuffer(digests, np.uint64).reshape(-1, 2)
+    return both[:, 0], both[:, 1]
+
+
+def _unwritable(directory: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot write to the cache folder {directory} ({error.strerror}): set data.cache_dir.")

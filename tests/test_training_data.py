@@ -1,0 +1,101 @@
+"""Whole runs on photos: buckets, mirroring, masks, captions and every kind of cache go through training."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from compose import config
+from PIL import Image
+
+from lora_dae.config import ConfigError
+from lora_dae.data.export import export
+from lora_dae.training import run as training
+
+QUICK = ("enhancement=none", "evaluation.frozen=false", "trainer.max_steps=3", "trainer.log_every_n_steps=1")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty pairs with masks, tall and square in turn."""
+    root = tmp_path_factory.mktemp("photos")
+    rows = []
+    for part in ("images", "source", "mask"):
+        (root / part).mkdir()
+    for number in range(20):
+        size = (64, 64) if number % 2 else (48, 64)
+        for part in ("images", "source"):
+            rng = np.random.default_rng(number + 100 * (part == "source"))
+            pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / part / f"{number}.png")
+        mask = np.zeros((size[1], size[0]), np.uint8)
+        mask[:20] = 255
+        Image.fromarray(mask).save(root / "mask" / f"{number}.png")
+        split = "test" if number < 4 else "val" if number < 8 else "train"
+        rows.append({"file_name": f"images/{number}.png", "text": "a dress, red, long, plaid", "split": split})
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+def losses(run_dir: Path) -> list[float]:
+    with (run_dir / "csv" / "metrics.csv").open() as file:
+        return [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
+
+
+def test_buckets_and_all_caches_train_alike(tiny_backbone: Path, photos: Path, tmp_path: Path) -> None:
+    """Tall and square batches, mirrored or not, garment weighted: the same losses however they are cached."""
+    options = (
+        "data=folder", f"data.root={photos}", "conditioning=source", "data.buckets=[48x64,64x64]",
+        "data.bucket_step=16", "data.flip=true", "data.captions.shuffles=2", "objective.garment_weight=3", *QUICK,
+    )  # fmt: skip
+    seen = {}
+    for cache in ("disk", "memory", "off"):
+        run_dir = tmp_path / cache
+        training.run(config(tiny_backbone, run_dir, tmp_path / "cache", f"data.cache={cache}", *options))
+        seen[cache] = losses(run_dir)
+        assert (run_dir / "report.html").is_file()
+    assert len(seen["disk"]) == 3 and seen["disk"] == seen["memory"]
+    np.testing.assert_allclose(seen["off"], seen["disk"], rtol=5e-3)  # half precision on disk
+    plain = config(tiny_backbone, tmp_path / "plain", tmp_path / "cache", *(o for o in options if "weight" not in o))
+    training.run(plain)
+    assert losses(tmp_path / "plain") != seen["disk"]
+
+
+@pytest.mark.parametrize("layout", ["fashion_mannequin", "shards"])
+def test_exported_pairs_are_trained_on(layout: str, tiny_backbone: Path, tmp_path: Path) -> None:
+    """conf/data/<layout>.yaml as it is, on the studio written in that layout."""
+    cache = tmp_path / "cache"
+    studio = config(tiny_backbone, tmp_path / "unused", cache, "data.train_size=8", "data.val_size=4")
+    export(studio.data, layout, tmp_path / "data")
+    options = (f"data={layout}", f"data.root={tmp_path / 'data'}", "conditioning=source", *QUICK)
+    training.run(config(tiny_backbone, tmp_path / "run", cache, *options))
+    assert (tmp_path / "run" / "adapter" / "source_input.safetensors").is_file()
+    assert len(losses(tmp_path / "run")) == 3
+
+
+def test_buckets_that_the_backbone_cannot_take(tiny_backbone: Path, photos: Path, tmp_path: Path) -> None:
+    options = ("data=folder", f"data.root={photos}", "data.buckets=[60x64]", "data.bucket_step=4")
+    with pytest.raises(ConfigError, match="60x64, not a multiple of 8"):
+        training.run(config(tiny_backbone, tmp_path / "run", tmp_path / "cache", *options))
+
+
+def test_garment_weight_needs_masks(tiny_backbone: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    options = ("data=folder", f"data.root={tiny_folder}", "objective.garment_weight=2")
+    with pytest.raises(ConfigError, match="needs garment masks"):
+        training.run(config(tiny_backbone, tmp_path / "run", tmp_path / "cache", *options))
+
+
+def test_captions_that_are_cut_are_said(
+    tiny_backbone: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = " ".join(["dress"] * 60)
+    options = ("data=folder", f"data.root={photos}", f"data.captions.template='{long} {{split}}'", *QUICK)
+    with pytest.raises(ConfigError, match="data.captions.template needs split"):
+        training.run(config(tiny_backbone, tmp_path / "run", tmp_path / "cache", *options))
+    options = ("data=folder", f"data.root={photos}", f"data.captions.trigger='{long}'", *QUICK)
+    options = (*options, "backbone.text_chunks=2")
+    training.run(config(tiny_backbone, tmp_path / "run", tmp_path / "cache", *options))
+    assert "different captions have more than the 30 tokens" in " ".join(capsys.readouterr().out.split())
