@@ -82,7 +82,7 @@ def _train(cfg: DictConfig) -> None:
     store = run_cfg.store
     if store == "auto":
         store = SWEEP_STORE if HydraConfig.get().mode == RunMode.MULTIRUN else None
-    if store is None:
+    if store is None or run_cfg.plan:
         from lora_dae.training.run import run
 
         run(run_cfg)

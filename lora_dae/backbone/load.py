@@ -180,6 +180,8 @@ def load_backbone(cfg: BackboneConfig, device: str | torch.device = "cpu") -> Ba
     ``inspect_backbone`` checks, and then if a weight file is damaged or lacks some of its layer's weights.
     """
     folder = inspect_backbone(cfg)
+    if folder.family == "sdxl" and cfg.text_chunks > 1:
+        raise ConfigError("backbone.text_chunks is for one text encoder; SDXL has two: leave it at 1.")
     fp32, text_encoder_2, tokenizer_2 = torch.float32, None, None
     vae: AutoencoderKL | AutoencoderTiny
     if folder.vae_class == "AutoencoderTiny":
@@ -191,8 +193,6 @@ def load_backbone(cfg: BackboneConfig, device: str | torch.device = "cpu") -> Ba
     if cfg.gradient_checkpointing:
         unet.enable_gradient_checkpointing()  # not reentrant: LoRA's inputs need no gradient of their own
     if folder.family == "sdxl":
-        if cfg.text_chunks > 1:
-            raise ConfigError("backbone.text_chunks is for one text encoder; SDXL has two: leave it at 1.")
         text_encoder_2 = load_part(CLIPTextModelWithProjection, folder, "text_encoder_2", device, fp32)
         tokenizer_2 = load_tokenizer(folder, "tokenizer_2")
     return Backbone(
