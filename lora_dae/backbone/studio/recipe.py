@@ -67,8 +67,8 @@ class Optimizer:
     """Muon for matrices and convolution kernels, AdamW for biases, norms and embeddings.
 
     Muon (orthogonalized momentum, 2502.16982) is torch's own and knows matrices only, so it is handed each
-    kernel as an (out, in x height x width) matrix on the same memory. On the autoencoder it reached in
-    3 minutes what AdamW had not reached in 30.
+    kernel as an (out, in x height x width) matrix on the same memory. Measured on the autoencoder's decoder, 3
+    minutes each from the same start: 28.8 dB with AdamW, 31.7 dB with Muon (at its better rate 32.4).
     """
 
     def __init__(self, named: dict[str, nn.Parameter], muon_lr: float, adam_lr: float, weight_decay: float):
