@@ -18,6 +18,7 @@ PLACEMENTS = ("prediction", "direction", "none")
 CONDITIONINGS = ("source", "none")
 SCHEDULERS = ("ddim", "ddpm", "dpm++", "unipc", "pndm", "euler", "heun", "lms")
 TARGET_GROUPS = ("cross_attention", "self_attention", "feed_forward", "conv", "conv_in", "conv_out")
+LOGGERS = ("wandb", "tensorboard", "csv", "none")
 DIFFICULTIES = ("aligned", "shifted", "reposed")
 
 
@@ -124,8 +125,9 @@ class EvaluationConfig:
 
 @dataclass
 class TrackingConfig:
-    """Weights & Biases; the CSV log is always written beside it."""
+    """Where numbers and pictures go, besides the run folder."""
 
+    logger: str = "wandb"  # wandb | tensorboard | csv | none; the first two write the CSV log as well
     wandb: str = "auto"  # auto (online if logged in, else offline) | online | offline | disabled
     project: str = "lora-dae"
     group: str | None = None
@@ -183,6 +185,7 @@ def check(cfg: Config) -> None:
     _one_of("sampling.scheduler", cfg.sampling.scheduler, SCHEDULERS)
     _one_of("data.name", cfg.data.name, ("studio", "folder"))
     _one_of("adapter.init", cfg.adapter.init, ("kaiming", "gaussian"))
+    _one_of("tracking.logger", cfg.tracking.logger, LOGGERS)
     _one_of("evaluation.features", cfg.evaluation.features, ("effnet", "inception"))
     for group in cfg.adapter.targets:
         _one_of("adapter.targets", group, TARGET_GROUPS)

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_dae"
 # In the order in which data flows; cli.py stands at the door and may import all of them.
-ROOMS = "config diffusion data backbone adapter enhancement sampling evaluation training sweep cli".split()
+ROOMS = "config diffusion data backbone adapter enhancement sampling evaluation training sweep dashboard cli".split()
 MAX_LINES = 400
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
