@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lora_dae.config import Config, ConfigError, conf_dir, from_dict, register
+from lora_dae.sweep.launcher import InterruptedSweepError
 from lora_dae.sweep.name import register_sweep_name
 
 # One process draws and trains alone: threads of the tokenizer after a fork would only warn.
@@ -44,6 +45,9 @@ def _one_sentence(command: Callable[[DictConfig], Any]) -> Callable[[DictConfig]
             sys.exit(2)
         except InterruptedRunError as error:
             print(str(error), file=sys.stderr)
+            sys.exit(130)
+        except InterruptedSweepError:
+            print("stopped; the same command goes on", file=sys.stderr)
             sys.exit(130)
 
     return wrapped
@@ -111,6 +115,23 @@ def export(cfg: DictConfig) -> None:
 
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     console.print(f"export   {export_run(ExportRequest(**values), console)}", soft_wrap=True, highlight=False)
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="search")
+@_one_sentence
+def search(cfg: DictConfig) -> None:
+    """``python search.py name=first trials=20``: look for good configurations with Optuna."""
+    from lora_dae.sweep.report import report_if_any
+    from lora_dae.sweep.search import SearchRequest
+    from lora_dae.sweep.search import search as run_search
+
+    request = SearchRequest(**OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    study = run_search(request, console)
+    for trial in study.best_trials:
+        values = ", ".join(f"{n} {v:.4g}" for n, v in zip(request.objectives, trial.values, strict=True))
+        words = " ".join(f"{key}={value}" for key, value in trial.params.items())
+        console.print(f"best     trial {trial.number}: {words}  ({values})", soft_wrap=True, highlight=False)
+    report_if_any(Path(request.folder))
 
 
 @dataclass

@@ -22,6 +22,7 @@ SOURCES = (
     "studio", "folder", "fashion_mannequin", "viton_hd", "dress_code", "deepfashion_multimodal", "fashion_product",
     "fashion_gen", "hf", "shards",
 )  # fmt: skip
+LOGGERS = ("wandb", "tensorboard", "csv", "none")
 DIFFICULTIES = ("aligned", "shifted", "reposed")
 
 
@@ -175,8 +176,9 @@ class ExportConfig:
 
 @dataclass
 class TrackingConfig:
-    """Weights & Biases; the CSV log is always written beside it."""
+    """Where numbers and pictures go, besides the run folder."""
 
+    logger: str = "wandb"  # wandb | tensorboard | csv | none; the first two write the CSV log as well
     wandb: str = "auto"  # auto (online if logged in, else offline) | online | offline | disabled
     project: str = "lora-dae"
     group: str | None = None
@@ -239,6 +241,7 @@ def check(cfg: Config) -> None:
     _one_of("data.captions.missing", cfg.data.captions.missing, ("error", "file_name", "category", "drop"))
     _one_of("adapter.init", cfg.adapter.init, ("kaiming", "gaussian"))
     _one_of("adapter.kernel", cfg.adapter.kernel, ("fused", "peft"))
+    _one_of("tracking.logger", cfg.tracking.logger, LOGGERS)
     _one_of("evaluation.features", cfg.evaluation.features, ("effnet", "inception"))
     _one_of("backbone.prediction_type", cfg.backbone.prediction_type, ("auto", "epsilon", "v_prediction"))
     _one_of("backbone.weights", cfg.backbone.weights, ("fp32", "bf16", "fp16"))

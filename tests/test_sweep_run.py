@@ -26,7 +26,7 @@ def sweep(tmp_path: Path, backbone: Path, *overrides: str) -> subprocess.Complet
             "trainer.max_steps=2", f"backbone.path={backbone}", "evaluation.frozen=false", "tracking.wandb=disabled",
             f"data.cache_dir={tmp_path / 'cache'}", *short, *overrides,
         ],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
 
 
@@ -62,10 +62,9 @@ def test_sweep_trains_once_and_goes_on_with_the_same_command(tmp_path: Path, tin
     assert (folder / "0_default" / "metrics.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("engine", [(), ("hydra.launcher.torchrun=true",)], ids=["lightning", "torchrun"])
-def test_sweep_of_jobs_of_two_processes(engine: tuple[str, ...], tmp_path: Path, tiny_backbone: Path) -> None:
-    """The first job trains on two ranks; the second finds that training, and its rank 1 has nothing to do."""
-    done = sweep(tmp_path, tiny_backbone, "trainer=ddp", "trainer.devices=2", *engine)
+def test_sweep_of_jobs_of_two_processes(tmp_path: Path, tiny_backbone: Path) -> None:
+    """The first job trains on two ranks; the second finds that training and only measures."""
+    done = sweep(tmp_path, tiny_backbone, "trainer=ddp", "trainer.devices=2")
     assert done.returncode == 0, done.stderr[-3000:]
     folder = check(tmp_path)
     logs = [path.read_text() for path in sorted(folder.glob("*/job.log"))]

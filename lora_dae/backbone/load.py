@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from lora_dae.backbone import pooled
 from lora_dae.backbone.layout import BackboneFolder, inspect_backbone
 from lora_dae.backbone.parts import load_part, load_scheduler, load_tokenizer
-from lora_dae.config import BackboneConfig
+from lora_dae.config import BackboneConfig, ConfigError
 
 ENCODE_BATCH_SIZE = 16
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -6,6 +6,7 @@ table.md, samples/, plots, report.html.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -216,10 +217,17 @@ def write_grid(rows: dict[str, np.ndarray], held_out: HeldOut, path: Path, count
 
 
 def evaluate_run(
-    run_dir: Path, console: Console, *, split: str = "test", run: LoadedRun | None = None, bf16: bool = False
+    run_dir: Path,
+    console: Console,
+    *,
+    split: str = "test",
+    run: LoadedRun | None = None,
+    bf16: bool = False,
+    on_images: Callable[[HeldOut, dict[str, np.ndarray]], None] | None = None,
 ) -> tuple[ResultsTable, np.ndarray]:
     """Draw, measure and report one run; returns the table and the sample grid.
 
+    ``on_images`` is given the held-out pairs and each row's images, uint8 (N, H, W, 3), before they are measured.
     Raises ConfigError for a folder that is no finished run or a split without images.
     """
     run = run or load_run(run_dir)
@@ -227,6 +235,8 @@ def evaluate_run(
     held_out = HeldOut.take(load_splits(cfg.data)[split], cfg.evaluation.num_samples, cfg.conditioning)
     extras = load_extras(cfg, held_out.captions)
     rows = draw_rows(run, held_out, console, bf16)
+    if on_images is not None:
+        on_images(held_out, rows)
     with console.status("measuring"):
         table, real = measure_rows(cfg, rows, held_out, split, extras)
     table.save(run_dir / "metrics.json")

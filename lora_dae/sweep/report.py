@@ -23,11 +23,17 @@ class SweepReport(Callback):
 
 
 def report_if_any(folder: Path) -> None:
-    """The report, where any job was measured; nothing otherwise."""
-    from lora_dae.sweep.table import find_runs
+    """The report, here and as a W&B run, where any job was measured; nothing otherwise."""
+    from lora_dae.sampling.load import read_config
+    from lora_dae.sweep.plots import leading_metrics
+    from lora_dae.sweep.table import find_runs, read_sweep
+    from lora_dae.sweep.wandb_report import log_sweep
 
-    if find_runs(folder):
+    runs = find_runs(folder)
+    if runs:
         print(f"report   {write_sweep_report(folder)}")
+        table = read_sweep(folder)
+        log_sweep(folder, table, leading_metrics(table), read_config(runs[0]).tracking)
 
 
 def write_sweep_report(folder: Path) -> Path:

@@ -59,7 +59,7 @@ def run_in_store(cfg: Config) -> Result:
     write_config(cfg)
     write_json(run_dir / "trained.json", read_json(folder / "trained.json"))
     evaluated = replace(cfg, tracking=replace(cfg.tracking, job_type="evaluate"))
-    loggers = tracking.wandb_loggers(evaluated, run_dir, to_dict(cfg), console)
+    loggers = tracking.build_trackers(evaluated, run_dir, to_dict(cfg), console)
     device = torch.device("cpu") if cfg.trainer.get("accelerator") == "cpu" else best_device()
     bf16 = choose_precision(str(cfg.trainer.get("precision", "auto")), device).startswith("bf16")
     return measure(cfg, loggers, device, bf16)
@@ -110,6 +110,8 @@ def take_over(folder: Path, run_dir: Path) -> None:
         partial = run_dir / f"{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(run_dir / name, ignore_errors=True)
+        if not (folder / name).is_dir():  # logger=none writes no csv
+            continue
         shutil.copytree(folder / name, partial, copy_function=_link)
         partial.rename(run_dir / name)
 

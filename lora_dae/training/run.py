@@ -31,7 +31,7 @@ from lora_dae.data.pair import PairDataset, replace_pixels
 from lora_dae.data.sources import check_mask, check_source, load_splits
 from lora_dae.enhancement.files import save_enhancement
 from lora_dae.enhancement.gates import EnhancementModule
-from lora_dae.evaluation.run import HeldOut, evaluate_run, write_grid
+from lora_dae.evaluation.run import HeldOut, evaluate_run, row_name, write_grid
 from lora_dae.evaluation.table import ResultsTable
 from lora_dae.export.command import export_beside, write_card
 from lora_dae.sampling.draw import Drawer
@@ -81,7 +81,7 @@ def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Tr
         folder.check_bucket(bucket)
     if cfg.adapter.init_from is not None:
         check_file(cfg.adapter.init_from)
-    tracking.wandb_mode(cfg.tracking.wandb)
+    tracking.check_tracking(cfg.tracking)
     _quiet()
     splits = load_splits(cfg.data)
     check_source(cfg, splits["train"])
@@ -112,10 +112,25 @@ def measure(cfg: Config, loggers: list[Any], device: torch.device, bf16: bool) -
     """Measure and report the finished training in the run folder, and tell the loggers."""
     run_dir = Path(cfg.run_dir)
     loaded = load_run(run_dir, device)
-    table, grid = evaluate_run(run_dir, console, run=loaded, bf16=bf16)
+    others = tracking.trackers(loggers)
+
+    def log_table(held_out: HeldOut, rows: dict[str, np.ndarray]) -> None:
+        count = cfg.tracking.num_grid_prompts
+        columns = {} if held_out.sources is None else {"source": held_out.sources}
+        columns |= {**rows, "real": np.stack([pair.image for pair in held_out.pairs])}
+        tracking.log_samples(others, "test/samples", held_out.captions[:count], columns)
+
+    table, grid = evaluate_run(run_dir, console, run=loaded, bf16=bf16, on_images=log_table)
     flat = {f"test/{m}/{k}".replace(" ", "_"): v.value for m, row in table.methods.items() for k, v in row.items()}
-    tracking.log_metrics(tracking.trackers(loggers), flat, int(cfg.trainer.get("max_steps", 500)))
-    tracking.log_image(loggers, "test/grid", grid)
+    own = table.methods.get(row_name(cfg.enhancement.strength), table.methods[row_name(0.0)])
+    flat |= {f"test/{name}": metric.value for name, metric in own.items()}  # the run's own row, for comparing runs
+    # The enhancement's steps came after the adapter's.
+    last = int(cfg.trainer.get("max_steps", 500)) + (cfg.enhancement.max_steps if cfg.enhancement.enabled else 0)
+    for logger in others:
+        if isinstance(logger, tracking.StagedLogger):
+            logger.offset = 0
+    tracking.log_metrics(others, flat, last)
+    tracking.log_image(others, "test/grid", grid, last)
     tracking.finish(loggers)
     write_card(run_dir, cfg, loaded.backbone.folder.family, run_dir / "adapter")
     return Result(run_dir, table)
@@ -252,8 +267,8 @@ class Training:
             grids = callbacks.SampleGrid(cfg.tracking.sample_every_n_steps, lambda step: self._grid(ema, step))
             extra.append(grids)
         loggers = self.loggers
-        if loggers and stage == "enhancement":  # the columns of two fits do not mix in one file
-            loggers = [tracking.csv_logger(self.run_dir, stage), *loggers[1:]]
+        if stage == "enhancement":
+            loggers = tracking.stage_loggers(loggers, self.run_dir, stage, self.steps)
         trainer = _trainer(cfg, self.run_dir, self.precision, steps, extra, stage == "adapter", loggers)
         self.module.unet.train(stage == "adapter")
         trainer.fit(self.module, datamodule=data, ckpt_path=checkpoint, weights_only=checkpoint is not None or None)
@@ -279,7 +294,7 @@ class Training:
         grid = write_grid(
             {f"step {step}": images}, held_out, self.run_dir / "samples" / f"step_{step:06d}.png", len(images)
         )
-        tracking.log_image(self.loggers, "val/samples", grid)
+        tracking.log_image(self.loggers, "val/samples", grid, step)
 
     def export(self) -> None:
         """Write adapter/: the averaged weights in the formats that other programs read."""

@@ -1,19 +1,30 @@
-"""Where numbers and pictures go: a CSV file always, Weights & Biases as far as it is wanted and possible."""
+"""Where numbers and pictures go: a CSV file, and Weights & Biases or TensorBoard as far as wanted and possible."""
 
 from __future__ import annotations
 
+import importlib.util
 import netrc
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from rich.console import Console
 
-from lora_dae.config import Config, ConfigError
+from lora_dae.config import Config, ConfigError, TrackingConfig
 
+STEP = "trainer/global_step"  # Lightning's name for the axis
+SUMMARIES = {"train/loss": "min", "val/loss": "min", "images/s": "max", "test/*": "last"}
 WANDB_MODES = ("auto", "online", "offline", "disabled")
+
+
+def check_tracking(cfg: TrackingConfig) -> None:
+    """Raises ConfigError for a mode that is none, and for a logger whose library is missing."""
+    wandb_mode(cfg.wandb)
+    if cfg.logger == "tensorboard" and not any(map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))):
+        raise ConfigError("logger=tensorboard needs TensorBoard: pip install 'lora-dae[tensorboard]'.")
 
 
 def wandb_mode(setting: str) -> str:
@@ -47,34 +58,54 @@ def csv_logger(run_dir: Path, stage: str = "") -> CSVLogger:
     return CSVLogger(run_dir, name="csv", version=stage)
 
 
+class StagedLogger:
+    """Steps that go on where the stage before ended, so that they never run backwards in one log."""
+
+    offset = 0
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics(metrics, None if step is None else step + self.offset)  # type: ignore[misc]
+
+
+class StagedWandbLogger(StagedLogger, WandbLogger):
+    pass
+
+
+class StagedTensorBoardLogger(StagedLogger, TensorBoardLogger):
+    pass
+
+
 def build_loggers(cfg: Config, run_dir: Path, plain: dict[str, Any], console: Console) -> list[Logger]:
-    """The CSV logger (``csv/metrics.csv``) and, unless disabled, W&B."""
-    return [csv_logger(run_dir), *wandb_loggers(cfg, run_dir, plain, console)]
+    """What ``tracking.logger`` names: the CSV log (``csv/metrics.csv``) first, unless it is ``none``."""
+    return [] if cfg.tracking.logger == "none" else [csv_logger(run_dir), *build_trackers(cfg, run_dir, plain, console)]
 
 
-def wandb_loggers(cfg: Config, run_dir: Path, plain: dict[str, Any], console: Console) -> list[Logger]:
-    """The W&B logger, or none where ``tracking.wandb`` is disabled."""
+def build_trackers(cfg: Config, run_dir: Path, plain: dict[str, Any], console: Console) -> list[Logger]:
+    """The loggers beside the CSV log."""
+    if cfg.tracking.logger == "tensorboard":
+        return [StagedTensorBoardLogger(run_dir, name="tensorboard", version="")]
     mode = wandb_mode(cfg.tracking.wandb)
-    if mode == "disabled":
+    if cfg.tracking.logger != "wandb" or mode == "disabled":
         return []
     if mode == "offline":
         console.print(
             f"W&B is offline; upload later with: wandb sync {run_dir / 'wandb'}/offline-run-*", soft_wrap=True
         )
     os.environ.setdefault("WANDB_SILENT", "true")
-    return [
-        WandbLogger(
-            name=run_dir.name,
-            save_dir=run_dir,
-            offline=mode == "offline",
-            project=cfg.tracking.project,
-            group=cfg.tracking.group or cfg.name,
-            job_type=cfg.tracking.job_type,
-            tags=[*cfg.tracking.tags, cfg.name, cfg.conditioning],
-            config=plain,
-            log_model=False,  # every checkpoint would be uploaded
-        )
-    ]
+    logger = StagedWandbLogger(
+        name=run_dir.name,
+        save_dir=run_dir,
+        offline=mode == "offline",
+        project=cfg.tracking.project,
+        group=cfg.tracking.group or cfg.name,
+        job_type=cfg.tracking.job_type,
+        tags=[*cfg.tracking.tags, cfg.name, cfg.conditioning],
+        config=plain,
+        log_model=False,  # every checkpoint would be uploaded
+    )
+    for name, summary in SUMMARIES.items():
+        logger.experiment.define_metric(name, step_metric=STEP, step_sync=True, summary=summary)
+    return [logger]
 
 
 def trackers(loggers: list[Logger]) -> list[Logger]:
@@ -82,11 +113,39 @@ def trackers(loggers: list[Logger]) -> list[Logger]:
     return [logger for logger in loggers if not isinstance(logger, CSVLogger)]
 
 
-def log_image(loggers: list[Logger], key: str, image: np.ndarray) -> None:
+def stage_loggers(loggers: list[Logger], run_dir: Path, stage: str, offset: int) -> list[Logger]:
+    """For a later stage: a CSV log of its own (columns of two fits do not mix), the same trackers, later steps."""
+    for logger in loggers:
+        if isinstance(logger, StagedLogger):
+            logger.offset = offset
+    return [csv_logger(run_dir, stage), *trackers(loggers)] if loggers else []
+
+
+def log_image(loggers: list[Logger], key: str, image: np.ndarray, step: int | None = None) -> None:
     """One picture, uint8 (H, W, 3), to the loggers that take pictures."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(key, [image])
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(key, image, step, dataformats="HWC")
+
+
+def log_samples(
+    loggers: list[Logger],
+    key: str,
+    captions: list[str],
+    columns: Mapping[str, np.ndarray],
+) -> None:
+    """A W&B table of samples: the caption, then a picture per column, each uint8 (N, H, W, 3)."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            rows = [
+                [caption, *(wandb.Image(images[i]) for images in columns.values())]
+                for i, caption in enumerate(captions)
+            ]
+            logger.log_table(key, columns=["prompt", *columns], data=rows)
 
 
 def log_metrics(loggers: list[Logger], metrics: dict[str, float], step: int) -> None:

@@ -1,0 +1,232 @@
+"""Optuna over whole runs: ask for a configuration, train and measure it in a process of its own, tell the result.
+
+    <folder>/study.db       every trial (SQLite); the same command goes on with it
+    <folder>/<number>/      the run folder of a trial
+
+A trial that was cut off is asked for again with the same values, and its training goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from lora_dae.config import ConfigError
+from lora_dae.sweep.files import read_json
+from lora_dae.sweep.jobs import INPUT_ERROR, last_error
+from lora_dae.sweep.launcher import InterruptedSweepError, quoted
+from lora_dae.sweep.locks import held, try_lock
+
+POLL = 0.2  # seconds
+STARTUP_TRIALS = 3  # that the median needs before it prunes
+DIRECTIONS = ("minimize", "maximize")
+
+
+@dataclass
+class SearchRequest:
+    """conf/search.yaml."""
+
+    name: str
+    trials: int
+    folder: str
+    objectives: dict[str, str]
+    space: dict[str, dict[str, Any]]
+    overrides: list[str]
+    pruning: bool
+    seed: int
+
+
+class Pruned(Exception):  # noqa: N818 - an outcome, no error
+    """Validation says that this training is not worth its end."""
+
+
+def check_request(request: SearchRequest) -> None:
+    """Raises ConfigError for objectives and spaces that are none."""
+    if request.trials < 1 or not request.objectives or not request.space:
+        raise ConfigError("a search needs trials of at least 1, an objective and a space: see conf/search.yaml.")
+    for name, direction in request.objectives.items():
+        if direction not in DIRECTIONS:
+            raise ConfigError(f"objectives.{name}={direction} is unknown: use minimize or maximize.")
+    for key, entry in request.space.items():
+        range_keys = {"low", "high"} <= set(entry) <= {"low", "high", "log"}
+        if set(entry) != {"choice"} and not range_keys:
+            raise ConfigError(f"space.{key}={entry} is no space: give choice: [...], or low and high (and log: true).")
+
+
+def suggest(trial: Any, space: dict[str, dict[str, Any]]) -> list[str]:
+    """The trial's overrides. Whole numbers at both ends give whole numbers."""
+    overrides = []
+    for key, entry in space.items():
+        if "choice" in entry:
+            value = trial.suggest_categorical(key, entry["choice"])
+        elif isinstance(entry["low"], int) and isinstance(entry["high"], int):
+            value = trial.suggest_int(key, entry["low"], entry["high"], log=entry.get("log", False))
+        else:
+            value = trial.suggest_float(key, entry["low"], entry["high"], log=entry.get("log", False))
+        overrides.append(f"{key}={value}")
+    return overrides
+
+
+def train_command(overrides: list[str], run_dir: Path) -> list[str]:
+    """One trial as a single run that trains nothing twice."""
+    call = "from lora_dae.cli import train; train()"
+    arguments = [*overrides, f"hydra.run.dir={quoted(run_dir)}"]
+    if not any(override.startswith("store=") for override in overrides):
+        arguments.insert(0, "store=multirun/store")
+    return [sys.executable, "-c", call, *arguments]
+
+
+def search(
+    request: SearchRequest, console: Console, make_command: Callable[[list[str], Path], list[str]] = train_command
+) -> Any:
+    """Run trials until ``request.trials`` have ended; returns the Optuna study.
+
+    Raises ConfigError for a bad request, for a config that train.py refuses, without Optuna, and while another
+    process searches in the same folder.
+    """
+    check_request(request)
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError("search.py needs Optuna: pip install 'lora-dae[search]'.") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folder = Path(request.folder)
+    lock = try_lock(folder / "search.lock")
+    if lock is None:
+        raise ConfigError(f"another process searches in {folder}: wait for it, or give another name.")
+    with held(lock):
+        storage = f"sqlite:///{(folder / 'study.db').as_posix()}"
+        study = optuna.create_study(
+            storage=storage, study_name=request.name, directions=list(request.objectives.values()), load_if_exists=True
+        )
+        if [str(d.name).lower() for d in study.directions] != list(request.objectives.values()):
+            raise ConfigError(f"{folder} holds a search with other objectives: give another name.")
+        # Optuna prunes studies of one objective only; validation loss is one, in a study beside the search.
+        validation = optuna.create_study(
+            storage=storage, study_name=f"{request.name}-validation", load_if_exists=True,
+            pruner=optuna.pruners.MedianPruner(STARTUP_TRIALS, n_warmup_steps=0) if request.pruning
+            else optuna.pruners.NopPruner(),
+        )  # fmt: skip
+        _take_up(study, validation, optuna.trial.TrialState)
+        # A sampler that begins anew with the same seed would propose the same values again.
+        study.sampler = optuna.samplers.TPESampler(seed=request.seed + len(study.trials))
+        while _ended(study, optuna.trial.TrialState) < request.trials:
+            _one_trial(study, validation, request, folder, console, make_command)
+    return study
+
+
+def _take_up(study: Any, validation: Any, states: Any) -> None:
+    """Trials that a killed search left running end as failed and are asked for again."""
+    for trial in study.get_trials(states=(states.RUNNING,)):
+        study.tell(trial.number, state=states.FAIL)
+        study.enqueue_trial(trial.params)
+    for trial in validation.get_trials(states=(states.RUNNING,)):
+        validation.tell(trial.number, state=states.FAIL)
+
+
+def _ended(study: Any, states: Any) -> int:
+    return len(study.get_trials(states=(states.COMPLETE, states.PRUNED)))
+
+
+def _one_trial(
+    study: Any,
+    validation: Any,
+    request: SearchRequest,
+    folder: Path,
+    console: Console,
+    make_command: Callable[[list[str], Path], list[str]],
+) -> None:
+    import optuna
+
+    trial, watched = study.ask(), validation.ask()
+    overrides = suggest(trial, request.space)
+    run_dir = folder / str(trial.number)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    states = optuna.trial.TrialState
+    try:
+        code = _run(make_command([*request.overrides, *overrides], run_dir), run_dir, watched)
+    except Pruned as pruned:
+        study.tell(trial, state=states.PRUNED)
+        validation.tell(watched, state=states.PRUNED)
+        words = f"pruned: {pruned}"
+    else:
+        loss = _last_validated(run_dir)
+        validation.tell(watched, loss, state=states.COMPLETE if loss is not None else states.FAIL)
+        if code != 0:
+            study.tell(trial, state=states.FAIL)
+            error = last_error(run_dir / "job.log") or f"exit code {code}"
+            if code == INPUT_ERROR or _failures_in_a_row(study, states) >= STARTUP_TRIALS:
+                raise ConfigError(f"trial {trial.number} ({' '.join(overrides)}) failed: {error}")
+            words = f"failed: {error}"
+        else:
+            values = read_objectives(run_dir, list(request.objectives))
+            study.tell(trial, values)
+            words = ", ".join(f"{n} {v:.4g}" for n, v in zip(request.objectives, values, strict=True))
+    console.print(
+        f"trial {trial.number}  {' '.join(overrides)}  {words}", soft_wrap=True, highlight=False, markup=False
+    )
+
+
+def _run(command: list[str], run_dir: Path, watched: Any) -> int:
+    """The exit code of a trial's process; ends it and raises Pruned when its validation loss says so."""
+    with (run_dir / "job.log").open("ab") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    told: set[int] = set()
+    try:
+        while process.poll() is None:
+            time.sleep(POLL)
+            for step, loss in read_json(run_dir / "status.json").get("validated", {}).items():
+                if int(step) not in told:
+                    told.add(int(step))
+                    watched.report(float(loss), int(step))
+                    if watched.should_prune():
+                        raise Pruned(f"validation loss {loss:.4g} at step {step}")
+        return process.returncode
+    except KeyboardInterrupt as error:
+        raise InterruptedSweepError from error
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _last_validated(run_dir: Path) -> float | None:
+    values = read_json(run_dir / "status.json").get("validated", {})
+    return float(values[max(values, key=int)]) if values else None
+
+
+def _failures_in_a_row(study: Any, states: Any) -> int:
+    count = 0
+    for trial in reversed(study.trials):
+        if trial.state not in (states.FAIL, states.WAITING):
+            break
+        count += trial.state == states.FAIL
+    return count
+
+
+def read_objectives(run_dir: Path, names: list[str]) -> list[float]:
+    """The measured values of a run at its own strength. Raises ConfigError where one was not measured."""
+    methods = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))["methods"]
+    strength = float(OmegaConf.load(run_dir / "config.yaml").enhancement.strength)
+    row = methods.get(f"strength {strength:g}", methods["strength 0"])
+    missing = [name for name in names if row.get(name, {}).get("value") is None]
+    if missing:
+        raise ConfigError(f"objectives.{missing[0]} was not measured: use some of {', '.join(row)}.")
+    return [float(row[name]["value"]) for name in names]

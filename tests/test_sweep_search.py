@@ -1,0 +1,167 @@
+"""The search on a script without torch: it prunes, goes on after a kill, and says mistakes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lora_dae.config import ConfigError
+from lora_dae.sweep.search import SearchRequest, check_request, read_objectives, search, suggest, train_command
+
+optuna = pytest.importorskip("optuna")
+ROOT = Path(__file__).parent.parent
+JOB = """
+import json, sys, time
+from pathlib import Path
+run, overrides = Path(sys.argv[1]), dict(o.split("=") for o in sys.argv[2:])
+x = float(overrides["x"])
+with open("ran.txt", "a") as file:
+    file.write(f"{x}\\n")
+if "broken" in overrides:
+    print("error: x is broken")
+    sys.exit(2)
+if "stop_at" in overrides and len(open("ran.txt").read().split()) == int(overrides["stop_at"]):
+    Path("here").touch()
+    time.sleep(60)
+(run / "status.json").write_text(json.dumps({"validated": {"1": abs(x)}}))
+if "slow" in overrides and abs(x) > 4:
+    time.sleep(60)
+own = {"fd": {"value": (x - 2) ** 2}, "lsd": {"value": (x + 2) ** 2}}
+methods = {"strength 0": {"fd": {"value": -1}}, "strength 1": own}
+(run / "metrics.json").write_text(json.dumps({"methods": methods}))
+(run / "config.yaml").write_text("enhancement: {strength: 1.0}")
+"""
+REQUEST = SearchRequest("s", 6, "search", {"fd": "minimize"}, {"x": {"low": -5.0, "high": 5.0}}, [], True, 0)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.py").write_text(JOB)
+
+
+def job(overrides: list[str], run_dir: Path) -> list[str]:
+    return [sys.executable, "job.py", str(run_dir), *overrides]
+
+
+def run(request: SearchRequest) -> optuna.Study:
+    return search(request, Console(quiet=True), job)
+
+
+def test_search_goes_on_without_asking_twice() -> None:
+    first = [(t.params["x"], t.value) for t in run(replace(REQUEST, trials=3)).trials]
+    assert len(first) == 3 and all((x - 2) ** 2 == pytest.approx(value) for x, value in first)
+    more = [(t.params["x"], t.value) for t in run(replace(REQUEST, trials=6)).trials]
+    assert more[:3] == first
+    assert len(set(more)) == 6  # a sampler that began anew would ask for the first three again
+
+
+def test_two_objectives_have_a_front_between_them() -> None:
+    study = run(replace(REQUEST, objectives={"fd": "minimize", "lsd": "minimize"}, trials=5, pruning=False))
+    front = [t.params["x"] for t in study.best_trials]
+    inside = [t.params["x"] for t in study.trials if -2 <= t.params["x"] <= 2]
+    assert set(inside) <= set(front)  # between the two minima no point beats another
+
+
+def test_bad_validation_is_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials with a large validation loss would sleep for a minute: they end as soon as they have told it."""
+    study = run(replace(REQUEST, objectives={"fd": "minimize", "lsd": "minimize"}, trials=3,
+                        space={"x": {"low": -1.0, "high": 1.0}}))  # fmt: skip
+    assert all(t.state == optuna.trial.TrialState.COMPLETE for t in study.trials)
+    study.enqueue_trial({"x": 5.0})
+    more = run(replace(REQUEST, objectives={"fd": "minimize", "lsd": "minimize"}, trials=4, overrides=["slow=1"]))
+    assert more.trials[-1].params == {"x": 5.0}
+    assert more.trials[-1].state == optuna.trial.TrialState.PRUNED
+
+
+def test_killed_search_asks_again_for_what_was_cut_off(tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from test_sweep_search import REQUEST, job, replace, search, Console
+search(replace(REQUEST, trials=3, overrides=["stop_at=2"]), Console(quiet=True), job)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, start_new_session=True)
+    try:
+        while not (tmp_path / "here").exists():
+            assert process.poll() is None
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    study = run(replace(REQUEST, trials=3))
+    ran = [float(x) for x in (tmp_path / "ran.txt").read_text().split()]
+    assert len(ran) == 4 and ran[1] == ran[2]
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_a_mistake_stops_the_search_with_its_sentence() -> None:
+    with pytest.raises(ConfigError, match="x is broken"):
+        run(replace(REQUEST, overrides=["broken=1"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objectives": {"fd": "smaller"}}, "objectives.fd=smaller"),
+        ({"space": {"x": {"low": 1}}}, "space.x"),
+        ({"space": {}}, "space"),
+        ({"trials": 0}, "trials"),
+    ],
+    ids=["direction", "half a range", "no space", "no trials"],
+)
+def test_bad_requests_are_one_sentence(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_request(replace(REQUEST, **change))  # type: ignore[arg-type]
+
+
+def test_objectives_of_another_search_are_refused() -> None:
+    run(replace(REQUEST, trials=1))
+    with pytest.raises(ConfigError, match="other objectives"):
+        run(replace(REQUEST, objectives={"fd": "maximize"}))
+
+
+def test_an_objective_that_was_not_measured_is_named(tmp_path: Path) -> None:
+    run(replace(REQUEST, trials=1))
+    assert read_objectives(tmp_path / "search" / "0", ["lsd"])[0] >= 0
+    with pytest.raises(ConfigError, match="attr_color"):
+        read_objectives(tmp_path / "search" / "0", ["attr_color"])
+
+
+def test_whole_numbers_stay_whole() -> None:
+    trial = optuna.trial.FixedTrial({"adapter.rank": 8, "a": 0.5, "b": "x"})
+    space = {
+        "adapter.rank": {"low": 4, "high": 64, "log": True},
+        "a": {"low": 0.1, "high": 1.0},
+        "b": {"choice": ["x"]},
+    }
+    assert suggest(trial, space) == ["adapter.rank=8", "a=0.5", "b=x"]
+
+
+def test_shipped_search_composes_and_every_trial_is_a_config_that_trains() -> None:
+    """conf/search.yaml: both ends of every space pass the config's own checks."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from lora_dae.cli import typed
+    from lora_dae.config import check, conf_dir, register
+
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        request = SearchRequest(**OmegaConf.to_container(compose("search", ["name=x"]), resolve=True))  # type: ignore[arg-type]
+        check_request(request)
+        assert request.folder == "multirun/search_x"
+        for end in (0, -1):
+            values = {
+                k: e["choice"][end] if "choice" in e else [e["low"], e["high"]][end] for k, e in request.space.items()
+            }
+            overrides = suggest(optuna.trial.FixedTrial(values), request.space)
+            command = train_command(overrides, Path("here"))
+            assert command[3] == "store=multirun/store" and command[-1] == 'hydra.run.dir="here"'
+            check(typed(compose("train", [*overrides, "run_dir=here"])))

@@ -1,0 +1,171 @@
+"""What W&B and TensorBoard are given, read back from their own files."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+import yaml
+from compose import config
+from hydra import compose, initialize_config_dir
+from wandb.proto import wandb_internal_pb2
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+from lora_dae.cli import typed
+from lora_dae.config import Config, ConfigError, TrackingConfig, check, conf_dir, register
+from lora_dae.training import run as training
+from lora_dae.training import tracking
+
+ROOT = Path(__file__).parent.parent
+BLOCK, HEADER = 32768, 7
+Make = Callable[..., Config]
+
+
+def records(path: Path) -> Iterator[Any]:
+    """The protobuf records of an offline run: LevelDB's log format after a header of seven bytes (":W&B" ...)."""
+    data = path.read_bytes()
+    assert data[:4] == b":W&B"
+    position, parts = HEADER, b""
+    while position + HEADER <= len(data):
+        if BLOCK - position % BLOCK < HEADER:  # the rest of a block is padding
+            position += BLOCK - position % BLOCK
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + HEADER])
+        parts += data[position + HEADER : position + HEADER + length]
+        position += HEADER + length
+        if kind in (1, 4):  # whole, or last part
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            yield record
+            parts = b""
+
+
+def nested(items: Any) -> dict[str, Any]:
+    """Keys and JSON values as W&B shows them: media have keys of several parts."""
+    row: dict[str, Any] = {}
+    for item in items:
+        *parents, last = item.nested_key or [item.key]
+        place = row
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = json.loads(item.value_json)
+    return row
+
+
+def read_offline(run_dir: Path) -> tuple[Any, list[dict[str, Any]], dict[str, Any]]:
+    """(run record, rows of history, metric definitions by name) of the one offline run below ``run_dir``."""
+    (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    found = list(records(path))
+    run = next(r.run for r in found if r.WhichOneof("record_type") == "run")
+    rows = [nested(r.history.item) for r in found if r.WhichOneof("record_type") == "history"]
+    metrics = {r.metric.name or r.metric.glob_name: r.metric for r in found if r.WhichOneof("record_type") == "metric"}
+    return run, rows, metrics
+
+
+@pytest.fixture
+def make(tiny_backbone: Path, tmp_path: Path) -> Make:
+    def build(*overrides: str) -> Config:
+        options = ("adapter.rank=2", "evaluation.frozen=false", *overrides)
+        return config(tiny_backbone, tmp_path / "run", tmp_path / "cache", *options)
+
+    return build
+
+
+def test_offline_run_holds_everything(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    cfg = make(
+        "tracking.wandb=offline", "tracking.group=together", "tracking.tags=[mine]", "tracking.sample_every_n_steps=2",
+        "enhancement.strength=0.5", "trainer.log_every_n_steps=1", "tracking.num_grid_prompts=3",
+    )  # fmt: skip
+    result = training.run(cfg)
+    assert result.table is not None
+    assert wandb.run is None  # closed: the next run of this process gets one of its own
+    run, rows, metrics = read_offline(result.run_dir)
+    assert (run.project, run.run_group, run.job_type) == ("lora-dae", "together", "train")
+    assert set(run.tags) == {"mine", "default", "source"}
+    told = nested(run.config.update)
+    assert told["adapter"]["rank"] == 2 and told["enhancement"]["strength"] == 0.5
+    columns = {name: [row[name] for row in rows if name in row] for name in {key for row in rows for key in row}}
+    assert len(columns["train/loss"]) == 4 + 1  # every step of both stages
+    assert {"val/loss", "images/s", "enhancement/power_gap", "val/samples", "test/grid"} <= set(columns)
+    steps = columns["trainer/global_step"]
+    assert steps == sorted(steps) and steps[-1] == 5
+    assert columns["_step"] == sorted(set(columns["_step"]))
+    for method, row in result.table.methods.items():
+        for name, metric in row.items():
+            assert columns[f"test/{method}/{name}".replace(" ", "_")] == [metric.value]
+    assert columns["test/fd_effnet"] == columns["test/strength_0.5/fd_effnet"]
+    samples = columns["test/samples"][0]
+    (table,) = result.run_dir.glob(f"wandb/offline-run-*/files/{samples['path']}")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["prompt", "source", "strength 0", "strength 0.5", "real"]
+    assert len(content["data"]) == 3
+    assert metrics["val/loss"].summary.min and metrics["images/s"].summary.max
+
+
+def test_no_logger_and_tensorboard(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = training.run(make("logger=none", "trainer.max_steps=1", "enhancement=none"))
+    assert (result.run_dir / "report.html").is_file()
+    assert not (result.run_dir / "csv").exists() and not (result.run_dir / "wandb").exists()
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"lora-dae\[tensorboard\]"):
+        training.run(make("logger=tensorboard"))
+
+
+def test_tensorboard_gets_curves_of_both_stages(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    cfg = Config(run_dir=str(tmp_path), tracking=TrackingConfig(logger="tensorboard"))
+    from rich.console import Console
+
+    loggers = tracking.build_loggers(cfg, tmp_path, {}, Console(quiet=True))
+    tracking.log_metrics(tracking.trackers(loggers), {"train/loss": 2.0}, 3)
+    tracking.log_metrics(tracking.stage_loggers(loggers, tmp_path, "enhancement", 4), {"train/loss": 1.0}, 1)
+    tracking.finish(loggers)
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 2.0), (5, 1.0)]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (conf_dir() / "logger").glob("*.yaml")))
+def test_every_logger_config_names_its_logger(name: str) -> None:
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = typed(compose("train", [f"logger={name}", "run_dir=x"]))
+    check(cfg)
+    assert cfg.tracking.logger == name
+
+
+def test_an_unknown_logger_is_named() -> None:
+    with pytest.raises(ConfigError, match="tracking.logger=loud"):
+        check(Config(run_dir="x", tracking=TrackingConfig(logger="loud")))
+
+
+def test_wandb_sweep_is_one_hydra_command_per_trial() -> None:
+    """W&B's own code turns the file into the agent's command; Hydra and the config's checks take all its corners."""
+    sweep = yaml.safe_load((ROOT / "experiments" / "wandb_sweep.yaml").read_text())
+    register()
+    assert (ROOT / sweep["program"]).is_file()
+    for end in (0, -1):
+        values = {
+            name: (entry["values"] if "values" in entry else [entry["min"], entry["max"]])[end]
+            for name, entry in sweep["parameters"].items()
+        }
+        arguments = create_sweep_command_args({"args": {name: {"value": value} for name, value in values.items()}})
+        macros = {
+            "${env}": ["/usr/bin/env"],
+            "${program}": [sweep["program"]],
+            "${args_no_hyphens}": arguments["args_no_hyphens"],
+        }  # noqa: E501
+        command = [word for part in create_sweep_command(list(sweep["command"])) for word in macros.get(part, [part])]
+        assert command[:3] == ["/usr/bin/env", "python", "train.py"]
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            cfg = typed(compose("train", [*command[3:], "run_dir=x"]))
+        check(cfg)
+        assert cfg.store == "multirun/store" and cfg.enhancement.strength == values["enhancement.strength"]
+        assert cfg.optimizer.learning_rate == pytest.approx(values["optimizer.learning_rate"])
+    assert sweep["metric"]["name"].split("/")[0] == "test"
