@@ -25,7 +25,7 @@ from lora_dae.adapter.inject import layer_ranks
 from lora_dae.backbone.family import unet_family
 from lora_dae.backbone.hub import REPOSITORIES
 from lora_dae.backbone.layout import CONFIGS, inspect_backbone
-from lora_dae.backbone.load import load_backbone
+from lora_dae.backbone.load import encode_batch, load_backbone
 from lora_dae.backbone.parts import clip_vocabulary
 from lora_dae.backbone.pooled import pooled_width, unpack
 from lora_dae.config import AdapterConfig, BackboneConfig, ConfigError
@@ -129,6 +129,11 @@ def test_another_vae(folders: dict[str, Path], tiny_backbone: Path, tmp_path: Pa
     assert load_backbone(cfg).fingerprint != load_backbone(config(folders["sd15"])).fingerprint
     with pytest.raises(ConfigError, match="takes 4 channels but its VAE gives 8"):
         inspect_backbone(config(folders["sd15"], vae_path=str(tiny_backbone / "vae")))
+
+
+@pytest.mark.parametrize(("side", "photos"), [(128, 16), (256, 16), (512, 4), (768, 1), (1024, 1)])
+def test_large_photos_pass_the_vae_in_small_batches(side: int, photos: int) -> None:
+    assert encode_batch(side * side) == photos
 
 
 def test_half_precision_weights(folders: dict[str, Path]) -> None:

@@ -20,6 +20,7 @@ from lora_dae.backbone.parts import load_part, load_scheduler, load_tokenizer
 from lora_dae.config import BackboneConfig, ConfigError
 
 ENCODE_BATCH_SIZE = 16
+ENCODE_PIXELS = 16 * 256 * 256  # at once: an SDXL VAE takes about 1.5 GB for a photo of 1024 x 1024
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -98,7 +99,7 @@ class Backbone:
         """
         means, stds = [], []
         with self._awake(self.vae):
-            for batch in _batches(images):
+            for batch in _batches(images, images.shape[1] * images.shape[2]):
                 pixels = torch.from_numpy(np.ascontiguousarray(batch)).to(self.device)
                 encoded = self.vae.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
                 if isinstance(self.vae, AutoencoderTiny):
@@ -159,7 +160,7 @@ class Backbone:
         """Scaled latents (N, C, h, w) to images, float32 (N, 3, H, W) in [0, 1]."""
         images = []
         with self._awake(self.vae):
-            for batch in _batches(latents):
+            for batch in _batches(latents, latents.shape[2] * latents.shape[3] * self.vae_scale_factor**2):
                 raw = batch.to(self.device, torch.float32) / self._scale + self._shift
                 images.append((self.vae.decode(raw).sample / 2 + 0.5).clamp(0, 1))
         return torch.cat(images)
@@ -209,6 +210,12 @@ def load_backbone(cfg: BackboneConfig, device: str | torch.device = "cpu") -> Ba
     )
 
 
-def _batches(items: Any) -> Iterator[Any]:
-    for start in range(0, len(items), ENCODE_BATCH_SIZE):
-        yield items[start : start + ENCODE_BATCH_SIZE]
+def encode_batch(pixels: int) -> int:
+    """How many photos of so many pixels pass the VAE at once."""
+    return max(1, min(ENCODE_BATCH_SIZE, ENCODE_PIXELS // pixels))
+
+
+def _batches(items: Any, pixels: int) -> Iterator[Any]:
+    size = encode_batch(pixels)
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -28,7 +28,7 @@ from lora_dae.backbone import pooled
 from lora_dae.backbone.family import FAMILIES
 from lora_dae.backbone.hub import REPOSITORIES
 from lora_dae.backbone.layout import CONFIGS, inspect_backbone
-from lora_dae.backbone.load import ENCODE_BATCH_SIZE, WEIGHTS
+from lora_dae.backbone.load import WEIGHTS, encode_batch
 from lora_dae.config import Config
 from lora_dae.data.sources import check_source, load_splits
 from lora_dae.enhancement.gates import EnhancementModule
@@ -102,6 +102,7 @@ def print_plan(cfg: Config, plan: Plan, console: Console) -> None:
     console.print(plan.table, highlight=False)
     table = Table(title=f"Plan of {cfg.name}", show_header=False)
     square = f"{cfg.data.resolution} x {cfg.data.resolution}"
+    at_once = encode_batch(cfg.data.resolution**2)
     passes = plan.steps * cfg.data.batch_size / plan.images
     how = f"{cfg.trainer.get('precision', 'auto')}, batch {cfg.data.batch_size}, {square}"
     if cfg.backbone.gradient_checkpointing:
@@ -111,14 +112,16 @@ def print_plan(cfg: Config, plan: Plan, console: Console) -> None:
         "steps": f"{plan.steps} of {cfg.data.batch_size} photos ({passes:.1f} passes over {plan.images})",
         "cache": f"at most {_size(plan.cache)}",
         "adapter file": f"{_size(plan.adapter_file)} (checkpoint while training {_size(plan.checkpoint)})",
-        "memory, encoding": f"{_size(plan.encoding_peak)} ({ENCODE_BATCH_SIZE} photos of {square} at once)",
+        "memory, encoding": f"{_size(plan.encoding_peak)} ({at_once} photos of {square} at once)",
         "memory, one step": f"{_size(plan.step_peak)} ({how})",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
     console.print(
-        "Memory: tensors alive at the peak, without the operators' own scratch and what the process itself needs.",
+        "Memory: tensors alive at the peak, without the operators' own scratch and what the process itself needs.\n"
+        "Measured error: a real CPU step of the shipped backbone (batch 16, float32) grew the process by 573 MB where\n"
+        "this count has 404 MB of activations: allow 1.4 times the difference to the weights on a CPU.",
         highlight=False,
     )
 
@@ -210,7 +213,7 @@ def _encode(cfg: Config, shapes: _Shapes) -> None:
     with torch.device("meta"):
         vae = vae_class.from_config(shapes.vae).requires_grad_(False)
     materialize(vae, torch.float32)
-    photos = torch.zeros(ENCODE_BATCH_SIZE, 3, cfg.data.resolution, cfg.data.resolution)
+    photos = torch.zeros(encode_batch(cfg.data.resolution**2), 3, cfg.data.resolution, cfg.data.resolution)
     with torch.no_grad(), _autocast(cfg):
         vae.encode(photos)
 
