@@ -22,7 +22,7 @@ def workspace(entity: str, project: str, name: str) -> Any:
         import wandb_workspaces.workspaces as ws
     except ImportError as error:
         raise ConfigError("the dashboard needs wandb-workspaces: pip install 'lora-dae[dashboard]'.") from error
-    module = ["enhancement/power_gap", "enhancement/distribution"]
+    module: list[Any] = ["enhancement/power_gap", "enhancement/distribution"]
     rank, strength = panels.Config("adapter.rank"), panels.Config("enhancement.strength")
     training = [
         panels.LinePlot(title="Loss of the adapter", x=STEP, y=["train/loss"], smoothing_factor=0.8, log_y=True),
@@ -37,7 +37,7 @@ def workspace(entity: str, project: str, name: str) -> Any:
         panels.ScatterPlot(title="Texture gap over strength", x=strength, y=panels.SummaryMetric("test/lsd")),
         panels.ParallelCoordinatesPlot(
             columns=[
-                panels.ParallelCoordinatesPlotColumn(metric=metric)
+                panels.ParallelCoordinatesPlotColumn(metric=metric)  # type: ignore[arg-type]
                 for metric in (rank, strength, *map(panels.SummaryMetric, QUALITY[:3]))
             ]
         ),

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import Conv2d, Linear, LoraLayer
+from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -36,7 +36,8 @@ def fuse(model: nn.Module) -> int:
     return count
 
 
-def _is_plain(conv: nn.Conv2d) -> bool:
+def _is_plain(conv: nn.Module) -> bool:
+    assert isinstance(conv, nn.Conv2d)
     return conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
 
 
@@ -45,7 +46,7 @@ def merging_pays(positions: int, inputs: int, outputs: int) -> bool:
     return positions * (inputs + outputs) > inputs * outputs
 
 
-def _plain_adapter(layer: LoraLayer, x: Tensor, extra: dict[str, Any]) -> str | None:
+def _plain_adapter(layer: Linear | Conv2d, extra: bool) -> str | None:
     """The name of the one adapter whose output is exactly W x + s B A x; None if PEFT has to decide."""
     if extra or layer.disable_adapters or layer.merged:
         return None
@@ -65,8 +66,8 @@ class FusedLinear(Linear):
     """PEFT's LoRA Linear in one product."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = _plain_adapter(self, x, {**kwargs, **dict(enumerate(args))})
-        base = self.base_layer
+        name, base = _plain_adapter(self, bool(args or kwargs)), self.base_layer
+        assert isinstance(base, nn.Linear)
         if name is None or not merging_pays(x.numel() // x.shape[-1], base.in_features, base.out_features):
             return super().forward(x, *args, **kwargs)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
@@ -77,8 +78,8 @@ class FusedConv2d(Conv2d):
     """PEFT's LoRA Conv2d (A has the kernel, stride and padding, B is 1x1) in one convolution."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        name = _plain_adapter(self, x, {**kwargs, **dict(enumerate(args))})
-        base = self.base_layer
+        name, base = _plain_adapter(self, bool(args or kwargs)), self.base_layer
+        assert isinstance(base, nn.Conv2d)
         positions = x.shape[0] * x.shape[2] * x.shape[3] // (base.stride[0] * base.stride[1])
         if name is None or not merging_pays(positions, base.weight[0].numel(), base.out_channels):
             return super().forward(x, *args, **kwargs)

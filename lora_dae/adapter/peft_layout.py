@@ -103,7 +103,7 @@ def _alpha(settings: dict[str, Any] | None, module: str, rank: int) -> float:
     if settings is None:
         return float(rank)
     pattern = settings.get("alpha_pattern") or {}
-    alpha = float(pattern.get(get_pattern_key(pattern.keys(), module), settings.get("lora_alpha", rank)))
+    alpha = float(pattern.get(get_pattern_key(list(pattern), module)) or settings.get("lora_alpha", rank))
     return alpha * rank**0.5 if settings.get("use_rslora") else alpha  # alpha / sqrt(r) = (alpha * sqrt(r)) / r
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -29,9 +30,9 @@ def fetch(cfg: BackboneConfig) -> Path:
     repo = cfg.repo or repo
     revision = cfg.revision or (revision if cfg.repo is None else None)
     assert repo is not None
-    choice = {"revision": revision, "allow_patterns": _WANTED, "ignore_patterns": _UNWANTED}
+    choice: dict[str, Any] = {"revision": revision, "allow_patterns": _WANTED, "ignore_patterns": _UNWANTED}
     try:
-        return Path(snapshot_download(repo, local_files_only=True, **choice))  # type: ignore[arg-type]
+        return Path(snapshot_download(repo, local_files_only=True, **choice))
     except LocalEntryNotFoundError:
         pass
     offline = (
@@ -39,7 +40,7 @@ def fetch(cfg: BackboneConfig) -> Path:
         f"(cache: {constants.HF_HUB_CACHE})"
     )
     try:
-        return Path(snapshot_download(repo, **choice))  # type: ignore[arg-type]
+        return Path(snapshot_download(repo, **choice))
     except GatedRepoError as error:
         raise ConfigError(
             f"{repo} is gated: accept its licence on its page, log in with `hf auth login`, or {offline}."

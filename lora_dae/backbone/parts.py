@@ -82,7 +82,7 @@ def load_tokenizer(folder: BackboneFolder, part: str) -> CLIPTokenizer:
     settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings.pop("tokenizer_class", None)
     vocabulary, merges = clip_vocabulary()
-    return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), **settings)
+    return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), **settings)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=1)

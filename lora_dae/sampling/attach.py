@@ -27,7 +27,8 @@ from lora_dae.adapter.files import FILE_NAME, check_adapter
 from lora_dae.adapter.source_input import FILE_NAME as SOURCE_FILE
 from lora_dae.adapter.source_input import detach_source_input, load_source_input
 from lora_dae.config import ConfigError
-from lora_dae.data.square import fit_square, upright_rgb
+from lora_dae.data.decode import upright_rgb
+from lora_dae.data.square import fit_square
 from lora_dae.enhancement.files import load_enhancement
 from lora_dae.enhancement.gates import EnhancementModule
 from lora_dae.enhancement.hook import enhance_scheduler
@@ -76,7 +77,7 @@ def attach(pipe: Any, adapter: str | Path, strength: float = 1.0, placement: str
         pipe.unet.source_input.requires_grad_(False).to(device, dtype)
     pipe.load_lora_weights(folder, weight_name=FILE_NAME, adapter_name=_NAME)
     pipe._lora_dae = Attached(module, strength, placement, files[SOURCE_FILE])
-    pipe.__class__ = _attached_class(type(pipe))
+    pipe.__class__ = _attached_class(type(pipe))  # type: ignore[arg-type]
     return pipe
 
 
@@ -85,8 +86,8 @@ def detach(pipe: Any) -> Any:
     if isinstance(pipe, _AttachedPipeline):
         pipe.__class__ = type(pipe).plain_class
         del pipe._lora_dae
-        detach_source_input(pipe.unet)
-        pipe.unload_lora_weights()
+        detach_source_input(pipe.unet)  # type: ignore[attr-defined]
+        pipe.unload_lora_weights()  # type: ignore[attr-defined]
     return pipe
 
 

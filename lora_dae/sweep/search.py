@@ -108,7 +108,10 @@ def search(
     with held(lock):
         storage = f"sqlite:///{(folder / 'study.db').as_posix()}"
         study = optuna.create_study(
-            storage=storage, study_name=request.name, directions=list(request.objectives.values()), load_if_exists=True
+            storage=storage,
+            study_name=request.name,
+            directions=list(request.objectives.values()),  # type: ignore[arg-type]
+            load_if_exists=True,
         )
         if [str(d.name).lower() for d in study.directions] != list(request.objectives.values()):
             raise ConfigError(f"{folder} holds a search with other objectives: give another name.")

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lora_dae.config import TrackingConfig
 from lora_dae.sweep.plots import axes_of, slice_at_best
@@ -39,13 +40,13 @@ def log_sweep(folder: Path, table: SweepTable, metrics: Sequence[str], tracking:
         name=f"sweep {folder.name}",
         tags=tracking.tags,
     )
-    columns = ["configuration", *table.varied, *COSTS, *table.metrics]
+    columns: list[str | int] = ["configuration", *table.varied, *COSTS, *table.metrics]
     rows = [
         [row.label, *(_plain(row.values.get(k)) for k in table.varied), *(row.costs[c] for c in COSTS),
          *(row.metrics[m].value for m in table.metrics)]
         for row in table.rows
     ]  # fmt: skip
-    logged = {"sweep/table": wandb.Table(columns=columns, data=rows)}
+    logged: dict[str, Any] = {"sweep/table": wandb.Table(columns=columns, data=rows)}
     axes = axes_of(table)[:2]
     for metric in metrics if len(axes) == 2 else ():
         cells = [[*(str(row.values[key]) for key in axes), row.metrics[metric].value]
