@@ -49,7 +49,7 @@ def test_plain_pipeline_draws_what_the_training_model_draws(case: str, channels:
     for source in (tmp_path, file):
         pipeline = plain_pipeline(tiny_unet(channels=channels))
         pipeline.load_lora_weights(source)
-        torch.testing.assert_close(draw(pipeline), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(draw(pipeline), expected, rtol=0, atol=5e-5)  # products in another order
     assert (expected - base).abs().mean() > 0.1
 
 

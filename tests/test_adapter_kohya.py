@@ -50,7 +50,7 @@ def kohya_file(unet: UNet2DConditionModel, family: str, folder: Path) -> Path:
 @pytest.mark.parametrize("family", FAMILY)
 @pytest.mark.parametrize("case", PLAIN_CASES)
 def test_diffusers_reads_the_kohya_file(case: str, family: str, tmp_path: Path) -> None:
-    """Its own kohya import, on every mixture of ranks and alphas; largest difference 1e-6."""
+    """Its own kohya import, on every mixture of ranks and alphas; largest difference 1e-5: products in another order."""
     unet = trained(case, family)
     file = kohya_file(unet, family, tmp_path)
     fresh = tiny_unet(family)
@@ -58,7 +58,7 @@ def test_diffusers_reads_the_kohya_file(case: str, family: str, tmp_path: Path) 
     state, alphas = pipeline.lora_state_dict(str(file), unet_config=fresh.config)
     pipeline.load_lora_into_unet(state, alphas, fresh)
     expected, base = predict(unet, family=family), predict(tiny_unet(family), family=family)
-    torch.testing.assert_close(predict(fresh.eval(), family=family), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(predict(fresh.eval(), family=family), expected, rtol=0, atol=1e-5)
     assert (expected - base).abs().mean() > 0.01
 
 

@@ -179,7 +179,7 @@ def test_real_latent_space_and_photos(root: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     result = training.run(cfg)
     assert (result.run_dir / "samples" / "step_000001.png").is_file()
-    shapes = {np.load(file, mmap_mode="r").shape[1:] for file in (root / "cache").rglob("image_mean.npy")}
+    shapes = {np.load(file, mmap_mode="r").shape[1:] for file in (root / "cache").rglob("*.mean.npy")}
     assert (4, 8, 8) in shapes  # eight times smaller: TAESD's, not the tiny VAE's
     backbone = load_run(result.run_dir).backbone
     photo = np.full((1, 64, 64, 3), 200, np.uint8)

@@ -55,7 +55,7 @@ def run_in_store(cfg: Config) -> Result:
     train_once(cfg, folder, decision)
     say(run_dir / "status.json", "measuring")
     take_over(folder, run_dir)
-    (run_dir / "adapter" / "README.md").unlink()  # a link into the store: this run's strength is its own
+    (run_dir / "adapter" / "README.md").unlink(missing_ok=True)  # a link into the store: this run's strength is its own
     write_config(cfg)
     write_json(run_dir / "trained.json", read_json(folder / "trained.json"))
     evaluated = replace(cfg, tracking=replace(cfg.tracking, job_type="evaluate"))

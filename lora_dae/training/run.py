@@ -122,7 +122,7 @@ def measure(cfg: Config, loggers: list[Any], device: torch.device, bf16: bool) -
 
     table, grid = evaluate_run(run_dir, console, run=loaded, bf16=bf16, on_images=log_table)
     flat = {f"test/{m}/{k}".replace(" ", "_"): v.value for m, row in table.methods.items() for k, v in row.items()}
-    own = table.methods.get(row_name(cfg.enhancement.strength), table.methods[row_name(0.0)])
+    own = table.methods.get(row_name(cfg.enhancement.strength)) or table.methods.get(row_name(0.0), {})
     flat |= {f"test/{name}": metric.value for name, metric in own.items()}  # the run's own row, for comparing runs
     # The enhancement's steps came after the adapter's.
     last = int(cfg.trainer.get("max_steps", 500)) + (cfg.enhancement.max_steps if cfg.enhancement.enabled else 0)
