@@ -105,8 +105,8 @@ def test_two_strengths_are_one_training_and_two_runs(make: Make, trainings: list
     for run in (first, second):
         for name in ("report.html", "metrics.json", "csv/metrics.csv", "plots/loss.svg", "adapter/README.md"):
             assert (run.run_dir / name).stat().st_size > 0
-    assert ", 0.5)" in (first.run_dir / "adapter" / "README.md").read_text()
-    assert ", 1.5)" in (second.run_dir / "adapter" / "README.md").read_text()
+    assert "strength=0.5)" in (first.run_dir / "adapter" / "README.md").read_text()
+    assert "strength=1.5)" in (second.run_dir / "adapter" / "README.md").read_text()
     told = read_json(second.run_dir / "trained.json")
     assert told["hash"] == Path(trainings[0]).name and told["by"] == str(first.run_dir)
 
