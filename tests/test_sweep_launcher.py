@@ -80,6 +80,8 @@ def start(tmp_path: Path) -> Run:
         return subprocess.Popen(
             [sys.executable, str(tmp_path / "app.py"), "-m", *overrides], cwd=tmp_path, text=True,
             env={**environment, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            # A shell starts background commands with SIGINT ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     return run
