@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all."""
+"""Files and folders that appear complete or not at all, and safetensors read with one sentence for a damaged file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -52,6 +52,16 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapp
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(plain, partial, metadata=dict(metadata))
     return path
+
+
+def load_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, header) of a safetensors file, on the CPU; ConfigError with ``remedy`` if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            header = opened.metadata() or {}
+            return {key: opened.get_tensor(key) for key in opened.keys()}, header  # noqa: SIM118
+    except SafetensorError as error:
+        raise ConfigError(f"{path} is not a readable safetensors file: {remedy}.") from error
 
 
 def _remove(path: Path) -> None:

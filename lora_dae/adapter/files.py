@@ -18,10 +18,9 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lora_dae.adapter.atomic import save_tensors
+from lora_dae.adapter.atomic import load_tensors, save_tensors
 from lora_dae.adapter.fused import fuse
 from lora_dae.adapter.inject import ADAPTER_NAME, is_injected
 from lora_dae.adapter.source_input import SourceInput, detach_source_input
@@ -122,12 +121,7 @@ def _configuration(unet: UNet2DConditionModel, state: dict[str, Tensor]) -> dict
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not file.is_file():
         raise ConfigError(f"There is no adapter at {file}; give a run's adapter folder or its {FILE_NAME}.")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-            weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ConfigError(f"{file} is not a readable safetensors file; give a run's {FILE_NAME}.") from error
+    weights, header = load_tensors(file, f"give a run's {FILE_NAME}")
     if not any("lora" in key for key in weights):
         raise ConfigError(f"{file} holds no LoRA weights; give a run's {FILE_NAME}.")
     is_raw = all(key.startswith(_PREFIX) and ".lora_" in key for key in weights)

@@ -11,8 +11,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
 
+from lora_dae.adapter.atomic import load_tensors
 from lora_dae.adapter.inject import ADAPTER_NAME
 from lora_dae.adapter.kohya import from_kohya, known_names
 from lora_dae.adapter.peft_layout import from_peft, is_peft
@@ -42,12 +42,7 @@ def read_lora(path: str | Path, unet: UNet2DConditionModel) -> dict[str, LoraWei
     holds no LoRA, another kind of adapter, or values that are not finite.
     """
     file = check_file(path)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ConfigError(f"{file} is not a readable safetensors file: it is damaged, get it anew.") from error
+    tensors, header = load_tensors(file, "it is damaged, get it anew")
     if not any("lora" in key for key in tensors):
         raise ConfigError(f"{file} holds no LoRA weights.")
     if is_peft(list(tensors)):

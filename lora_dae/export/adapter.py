@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from lora_dae.adapter.atomic import atomic, save_tensors
+from lora_dae.adapter.atomic import atomic, load_tensors, save_tensors
 from lora_dae.adapter.files import FILE_NAME
 from lora_dae.adapter.kohya import kohya_metadata, to_kohya
 from lora_dae.adapter.peft_layout import from_peft, to_peft
@@ -23,12 +21,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, LoraWeights], dict[str, str]]:
     file = folder / FILE_NAME
     if not file.is_file():
         raise ConfigError(f"there is no adapter at {file}: a fully fine-tuned run is exported with format=merged.")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ConfigError(f"{file} is not a readable safetensors file: it is damaged, export it anew.") from error
+    tensors, header = load_tensors(file, "it is damaged, export it anew")
     layers = from_peft(tensors, header, str(file))
     check_finite(layers, str(file))
     return layers, header
