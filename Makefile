@@ -47,6 +47,11 @@ classifier: $(READY) ## train the shipped attribute classifier anew
 .PHONY: bench
 bench: $(READY) ## measure speed and size
 	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks.steps --memory
+
+.PHONY: bench-compare
+bench-compare: $(READY) ## what moved beyond noise: make bench-compare OLD=a.json NEW=b.json
+	$(BIN)/python -m benchmarks.compare $(OLD) $(NEW)
 
 .PHONY: ci
 ci: lint types test ## what has to pass before a change lands

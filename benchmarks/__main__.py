@@ -27,7 +27,7 @@ from lora_dae.backbone.studio.autoencoder import LATENT_CHANNELS
 from lora_dae.config import AdapterConfig, BackboneConfig
 from lora_dae.data.studio.attributes import draw_look
 from lora_dae.data.studio.scene import photo
-from lora_dae.enhancement.gates import EnhancementModule
+from lora_dae.enhancement.module import EnhancementModule
 
 console = Console()
 
@@ -88,7 +88,7 @@ def enhancement(repeats: int) -> dict[str, float]:
         "sd15": (sd15.to(memory_format=torch.channels_last), (1, 4, 64, 64), 77),  # type: ignore[call-overload]
     }
     module = EnhancementModule()
-    torch.nn.init.normal_(module.output.weight, std=0.1)
+    torch.nn.init.normal_(module.gain.output.weight, std=0.1)
     for name, (unet, shape, length) in cases.items():
         unet.requires_grad_(False).eval()
         x = torch.randn(shape).contiguous(memory_format=torch.channels_last)

@@ -114,10 +114,17 @@ class EnhancementConfig:
     placement: str = "prediction"  # prediction | direction | none
     enabled: bool = True
     strength: float = 1.0  # a sampling-time number; training does not depend on it
+    gain: bool = True  # a gain per band, place and noise level: all that acts without a source photo
+    texture: bool = True  # the source photo's bands, brought to where they belong (conditioning=source)
+    decoder: bool = True  # both once more on the decoded pixels
     levels: int = 3  # undecimated frequency bands
     hidden: int = 32
     max_log_gain: float = 0.405  # log(1.5)
-    max_steps: int = 30  # of its own training; each is one whole sampling chain
+    texture_steps: int = 120  # of the training of texture and decoder, which comes first
+    texture_batch_size: int = 16
+    texture_learning_rate: float = 5e-3
+    wrong_source: float = 0.15  # share of its batches that shows the module another sample's source
+    max_steps: int = 15  # of the gain's training; each is one whole sampling chain
     batch_size: int = 8
     learning_rate: float = 2e-2
     guidance_range: list[float] = field(default_factory=lambda: [1.0, 5.0])
@@ -267,6 +274,8 @@ def check(cfg: Config) -> None:
         "enhancement.strength": (cfg.enhancement.strength, 0),
         "enhancement.max_steps": (cfg.enhancement.max_steps, 1),
         "enhancement.batch_size": (cfg.enhancement.batch_size, 1),
+        "enhancement.texture_steps": (cfg.enhancement.texture_steps, 1),
+        "enhancement.texture_batch_size": (cfg.enhancement.texture_batch_size, 1),
         "data.batch_size": (cfg.data.batch_size, 1),
         "data.captions.shuffles": (cfg.data.captions.shuffles, 0),
         "data.captions.keep_tags": (cfg.data.captions.keep_tags, 0),
@@ -288,6 +297,7 @@ def check(cfg: Config) -> None:
     for name, share in {
         "objective.caption_dropout": cfg.objective.caption_dropout,
         "objective.source_dropout": cfg.objective.source_dropout,
+        "enhancement.wrong_source": cfg.enhancement.wrong_source,
         "adapter.dropout": cfg.adapter.dropout,
         "optimizer.ema_decay": cfg.optimizer.ema_decay,
         "data.val_fraction": cfg.data.val_fraction,

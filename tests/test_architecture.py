@@ -46,6 +46,8 @@ def test_imports_only_from_earlier_rooms(path: Path) -> None:
     room = room_of(path)
     if room is None:
         allowed = {"sampling"}  # the package's own door: attach and detach
+    elif path.name == "__main__.py":
+        allowed = set(ROOMS)  # a room's command is a door as well
     else:
         assert room in ROOMS, f"{path.name} belongs to no room: put it into one, or add the room to ROOMS"
         allowed = set(ROOMS[: ROOMS.index(room) + 1])

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lora_dae.config import ConfigError
 from lora_dae.enhancement.files import save_enhancement
-from lora_dae.enhancement.gates import EnhancementModule
 from lora_dae.enhancement.hook import enhance_scheduler
+from lora_dae.enhancement.module import EnhancementModule
 
 FOLDER = Path(__file__).parent.parent / "integrations" / "comfyui"
 
@@ -40,8 +40,8 @@ def node() -> ModuleType:
 def file(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     module = EnhancementModule()
-    torch.nn.init.normal_(module.output.weight)
-    torch.nn.init.normal_(module.output.bias)
+    torch.nn.init.normal_(module.gain.output.weight)
+    torch.nn.init.normal_(module.gain.output.bias)
     return save_enhancement(module, tmp_path / "enhancement.safetensors")
 
 

@@ -13,7 +13,7 @@ from lora_dae.enhancement import EnhancementModule, load_enhancement, save_enhan
 @pytest.fixture
 def saved(tmp_path):
     module = EnhancementModule(levels=2, hidden=8, max_log_gain=0.3)
-    torch.nn.init.normal_(module.output.weight)
+    torch.nn.init.normal_(module.gain.output.weight)
     return module, save_enhancement(module, tmp_path / "new" / "enhancement.safetensors")
 
 
@@ -42,8 +42,8 @@ def test_missing_foreign_and_broken_files_are_refused(saved, tmp_path):
 @pytest.mark.parametrize("change", [{"version": "99"}, {"levels": "3"}, {"hidden": "many"}])
 def test_files_that_do_not_fit_their_description_are_refused(saved, tmp_path, change):
     _, path = saved
-    metadata = {"format": "lora-dae-enhancement", "version": "1", "levels": "2", "hidden": "8"}
-    metadata |= {"max_log_gain": "0.3"} | change
+    metadata = {"format": "lora-dae-enhancement", "version": "2", "levels": "2", "hidden": "8"}
+    metadata |= {"max_log_gain": "0.3", "source_channels": "0", "decoder": "0"} | change
     other = tmp_path / "other.safetensors"
     save_file(load_file(path), other, metadata=metadata)
     with pytest.raises(ConfigError, match="version 99|damaged"):

@@ -1,4 +1,4 @@
-"""The gate network: identity at birth, capped, budgeted, order-aware, blind to the scheduler family."""
+"""The gain: identity at birth, capped, budgeted, order-aware, blind to the scheduler family."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from lora_dae.config import ConfigError, EnhancementConfig
-from lora_dae.enhancement import EnhancementModule
-from lora_dae.enhancement.gates import noise_window
+from lora_dae.enhancement.gates import BandGain, noise_window
 
 LEVEL = {"alpha": 0.8, "sigma": 0.6, "h": 0.2}
 
 
-def random_module(seed: int = 0, scale: float = 1.0) -> EnhancementModule:
+def random_module(seed: int = 0, scale: float = 1.0) -> BandGain:
     torch.manual_seed(seed)
-    module = EnhancementModule()
+    module = BandGain()
     torch.nn.init.normal_(module.output.weight, std=scale)
     torch.nn.init.normal_(module.output.bias, std=scale)
     return module
@@ -27,16 +26,16 @@ def latents(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x0, x0 + 0.3 * other, 0.8 * x0 + 0.6 * noise
 
 
-def test_the_configured_module_is_small_and_starts_as_the_identity():
+def test_the_configured_gain_is_small_and_starts_as_the_identity():
     config = EnhancementConfig()
-    module = EnhancementModule(config.levels, config.hidden, config.max_log_gain)
+    module = BandGain(config.levels, config.hidden, config.max_log_gain)
     assert sum(parameter.numel() for parameter in module.parameters()) < 15_000
     delta, log_gain = module.evaluate(*latents(), **LEVEL)
     assert torch.count_nonzero(delta) == 0 and torch.count_nonzero(log_gain) == 0
 
 
 def test_every_parameter_of_the_last_layer_gets_a_gradient_at_birth_even_at_high_noise():
-    module = EnhancementModule()
+    module = BandGain()
     for alpha in (0.8, 0.05):
         module.zero_grad()
         module(*latents(), alpha, (1 - alpha**2) ** 0.5, 0.2).square().sum().backward()
@@ -62,7 +61,7 @@ def test_gains_are_capped():
 
 def test_positive_gains_shrink_by_half_of_what_guidance_amplified_and_stop_at_zero():
     x0, _, sample = latents()
-    module = EnhancementModule()
+    module = BandGain()
     torch.nn.init.constant_(module.output.bias, 10.0)  # all gains at the cap
     plain = module.evaluate(x0, x0.clone(), sample, **LEVEL)[1]
     torch.testing.assert_close(plain, torch.full_like(plain, 0.405))
@@ -122,4 +121,4 @@ def test_noise_levels_may_differ_within_a_batch():
 @pytest.mark.parametrize("values", [(0, 32, 0.4), (3, 0, 0.4), (3, 32, 0.0), (3, 32, math.inf)])
 def test_senseless_sizes_are_refused(values):
     with pytest.raises(ConfigError, match="positive"):
-        EnhancementModule(*values)
+        BandGain(*values)

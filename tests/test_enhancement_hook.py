@@ -41,8 +41,8 @@ def scheduler_for(name: str, prediction_type: str = "epsilon"):
 def random_module(seed: int = 0) -> EnhancementModule:
     torch.manual_seed(seed)
     module = EnhancementModule()
-    torch.nn.init.normal_(module.output.weight, std=1.0)
-    torch.nn.init.normal_(module.output.bias, std=1.0)
+    torch.nn.init.normal_(module.gain.output.weight, std=1.0)
+    torch.nn.init.normal_(module.gain.output.bias, std=1.0)
     return module.requires_grad_(False)
 
 
@@ -231,8 +231,8 @@ def test_first_order_share_knows_the_solvers():
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_discretization_part_acts_only_with_first_order_solvers(unet, name):
     module = random_module()
-    module.output.weight[: module.levels] = 0
-    module.output.bias[: module.levels] = 0
+    module.gain.output.weight[: module.levels] = 0
+    module.gain.output.bias[: module.levels] = 0
     pipe = pipeline(unet, scheduler_for(name))
     unchanged = torch.equal(draw(pipe), draw(enhance(pipe, module)))
     unenhance(pipe)
@@ -242,8 +242,8 @@ def test_the_discretization_part_acts_only_with_first_order_solvers(unet, name):
 def test_the_discretization_part_vanishes_with_many_steps():
     """What it does to a chain of exact Gaussian denoisers shrinks about as 1 / steps."""
     module = random_module()
-    module.output.weight[: module.levels] = 0
-    module.output.bias[: module.levels] = 0
+    module.gain.output.weight[: module.levels] = 0
+    module.gain.output.bias[: module.levels] = 0
 
     def chain(scheduler, steps: int) -> torch.Tensor:
         scheduler.set_timesteps(steps)
@@ -279,7 +279,7 @@ def test_direction_placement_changes_only_the_direction_term():
     assert torch.equal(results[0].pred_original_sample, results[1].pred_original_sample)
     # prev = alpha_s x0 + sqrt(sigma_s^2 - std^2) eps + noise: only the bands of eps gain.
     noise = (sample - inputs.alpha * inputs.x0) / inputs.sigma
-    delta, log_gain = random_module().evaluate(*inputs, direction=True)
+    delta, log_gain = random_module().gain.evaluate(*inputs, direction=True)
     std = 0.5 * plain._get_variance(int(timestep), int(timestep) - 100) ** 0.5
     scale = (next_level(plain, timestep)[1] ** 2 - std**2) ** 0.5
     change = results[0].prev_sample - results[1].prev_sample
@@ -287,9 +287,9 @@ def test_direction_placement_changes_only_the_direction_term():
     assert float(change.abs().max()) > 1e-2
     # With equal gains everywhere the delta is the gain of eps itself, without its low-pass.
     constant = EnhancementModule().requires_grad_(False)
-    constant.output.bias.fill_(10.0)
+    constant.gain.output.bias.fill_(10.0)
     inputs = inputs._replace(first_order=1.0)
-    delta, log_gain = constant.evaluate(*inputs, direction=True)
+    delta, log_gain = constant.gain.evaluate(*inputs, direction=True)
     low = split_bands(noise, 3)[1]
     torch.testing.assert_close(delta, (log_gain[0, 0, 0, 0].exp() - 1) * (noise - low), rtol=1e-3, atol=1e-4)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_dae.diffusion import current_level, next_level, x0_delta_to_output_delta
-from lora_dae.enhancement import EnhancementModule
+from lora_dae.enhancement.gates import BandGain
 from lora_dae.enhancement.objective import (
     ddim_std_ratio,
     exact_gain,
@@ -109,7 +109,7 @@ def test_a_few_steps_on_the_loss_restore_the_energy_of_faded_latents():
     reference = torch.randn(4, 4, 16, 16)
     faded, noise = 0.8 * reference, torch.randn_like(reference)
     sample = 0.8 * faded + 0.6 * noise
-    module = EnhancementModule()
+    module = BandGain()
     optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
     losses = []
     for _ in range(40):

@@ -26,7 +26,7 @@ from PIL import Image
 import lora_dae
 from lora_dae.config import ConfigError
 from lora_dae.enhancement.files import save_enhancement
-from lora_dae.enhancement.gates import EnhancementModule
+from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.sampling.load import load_run
 from lora_dae.training import run as training
 
@@ -37,8 +37,8 @@ def strong(path: Path) -> None:
     """An enhancement that visibly does something, in place of one trained for a step."""
     torch.manual_seed(0)
     module = EnhancementModule()
-    torch.nn.init.normal_(module.output.weight)
-    torch.nn.init.normal_(module.output.bias)
+    torch.nn.init.normal_(module.gain.output.weight)
+    torch.nn.init.normal_(module.gain.output.bias)
     save_enhancement(module, path / "adapter" / "enhancement.safetensors")
 
 

@@ -6,8 +6,8 @@ import torch
 from diffusers import DDIMScheduler
 
 from lora_dae.config import EnhancementConfig
-from lora_dae.enhancement.gates import EnhancementModule
 from lora_dae.enhancement.hook import enhance_scheduler
+from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.sampling.loop import Conditions, Guidance, sample_latents
 from lora_dae.training.objective import step_generator
 from lora_dae.training.on_policy import Chain, chain_loss, draw_chain
@@ -85,7 +85,7 @@ def test_gradients_reach_the_module_alone() -> None:
     loss, _ = chain_loss(unet, scheduler(), module, batch(0), torch.zeros(2, 3), chain)
     loss.backward()
     assert unet.weight.grad is None
-    assert module.output.bias.grad is not None and module.output.bias.grad.abs().sum() > 0
+    assert module.gain.output.bias.grad is not None and module.gain.output.bias.grad.abs().sum() > 0
 
 
 def test_chains_are_drawn_within_their_ranges() -> None:

@@ -60,7 +60,7 @@ def test_numbers_are_those_of_the_run(tiny_backbone: Path, tmp_path: Path) -> No
     cfg: Config = config(tiny_backbone, tmp_path / "run", tmp_path / "cache")
     from lora_dae.adapter.source_input import attach_source_input
     from lora_dae.backbone.load import load_backbone
-    from lora_dae.enhancement.gates import EnhancementModule
+    from lora_dae.enhancement.module import EnhancementModule
 
     unet = load_backbone(cfg.backbone).unet
     inject(unet, cfg.adapter)

@@ -54,9 +54,11 @@ def finished(tiny_backbone: Path, cache: Path, tmp_path_factory: pytest.TempPath
 
 def test_run_folder_holds_what_people_look_for(finished: Path) -> None:
     for name in (
-        "config.yaml", "metrics.json", "table.md", "report.html", "csv/metrics.csv", "csv/enhancement/metrics.csv",
+        "config.yaml", "metrics.json", "table.md", "report.html", "csv/metrics.csv",
+        "csv/texture/metrics.csv", "csv/gain/metrics.csv",
         "samples/grid.png",
-        "samples/step_000002.png", "checkpoints/adapter.ckpt", "checkpoints/enhancement.ckpt", "adapter/README.md",
+        "samples/step_000002.png", "checkpoints/adapter.ckpt", "checkpoints/texture.ckpt", "checkpoints/gain.ckpt",
+        "adapter/README.md",
         "adapter/pytorch_lora_weights.safetensors", "adapter/source_input.safetensors",
         "adapter/enhancement.safetensors", "plots/loss.svg", "plots/band_power.svg",
     ):  # fmt: skip
@@ -87,7 +89,12 @@ def test_another_seed_gives_other_weights(make: Make, finished: Path) -> None:
 
 def test_resumed_run_equals_straight_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """N + N steps = 2N steps, bit for bit: weights, moving average, enhancement."""
-    options = ("trainer.max_steps=4", "trainer.val_check_interval=2", "enhancement.max_steps=2")
+    options = (
+        "trainer.max_steps=4",
+        "trainer.val_check_interval=2",
+        "enhancement.max_steps=2",
+        "enhancement.texture_steps=3",
+    )
     training.run(make(*options, name="straight"))
     cut = make(*options, name="cut")
 

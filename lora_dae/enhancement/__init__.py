@@ -1,8 +1,8 @@
-"""The adaptive enhancement module: bands, gates, objective, files, and the hook into a sampler."""
+"""The adaptive enhancement module: bands, gain, source texture, objective, files, and the hook into a sampler."""
 
 from lora_dae.enhancement.files import load_enhancement, save_enhancement
-from lora_dae.enhancement.gates import EnhancementModule
 from lora_dae.enhancement.hook import enhance, enhance_scheduler, unenhance
+from lora_dae.enhancement.module import EnhancementModule
 
 __all__ = [
     "EnhancementModule",

@@ -8,10 +8,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lora_dae.config import ConfigError
-from lora_dae.enhancement.gates import EnhancementModule
+from lora_dae.enhancement.module import EnhancementModule
 
 FORMAT = "lora-dae-enhancement"
-VERSION = "1"
+VERSION = "2"  # 2: source texture and decoder stage
 
 
 def save_enhancement(module: EnhancementModule, path: str | Path) -> Path:
@@ -25,6 +25,8 @@ def save_enhancement(module: EnhancementModule, path: str | Path) -> Path:
         "levels": str(module.levels),
         "hidden": str(module.hidden),
         "max_log_gain": repr(module.max_log_gain),
+        "source_channels": str(module.source_channels),
+        "decoder": str(int(module.decoder is not None)),
     }
     save_file(tensors, path, metadata=metadata)
     return path
@@ -52,7 +54,10 @@ def load_enhancement(path: str | Path) -> EnhancementModule:
             "use the version of lora-dae that wrote it."
         )
     try:
-        module = EnhancementModule(int(metadata["levels"]), int(metadata["hidden"]), float(metadata["max_log_gain"]))
+        module = EnhancementModule(
+            int(metadata["levels"]), int(metadata["hidden"]), float(metadata["max_log_gain"]),
+            int(metadata["source_channels"]), metadata["decoder"] == "1",
+        )  # fmt: skip
         module.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{path} is damaged: its weights do not fit its description; save it again.") from error

@@ -1,6 +1,5 @@
-"""The adaptive enhancement module: a gain per frequency band, per place and per noise level.
+"""The gain: how much of each frequency band there should be, per place and per noise level.
 
-An interpretation of LoRA-DAE's "adaptive enhancement module", which is known from an abstract only.
 It edits the predicted clean latents once per reverse step, ``x0' = x0 + strength * delta`` with
 
     delta = sum_b (exp(l_b) - 1) * W_b x0,      l_b = cap * tanh(c_b + (1 - e^-h) * first_order * u_b)
@@ -26,11 +25,12 @@ from lora_dae.enhancement.bands import local_log_energy, split_bands
 # over the chain and blow up under strong guidance.
 WINDOW = (-1.4, -0.9)  # lambda = log(alpha / sigma)
 _FREQUENCIES = 4  # of the Fourier features of lambda
-_LAMBDA_RANGE = 8.0
+NOISE_FEATURES = 2 * _FREQUENCIES + 2
+LAMBDA_RANGE = 8.0
 _FEATURE_SCALE = 0.25  # log energies span about [-9, 4]
 
 
-class EnhancementModule(nn.Module):
+class BandGain(nn.Module):
     """Band gains from local energies, noise level and step size; about 3 k parameters, any channel count.
 
     ``levels`` bands, ``hidden`` channels, gains within ``exp(+-max_log_gain)`` at strength 1. The last layer
@@ -49,7 +49,7 @@ class EnhancementModule(nn.Module):
         self.max_log_gain = max_log_gain
         self.input = nn.Linear(3 * levels, hidden, bias=False)
         self.spatial = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.film = nn.Sequential(nn.Linear(2 * _FREQUENCIES + 2, hidden), nn.SiLU(), nn.Linear(hidden, 2 * hidden))
+        self.film = nn.Sequential(nn.Linear(NOISE_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, 2 * hidden))
         self.output = nn.Linear(hidden, 2 * levels)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
@@ -88,7 +88,7 @@ class EnhancementModule(nn.Module):
         and channel is 0.
         """
         with torch.autocast(device_type=x0.device.type, enabled=False):
-            a, s, step, share = (_column(value, x0) for value in (alpha, sigma, h, first_order))
+            a, s, step, share = (column(value, x0) for value in (alpha, sigma, h, first_order))
             scale = (a.square() + s.square()).sqrt()  # 1 unless in sigma space: samples become normalized
             bands, _ = split_bands(x0, self.levels)
             noisy, _ = split_bands(sample.float() / scale, self.levels)
@@ -107,8 +107,8 @@ class EnhancementModule(nn.Module):
             return delta - delta.mean((2, 3), keepdim=True), log_gain
 
     def _log_gain(self, features: Tensor, excess: Tensor, log_snr: Tensor, phi: Tensor, first_order: Tensor) -> Tensor:
-        log_snr = log_snr.clamp(-_LAMBDA_RANGE, _LAMBDA_RANGE)
-        scale, shift = self.film(_noise_features(log_snr, phi)).chunk(2, dim=1)
+        log_snr = log_snr.clamp(-LAMBDA_RANGE, LAMBDA_RANGE)
+        scale, shift = self.film(noise_features(log_snr, phi)).chunk(2, dim=1)
         hidden = self.spatial(_pointwise(self.input, features))
         hidden = functional.silu(hidden * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
         calibration, discretization = _pointwise(self.output, hidden).chunk(2, dim=1)
@@ -133,15 +133,15 @@ def _pointwise(layer: nn.Linear, x: Tensor) -> Tensor:
     return y.unflatten(2, x.shape[2:])
 
 
-def _noise_features(log_snr: Tensor, phi: Tensor) -> Tensor:
+def noise_features(log_snr: Tensor, phi: Tensor) -> Tensor:
     """(B or 1, 2 * frequencies + 2): sines and cosines of lambda, and the step size in two scalings."""
-    octaves = 2.0 ** torch.arange(_FREQUENCIES, device=log_snr.device) * (math.pi / _LAMBDA_RANGE / 2)
+    octaves = 2.0 ** torch.arange(_FREQUENCIES, device=log_snr.device) * (math.pi / LAMBDA_RANGE / 2)
     angles = log_snr.flatten(1) * octaves
     step = phi.flatten(1)
     angles, step = (value.expand(max(len(angles), len(step)), -1) for value in (angles, step))
     return torch.cat([angles.sin(), angles.cos(), step, step.sqrt()], dim=1)
 
 
-def _column(value: Level, like: Tensor) -> Tensor:
+def column(value: Level, like: Tensor) -> Tensor:
     """A number or B numbers as float32 (1 or B, 1, 1, 1) on ``like``'s device."""
     return torch.as_tensor(value, dtype=torch.float32, device=like.device).reshape(-1, 1, 1, 1)

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from lora_dae.config import PLACEMENTS, ConfigError
 from lora_dae.diffusion import current_level, is_sigma_space, next_level, predict_x0, x0_delta_to_output_delta
-from lora_dae.enhancement.gates import WINDOW, EnhancementModule
+from lora_dae.enhancement.gates import WINDOW
+from lora_dae.enhancement.module import EnhancementModule
 
 _SIGMA_FLOOR = 1e-3  # below it x0 hardly depends on the output, and the edit would be divided by almost 0
 _HIGHER_ORDER = (UniPCMultistepScheduler, PNDMScheduler, HeunDiscreteScheduler, LMSDiscreteScheduler)
@@ -40,16 +41,19 @@ _STOCHASTIC = (DDPMScheduler, EulerAncestralDiscreteScheduler)
 
 @dataclass
 class Enhancement:
-    """What an enhanced scheduler does; ``strength`` may be changed between images."""
+    """What an enhanced scheduler does; ``strength`` and ``source`` may be changed between images."""
 
     module: EnhancementModule | None
     strength: float
     placement: str
+    source: Tensor | None = None  # latents of the source photos, (S, C, h, w): one per image, or per prompt
     conditional: Tensor | None = None  # the network's raw output at this step
 
     @property
     def active(self) -> bool:
-        return self.module is not None and self.strength != 0 and self.placement != "none"
+        if self.module is None or self.strength == 0 or self.placement == "none":
+            return False
+        return self.module.gain is not None or (self.module.texture is not None and self.source is not None)
 
 
 class GateInputs(NamedTuple):
@@ -114,9 +118,16 @@ def unenhance(pipe: Any) -> Any:
 
 
 def enhance_scheduler(
-    scheduler: Any, module: EnhancementModule | None, strength: float = 1.0, placement: str = "prediction"
+    scheduler: Any,
+    module: EnhancementModule | None,
+    strength: float = 1.0,
+    placement: str = "prediction",
+    source: Tensor | None = None,
 ) -> Any:
     """An enhanced copy of a diffusers scheduler, for a sampling loop of one's own; arguments as ``enhance``.
+
+    ``source``: latents of the source photos (S, C, h, w), scaled as the UNet sees latents, one per image or per
+    prompt; without it a module's source texture does nothing.
 
     Call ``set_conditional`` before each ``step`` where guidance is used, and ``set_timesteps`` as usual.
     """
@@ -127,13 +138,18 @@ def enhance_scheduler(
     plain_class: Any = getattr(scheduler, "plain_class", type(scheduler))
     if module is not None and placement != "none":
         first_order_share(scheduler)  # refuses unknown solvers
+        if placement == "direction" and module.gain is None:
+            raise ConfigError(
+                "enhancement.placement=direction edits the direction term by the gain, which this module does not "
+                "have; use placement=prediction, or train with enhancement=direction."
+            )
         if placement == "direction" and plain_class is not DDIMScheduler:
             raise ConfigError(
                 f"enhancement.placement=direction edits DDIM's direction term, which {plain_class.__name__} "
                 "does not have; use the ddim scheduler or placement=prediction."
             )
     enhanced = _copy(scheduler, _enhanced_class(plain_class))
-    enhanced.enhancement = Enhancement(module, strength, placement)
+    enhanced.enhancement = Enhancement(module, strength, placement, source)
     return enhanced
 
 
@@ -234,11 +250,21 @@ def _is_idle(scheduler: Any, timestep: Any) -> bool:
 
 
 def _edit_output(scheduler: Any, enhancement: Enhancement, inputs: GateInputs, model_output: Tensor) -> Tensor:
-    delta = _module_on(enhancement, inputs.x0.device)(*inputs) * enhancement.strength
+    source = _for_images(enhancement.source, inputs.x0)
+    delta = _module_on(enhancement, inputs.x0.device)(*inputs, source=source) * enhancement.strength
     change = x0_delta_to_output_delta(
         delta, inputs.alpha, inputs.sigma, scheduler.config.prediction_type, is_sigma_space(scheduler)
     )
     return (model_output.float() + change).to(model_output.dtype)
+
+
+def _for_images(source: Tensor | None, x0: Tensor) -> Tensor | None:
+    """One source per image; several images of a prompt share its source."""
+    if source is None or len(source) == len(x0):
+        return source
+    if len(x0) % len(source):
+        raise ConfigError(f"source has {len(source)} photos for {len(x0)} images: give one per prompt, or one.")
+    return source.repeat_interleave(len(x0) // len(source), dim=0)
 
 
 def _direction_edit(scheduler: Any, enhancement: Enhancement, inputs: GateInputs, timestep: Any, eta: float) -> Tensor:
@@ -254,7 +280,7 @@ def _direction_edit(scheduler: Any, enhancement: Enhancement, inputs: GateInputs
 def _module_on(enhancement: Enhancement, device: torch.device) -> EnhancementModule:
     # pipe.to(device) does not know the module, so it follows the latents.
     assert enhancement.module is not None
-    if enhancement.module.output.weight.device != device:
+    if enhancement.module.device != device:
         enhancement.module.to(device)
     return enhancement.module
 

@@ -30,8 +30,8 @@ from lora_dae.config import ConfigError
 from lora_dae.data.decode import upright_rgb
 from lora_dae.data.square import fit_square
 from lora_dae.enhancement.files import load_enhancement
-from lora_dae.enhancement.gates import EnhancementModule
 from lora_dae.enhancement.hook import enhance_scheduler
+from lora_dae.enhancement.module import EnhancementModule
 
 ENHANCEMENT_FILE = "enhancement.safetensors"
 _NAME = "lora_dae"  # of the adapter in the pipeline
@@ -108,20 +108,23 @@ def _attached_class(plain: Any) -> type:
     ) -> Any:
         state: Attached = self._lora_dae
         strength = state.strength if enhancement_strength is None else enhancement_strength
-        with _enhanced(self, state, strength), _with_source(self, state, source, kwargs):
-            return plain.__call__(self, *args, **kwargs)
+        photos = _photos(self, state, source, kwargs)
+        latents = None if photos is None else _encode(self, photos)
+        with _enhanced(self, state, strength, latents), _refined(self, state, strength, photos):
+            with _with_source(self, latents):
+                return plain.__call__(self, *args, **kwargs)
 
     namespace = {"__call__": call, "plain_class": plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
     return type(plain.__name__, (_AttachedPipeline, plain), namespace)
 
 
 @contextmanager
-def _enhanced(pipe: Any, state: Attached, strength: float) -> Iterator[None]:
+def _enhanced(pipe: Any, state: Attached, strength: float, latents: Tensor | None) -> Iterator[None]:
     if state.module is None or strength == 0:
         yield
         return
     plain = pipe.scheduler
-    scheduler = enhance_scheduler(plain, state.module, strength, state.placement)
+    scheduler = enhance_scheduler(plain, state.module, strength, state.placement, latents)
     hook = pipe.unet.register_forward_hook(lambda _unet, _inputs, output: scheduler.set_conditional(output[0]))
     pipe.scheduler = scheduler
     try:
@@ -132,13 +135,32 @@ def _enhanced(pipe: Any, state: Attached, strength: float) -> Iterator[None]:
 
 
 @contextmanager
-def _with_source(pipe: Any, state: Attached, source: Any, kwargs: dict[str, Any]) -> Iterator[None]:
-    if source is None:
+def _refined(pipe: Any, state: Attached, strength: float, photos: Tensor | None) -> Iterator[None]:
+    """The decoder stage behind the VAE, for one call."""
+    if state.module is None or state.module.decoder is None or strength == 0 or state.placement == "none":
         yield
         return
-    if not state.has_source:
-        raise ConfigError("this run was trained on captions alone: leave source out.")
-    latents = _encode(pipe, source, kwargs)
+    module, plain = state.module, pipe.vae.decode
+
+    def decode(*args: Any, **kwargs: Any) -> Any:
+        result = plain(*args, **kwargs)
+        images = result[0].float() / 2 + 0.5
+        shown = None if photos is None else photos.repeat_interleave(len(images) // len(photos), dim=0)
+        refined = (module.refine(images.clamp(0, 1), shown, strength) * 2 - 1).to(result[0].dtype)
+        return (refined, *result[1:]) if isinstance(result, tuple) else type(result)(sample=refined)
+
+    pipe.vae.decode = decode
+    try:
+        yield
+    finally:
+        del pipe.vae.decode  # the class's own shows again
+
+
+@contextmanager
+def _with_source(pipe: Any, latents: Tensor | None) -> Iterator[None]:
+    if latents is None:
+        yield
+        return
 
     def add(unet: Any, args: tuple[Any, ...], call: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         sample = args[0] if args else call["sample"]
@@ -162,20 +184,28 @@ def _for_batch(latents: Tensor, batch: int, guided: bool) -> Tensor:
     return torch.cat([torch.zeros_like(shown), shown]) if guided else shown
 
 
-@torch.no_grad()
-def _encode(pipe: Any, source: Any, kwargs: dict[str, Any]) -> Tensor:
-    """PIL images or uint8 (H, W, 3) arrays to scaled latents, fitted into the image's square as in training."""
+def _photos(pipe: Any, state: Attached, source: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """PIL images or uint8 (H, W, 3) arrays as (S, 3, H, W) in [0, 1], fitted into the image's square as in training."""
+    if source is None:
+        return None
+    if not state.has_source:
+        raise ConfigError("this run was trained on captions alone: leave source out.")
     factor = pipe.vae_scale_factor
     height, width = (kwargs.get(side) or pipe.unet.config.sample_size * factor for side in _SIDES)
     if height != width:
         raise ConfigError(f"source needs a square image, not {height} x {width}: give the same height and width.")
     photos = source if isinstance(source, list | tuple) else [source]
     squares = [fit_square(upright_rgb(_picture(photo)), height, whole=True) for photo in photos]
-    pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 255
+
+
+@torch.no_grad()
+def _encode(pipe: Any, photos: Tensor) -> Tensor:
+    """Scaled latents of photos."""
     vae, dtype = pipe.vae, pipe.vae.dtype
     if dtype == torch.float16 and vae.config.get("force_upcast"):  # overflows in half precision
         vae.to(torch.float32)
-    encoded = vae.encode(pixels.to(pipe._execution_device, vae.dtype))
+    encoded = vae.encode((photos * 2 - 1).to(pipe._execution_device, vae.dtype))
     latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
     vae.to(dtype)
     return (latents.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lora_dae.backbone.load import Backbone
 from lora_dae.config import ConfigError, SamplingConfig
-from lora_dae.enhancement.gates import EnhancementModule
 from lora_dae.enhancement.hook import enhance_scheduler
+from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, sample_latents
 from lora_dae.sampling.schedulers import build_scheduler
 
@@ -62,7 +62,7 @@ class Drawer:
             at = slice(k, k + self.cfg.batch_size)
             some = None if sources is None else sources[at]
             latents = self.latents(list(captions[at]), some, strength, list(indices[at]))
-            pixels = self.backbone.decode(latents).permute(0, 2, 3, 1)
+            pixels = self._refined(self.backbone.decode(latents), some, strength).permute(0, 2, 3, 1)
             out.append((pixels * 255).round().to(torch.uint8).cpu().numpy())
             if on_batch is not None:
                 on_batch(len(latents))
@@ -72,13 +72,13 @@ class Drawer:
     def latents(self, captions: list[str], sources: np.ndarray | None, strength: float, indices: list[int]) -> Tensor:
         """Clean latents, float32 (N, C, h, w), for one batch."""
         backbone, device = self.backbone, self.backbone.device
-        scheduler = build_scheduler(self.cfg.scheduler, backbone.scheduler)
-        if self.enhancement is not None and strength > 0 and self.placement != "none":
-            scheduler = enhance_scheduler(scheduler, self.enhancement, strength, self.placement)
         size = self.resolution // backbone.vae_scale_factor
         noise = initial_noise(self.cfg.seed, indices, (backbone.latent_channels, size, size)).to(device)
         embedded = backbone.encode_text(["", *captions])
         source = None if sources is None else backbone.encode_images(sources)[0]
+        scheduler = build_scheduler(self.cfg.scheduler, backbone.scheduler)
+        if self.enhancement is not None and strength > 0 and self.placement != "none":
+            scheduler = enhance_scheduler(scheduler, self.enhancement, strength, self.placement, source)
         if source is None and backbone.unet.config["in_channels"] == 2 * backbone.latent_channels:
             source = torch.zeros_like(noise)  # a fully fine-tuned UNet has the extra channels for good
         backbone.unet.eval()
@@ -92,6 +92,14 @@ class Drawer:
                 self.cfg.num_inference_steps,
                 noise_seed=self.cfg.seed,
             )
+
+    @torch.no_grad()
+    def _refined(self, images: Tensor, sources: np.ndarray | None, strength: float) -> Tensor:
+        """The enhancement's decoder stage on decoded images."""
+        if self.enhancement is None or self.placement == "none":
+            return images
+        photos = None if sources is None else torch.from_numpy(np.array(sources)).permute(0, 3, 1, 2).float() / 255
+        return self.enhancement.refine(images, photos, strength)
 
     def _precision(self) -> AbstractContextManager:
         half = self.bf16 or self.backbone.unet.conv_in.weight.dtype != torch.float32

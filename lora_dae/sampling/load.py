@@ -22,7 +22,7 @@ from lora_dae.backbone.load import Backbone, load_backbone
 from lora_dae.backbone.pooled import hook_into
 from lora_dae.config import Config, ConfigError, from_dict
 from lora_dae.enhancement.files import load_enhancement
-from lora_dae.enhancement.gates import EnhancementModule
+from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.sampling.draw import Drawer
 
 ENHANCEMENT_FILE = "enhancement.safetensors"

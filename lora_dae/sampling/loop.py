@@ -70,7 +70,7 @@ def _generator(seed: int, index: int) -> torch.Generator:
 def predict(
     unet: nn.Module, model_input: Tensor, timestep: Tensor | int, conditions: Conditions, guidance: Guidance
 ) -> tuple[Tensor, Tensor]:
-    """(guided, conditional) network outputs at one timestep, float32, in one batched call."""
+    """(guided, conditional) network outputs at one timestep, or one for each of the B images, float32, in one call."""
     source = conditions.source
     branches = guidance.branches(source is not None)
     null = conditions.null_text.expand_as(conditions.text)
@@ -82,6 +82,8 @@ def predict(
         else:
             shown = torch.zeros_like(source) if branch == "none" else source
             inputs.append(torch.cat([model_input, shown.to(model_input.dtype)], dim=1))
+    if isinstance(timestep, Tensor) and timestep.ndim == 1 and len(timestep) > 1:
+        timestep = timestep.repeat(len(branches))
     batch = torch.cat(inputs).contiguous(memory_format=torch.channels_last)
     outputs = unet(batch, timestep, encoder_hidden_states=torch.cat(texts), return_dict=False)[0].float()
     predictions = dict(zip(branches, outputs.chunk(len(branches)), strict=True))

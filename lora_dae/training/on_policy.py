@@ -1,4 +1,4 @@
-"""How the enhancement module learns: on the states that the sampler itself visits.
+"""How the gain learns: on the states that the sampler itself visits.
 
 One training step runs one whole sampling chain (random guidance, number of steps and solver) with the module
 in it. Every state that a step leads to is compared, as a distribution of local band energies, with real images
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from lora_dae.config import EnhancementConfig
 from lora_dae.diffusion import add_noise, current_level, is_sigma_space, next_level, x0_delta_to_output_delta
-from lora_dae.enhancement.gates import WINDOW, EnhancementModule
+from lora_dae.enhancement.gates import WINDOW
 from lora_dae.enhancement.hook import gate_inputs
+from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.enhancement.objective import OnPolicyLoss, on_policy_loss
 from lora_dae.sampling.loop import Conditions, Guidance, predict
 from lora_dae.sampling.schedulers import build_scheduler
@@ -84,12 +85,13 @@ def chain_loss(
         alpha, sigma = current_level(scheduler, t)
         reached = next_level(scheduler, t)
         inputs = gate_inputs(scheduler, guided, t, sample, conditional)
-        delta, log_gain = module.evaluate(*inputs)
-        edit = x0_delta_to_output_delta(delta, alpha, sigma, prediction_type, sigma_space)
+        change = module.evaluate(*inputs, source=batch.get("source"))
+        assert change.log_gain is not None
+        edit = x0_delta_to_output_delta(change.delta, alpha, sigma, prediction_type, sigma_space)
         sample = scheduler.step(guided + edit, t, sample).prev_sample
         if alpha > sigma * math.exp(WINDOW[0]):  # elsewhere the module is off
             reference = add_noise(batch["latent_mean"], chain.reference_noise, *reached)
-            parts = on_policy_loss(sample, reference, log_gain)
+            parts = on_policy_loss(sample, reference, change.log_gain)
             losses.append(parts.total)
         sample = sample.detach()
         if hasattr(scheduler, "model_outputs"):  # a multistep solver's memory: each state is judged on its own

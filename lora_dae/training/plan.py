@@ -31,7 +31,7 @@ from lora_dae.backbone.layout import CONFIGS, inspect_backbone
 from lora_dae.backbone.load import WEIGHTS, encode_batch
 from lora_dae.config import Config
 from lora_dae.data.sources import check_source, load_splits
-from lora_dae.enhancement.gates import EnhancementModule
+from lora_dae.enhancement.module import build_enhancement
 from lora_dae.training.memory import PeakMemory, materialize
 
 _HUB_CONFIGS = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
@@ -187,9 +187,9 @@ def _meta_unet(cfg: Config, shapes: _Shapes) -> tuple[UNet2DConditionModel, dict
     if cfg.conditioning == "source":
         attach_source_input(unet)
     extra: dict[str, torch.nn.Module] = {}
-    if cfg.enhancement.enabled and cfg.enhancement.placement != "none":
-        e = cfg.enhancement
-        extra["enhancement"] = EnhancementModule(e.levels, e.hidden, e.max_log_gain)
+    module = build_enhancement(cfg.enhancement, int(shapes.unet["out_channels"]), cfg.conditioning)
+    if module is not None:
+        extra["enhancement"] = module
     return unet, extra
 
 

@@ -30,7 +30,7 @@ from lora_dae.data.module import PairDataModule
 from lora_dae.data.pair import PairDataset, replace_pixels
 from lora_dae.data.sources import check_mask, check_source, load_splits
 from lora_dae.enhancement.files import save_enhancement
-from lora_dae.enhancement.gates import EnhancementModule
+from lora_dae.enhancement.module import EnhancementModule, build_enhancement
 from lora_dae.evaluation.run import HeldOut, evaluate_run, row_name, write_grid
 from lora_dae.evaluation.table import ResultsTable
 from lora_dae.export.command import export_beside, write_card
@@ -38,7 +38,7 @@ from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.load import ENHANCEMENT_FILE, load_run, prepare_unet
 from lora_dae.training import callbacks, tracking
 from lora_dae.training.ema import EMACallback
-from lora_dae.training.module import LoraDae
+from lora_dae.training.module import STAGES, LoraDae
 from lora_dae.training.plan import make_plan, print_plan
 
 console = Console()
@@ -124,8 +124,7 @@ def measure(cfg: Config, loggers: list[Any], device: torch.device, bf16: bool) -
     flat = {f"test/{m}/{k}".replace(" ", "_"): v.value for m, row in table.methods.items() for k, v in row.items()}
     own = table.methods.get(row_name(cfg.enhancement.strength)) or table.methods.get(row_name(0.0), {})
     flat |= {f"test/{name}": metric.value for name, metric in own.items()}  # the run's own row, for comparing runs
-    # The enhancement's steps came after the adapter's.
-    last = int(cfg.trainer.get("max_steps", 500)) + (cfg.enhancement.max_steps if cfg.enhancement.enabled else 0)
+    last = sum(steps for _, steps, _ in stages(cfg, loaded.enhancement))
     for logger in others:
         if isinstance(logger, tracking.StagedLogger):
             logger.offset = 0
@@ -136,12 +135,23 @@ def measure(cfg: Config, loggers: list[Any], device: torch.device, bf16: bool) -
     return Result(run_dir, table)
 
 
+def stages(cfg: Config, module: EnhancementModule | None) -> list[tuple[str, int, int]]:
+    """Name, steps and batch size of what trains, in order."""
+    e = cfg.enhancement
+    planned = [("adapter", int(cfg.trainer.get("max_steps", 500)), cfg.data.batch_size)]
+    if module is not None and (module.texture is not None or module.decoder is not None):
+        planned.append(("texture", e.texture_steps, e.texture_batch_size))
+    if module is not None and module.gain is not None:
+        planned.append(("gain", e.max_steps, e.batch_size))
+    return planned
+
+
 def find_checkpoints(cfg: Config, run_dir: Path) -> dict[str, Path]:
     """Which stages can go on from where; ``ckpt_path=last`` looks into the run folder."""
     if cfg.ckpt_path is None:
         return {}
     if cfg.ckpt_path == "last":
-        found = {s: run_dir / "checkpoints" / f"{s}.ckpt" for s in ("adapter", "enhancement")}
+        found = {s: run_dir / "checkpoints" / f"{s}.ckpt" for s in STAGES}
         found = {s: p for s, p in found.items() if p.is_file()}
         if not found:
             raise ConfigError(
@@ -152,7 +162,7 @@ def find_checkpoints(cfg: Config, run_dir: Path) -> dict[str, Path]:
         path = Path(cfg.ckpt_path)
         if not path.is_file():
             raise ConfigError(f"ckpt_path={path} does not exist: give a .ckpt file, or last.")
-        found = {"enhancement" if path.stem.startswith("enhancement") else "adapter": path}
+        found = {next((s for s in STAGES if path.stem.startswith(s)), "adapter"): path}
     saved = next(iter(found.values())).parent.parent / "config.yaml"
     if saved.is_file():
         before = to_dict(from_dict(OmegaConf.to_container(OmegaConf.load(saved))))  # type: ignore[arg-type]
@@ -180,10 +190,7 @@ class Training:
         self.cfg, self.run_dir, self.backbone, self.splits = cfg, run_dir, backbone, splits
         self.extra_callbacks = list(extra_callbacks)
         self.steps = int(cfg.trainer.get("max_steps", 500))
-        self.enhancement = None
-        if cfg.enhancement.enabled and cfg.enhancement.placement != "none":
-            e = cfg.enhancement
-            self.enhancement = EnhancementModule(e.levels, e.hidden, e.max_log_gain)
+        self.enhancement = build_enhancement(cfg.enhancement, backbone.latent_channels, cfg.conditioning)
         probe = _trainer(cfg, run_dir, "32-true", self.steps, [], False)
         self.rank = probe.global_rank
         self.device = probe.strategy.root_device
@@ -217,7 +224,9 @@ class Training:
             extra = {} if self.enhancement is None else {"enhancement": self.enhancement}
             console.print(adapter_table(backbone.unet, extra))  # type: ignore[arg-type]
             console.print(f"{self.device}, {self.precision}, {attention} attention", highlight=False)
-        self.module = LoraDae(backbone, cfg, self.enhancement, null, "adapter")
+        self.module = LoraDae(
+            backbone, cfg, self.enhancement, null, "adapter", self._photos, backbone.decode
+        )  # fmt: skip
         self.loggers: list[Any] = []
         if self.rank == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -240,17 +249,28 @@ class Training:
             mean, std = self.backbone.encode_images(images)
         return mean.float(), std.float()
 
+    def _photos(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Real photos and source photos of training samples, (B, 3, H, W) in [0, 1], on the training device."""
+        pairs = [self.splits["train"][i] for i in indices]
+
+        def stack(images: list[np.ndarray]) -> torch.Tensor:
+            return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.device).float() / 255
+
+        sources = [pair.source for pair in pairs if pair.source is not None]
+        return stack([pair.image for pair in pairs]), stack(sources) if len(sources) == len(pairs) else None
+
     def fit(self, checkpoints: dict[str, Path]) -> None:
-        """Adapter first, then the enhancement on the adapter's averaged weights."""
+        """Adapter first, then the enhancement on its averaged weights: the gain last, on what all else does."""
         if self.device.type != "cpu":  # everything is cached before the first step, so their memory is free for it
             if self.rank == 0:
                 self.data.prepare_data()
             self.backbone.rest(self.device)
-        if "enhancement" not in checkpoints:
-            self._stage("adapter", self.steps, self.data, checkpoints.get("adapter"))
-        if self.enhancement is not None:
-            data = self._data(self.cfg.enhancement.batch_size)
-            self._stage("enhancement", self.cfg.enhancement.max_steps, data, checkpoints.get("enhancement"))
+        planned = stages(self.cfg, self.enhancement)
+        names = [name for name, *_ in planned]
+        reached = max((names.index(name) for name in checkpoints if name in names), default=0)
+        for name, steps, batch_size in planned[reached:]:  # a checkpoint holds what the stages before it trained
+            data = self.data if name == "adapter" else self._data(batch_size)
+            self._stage(name, steps, data, checkpoints.get(name))
 
     def _stage(self, stage: str, steps: int, data: PairDataModule, checkpoint: Path | None) -> None:
         cfg = self.cfg
@@ -267,8 +287,10 @@ class Training:
             grids = callbacks.SampleGrid(cfg.tracking.sample_every_n_steps, lambda step: self._grid(ema, step))
             extra.append(grids)
         loggers = self.loggers
-        if stage == "enhancement":
-            loggers = tracking.stage_loggers(loggers, self.run_dir, stage, self.steps)
+        if stage != "adapter":
+            before = [n for n, *_ in stages(cfg, self.enhancement)].index(stage)
+            offset = sum(count for _, count, _ in stages(cfg, self.enhancement)[:before])
+            loggers = tracking.stage_loggers(loggers, self.run_dir, stage, offset)
         trainer = _trainer(cfg, self.run_dir, self.precision, steps, extra, stage == "adapter", loggers)
         self.module.unet.train(stage == "adapter")
         trainer.fit(self.module, datamodule=data, ckpt_path=checkpoint, weights_only=checkpoint is not None or None)

@@ -25,7 +25,7 @@ from lora_dae.data.studio.captions import caption
 from lora_dae.data.studio.dataset import StudioDataset
 from lora_dae.diffusion import min_snr_weight
 
-BATCH, WIDTH, VARIANTS, PHOTO_SHARE = 16, 128, 3, 0.08
+BATCH, WIDTH, VARIANTS, PHOTO_SHARE = 16, 128, 3, 0.12
 MUON_LR = 2e-3
 PHOTO_PREFIX = "a product photo of "
 

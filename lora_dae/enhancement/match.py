@@ -1,0 +1,121 @@
+"""Where each place of an image is found in its source: soft patch matching, coarse to fine, without labels.
+
+The first scale compares every place with every other one, the following ones only within a small window around
+what the scale before found. A match's score is the squared distance of projected features, with a penalty for
+distance in space; the found place is the mean over the window under the softmax of the scores (as in
+differentiable stereo: Kendall et al. 2017, 1703.04309, equation 1).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_RADIUS = 2  # of the local windows, places of that scale
+
+
+class Match(NamedTuple):
+    """flow (B, 2, H, W): (x, y) displacement into the source, in places; confidence (B, 1, H, W) in (0, 1]."""
+
+    flow: Tensor
+    confidence: Tensor
+
+
+class Matcher(nn.Module):
+    """Matches features of ``channels`` channels at the scales ``factors`` (places per cell, coarse first)."""
+
+    def __init__(self, channels: int, width: int = 12, factors: tuple[int, ...] = (4, 1)) -> None:
+        super().__init__()
+        self.factors = factors
+        self.project = nn.Parameter(torch.randn(width, channels) * channels**-0.5)
+        self.log_sharpness = nn.Parameter(torch.full((len(factors),), 1.0))
+        self.log_locality = nn.Parameter(torch.tensor([0.5] + [-1.5] * (len(factors) - 1)))
+
+    def forward(self, target: Tensor, source: Tensor) -> Match:
+        """Match (B, C, H, W) with (B, C, H, W)."""
+        target, source = (self._features(x) for x in (target, source))
+        flow = torch.zeros_like(target[:, :2])
+        confidence = torch.ones_like(target[:, :1])
+        for k, factor in enumerate(self.factors):
+            t, s = (_reduce(x, factor) for x in (target, source))
+            sharpness, locality = self.log_sharpness[k].exp(), self.log_locality[k].exp()
+            if k == 0:
+                found, sure = _global(t, s, sharpness, locality)
+            else:
+                before = _reduce(flow, factor) / factor
+                rest, sure = _local(t, warp(s, before), sharpness, locality)
+                found = before + _smooth(rest, sure)
+            flow, confidence = (_enlarge(x, flow) for x in (found * factor, sure))
+        return Match(flow, confidence)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """Projected, and standardized per image: light and exposure of the two photos may differ."""
+        x = torch.einsum("kc,bchw->bkhw", self.project, x)
+        centered = x - x.mean((2, 3), keepdim=True)
+        return centered / (centered.square().mean((1, 2, 3), keepdim=True) + 1e-6).sqrt()
+
+
+def warp(x: Tensor, flow: Tensor) -> Tensor:
+    """``x`` (B, C, H, W) read at each place + ``flow``: bilinear, borders repeated."""
+    height, width = x.shape[2:]
+    rows = torch.arange(height, device=x.device, dtype=flow.dtype)[:, None] + flow[:, 1]
+    columns = torch.arange(width, device=x.device, dtype=flow.dtype)[None, :] + flow[:, 0]
+    grid = torch.stack([columns / max(width - 1, 1), rows / max(height - 1, 1)], dim=-1) * 2 - 1
+    return functional.grid_sample(x, grid, padding_mode="border", align_corners=True)
+
+
+def _global(target: Tensor, source: Tensor, sharpness: Tensor, locality: Tensor) -> tuple[Tensor, Tensor]:
+    """Every place against every place; the penalty grows with the square of the distance in image sides."""
+    b, _, height, width = target.shape
+    t, s = target.flatten(2).transpose(1, 2), source.flatten(2).transpose(1, 2)
+    places = _places(height, width, t)
+    away = torch.cdist(places, places).square() / (max(height, width) ** 2)
+    scores = -sharpness * torch.cdist(t, s).square() - 16 * locality * away
+    weights = scores.softmax(-1)
+    found = (weights @ places - places).transpose(1, 2).reshape(b, 2, height, width)
+    return found, weights.amax(-1).view(b, 1, height, width)
+
+
+def _local(target: Tensor, source: Tensor, sharpness: Tensor, locality: Tensor) -> tuple[Tensor, Tensor]:
+    """A window of 5x5 places around each."""
+    height, width = target.shape[2:]
+    padded = functional.pad(source, (_RADIUS,) * 4, mode="replicate")
+    offsets = [(dy, dx) for dy in range(2 * _RADIUS + 1) for dx in range(2 * _RADIUS + 1)]
+    distances = [
+        (target - padded[:, :, dy : dy + height, dx : dx + width]).square().sum(1) for dy, dx in offsets
+    ]  # one at a time: all windows at once would need 25 times the memory
+    steps = torch.tensor(offsets, dtype=target.dtype, device=target.device) - _RADIUS
+    penalty = locality * steps.square().sum(1)
+    # A window of distances around each place says more than one place alone.
+    cost = _blur(torch.stack(distances, dim=1))
+    weights = (-sharpness * cost - penalty[None, :, None, None]).softmax(1)
+    rest = torch.einsum("bohw,oc->bchw", weights, steps.flip(1))
+    return rest, weights.amax(1, keepdim=True)
+
+
+def _smooth(flow: Tensor, confidence: Tensor) -> Tensor:
+    """Neighbors move alike; sure ones count more."""
+    return _blur(flow * confidence) / _blur(confidence)
+
+
+def _blur(x: Tensor) -> Tensor:
+    return functional.avg_pool2d(functional.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+
+
+def _reduce(x: Tensor, factor: int) -> Tensor:
+    return x if factor == 1 else functional.avg_pool2d(x, factor, ceil_mode=True)
+
+
+def _enlarge(x: Tensor, like: Tensor) -> Tensor:
+    if x.shape[2:] == like.shape[2:]:
+        return x
+    return functional.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
+
+
+def _places(height: int, width: int, like: Tensor) -> Tensor:
+    """(height * width, 2): x and y of every place."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([x, y], dim=-1).flatten(0, 1).to(like)

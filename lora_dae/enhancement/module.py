@@ -1,0 +1,154 @@
+"""The adaptive enhancement module: gain and source texture in every reverse step, and once more after the decoder.
+
+    x0' = x0 + strength * sum_b [ (exp(l_b) - 1) W_b x0 + h_b (T_b - W_b x0) ]
+
+``W_b`` are frequency bands, ``T_b`` the source photo's, carried to where they belong. An interpretation of
+LoRA-DAE's "adaptive enhancement module", which is known from an abstract only. Its parts can be had one by one:
+without a source (text alone) the gain is all that acts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_dae.config import ConfigError, EnhancementConfig
+from lora_dae.diffusion import Level, half_log_snr
+from lora_dae.enhancement.gates import LAMBDA_RANGE, NOISE_FEATURES, BandGain, column, noise_features, noise_window
+from lora_dae.enhancement.match import Match
+from lora_dae.enhancement.texture import Blend, SourceTexture
+
+PIXEL_GAIN = 0.405  # log(1.5)
+_LATENT_SCALES, _PIXEL_SCALES = (4, 1), (16, 4, 1)
+
+
+class Edit(NamedTuple):
+    """delta (B, C, H, W); log_gain, gates (B, levels, H, W) and match where that part acted."""
+
+    delta: Tensor
+    log_gain: Tensor | None
+    gates: Tensor | None
+    match: Match | None
+
+
+class EnhancementModule(nn.Module):
+    """``gain``, ``texture`` (latents of ``source_channels`` channels, 0 = without) and ``decoder`` (pixels).
+
+    ``levels`` bands, ``hidden`` channels, gains within ``exp(+-max_log_gain)`` at strength 1; ``max_log_gain=0``
+    leaves the gain out. Every last layer starts at zero: a new module is the exact identity. Under 60 k parameters.
+    Values that make no sense, or leave nothing, raise ConfigError.
+    """
+
+    def __init__(
+        self,
+        levels: int = 3,
+        hidden: int = 32,
+        max_log_gain: float = 0.405,
+        source_channels: int = 0,
+        decoder: bool = False,
+    ) -> None:
+        super().__init__()
+        if levels < 1 or hidden < 1 or not 0 <= max_log_gain < math.inf:
+            raise ConfigError(
+                f"enhancement.levels={levels}, hidden={hidden}, max_log_gain={max_log_gain}: "
+                "all must be finite, levels and hidden positive, max_log_gain not negative."
+            )
+        if max_log_gain == 0 and source_channels == 0 and not decoder:
+            raise ConfigError(
+                "enhancement.max_log_gain=0 without source or decoder leaves no module: use enhancement=none."
+            )
+        self.levels, self.hidden, self.max_log_gain = levels, hidden, max_log_gain
+        self.source_channels = source_channels
+        self.gain = BandGain(levels, hidden, max_log_gain) if max_log_gain > 0 else None
+        self.texture = None
+        if source_channels:
+            # One number beside the noise features: how far the solver is of first order.
+            self.texture = SourceTexture(source_channels, levels, 24, NOISE_FEATURES + 1, 0.0, _LATENT_SCALES)
+        self.decoder = SourceTexture(3, levels, 24, 0, PIXEL_GAIN, _PIXEL_SCALES) if decoder else None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def acts_on_latents(self) -> bool:
+        """Whether any part works in the reverse step."""
+        return self.gain is not None or self.texture is not None
+
+    def forward(
+        self,
+        x0: Tensor,
+        x0_cond: Tensor,
+        sample: Tensor,
+        alpha: Level,
+        sigma: Level,
+        h: Level,
+        first_order: Level = 1.0,
+        direction: bool = False,
+        source: Tensor | None = None,
+    ) -> Tensor:
+        """The delta to add to ``x0`` (or, with ``direction``, the gain's to the predicted noise); see ``evaluate``."""
+        return self.evaluate(x0, x0_cond, sample, alpha, sigma, h, first_order, direction, source).delta
+
+    def evaluate(
+        self,
+        x0: Tensor,
+        x0_cond: Tensor,
+        sample: Tensor,
+        alpha: Level,
+        sigma: Level,
+        h: Level,
+        first_order: Level = 1.0,
+        direction: bool = False,
+        source: Tensor | None = None,
+    ) -> Edit:
+        """Arguments as ``BandGain.evaluate``; ``source``: the source photo's latents (B, C, H, W), scaled as ``x0``."""
+        delta, log_gain, gates, match = torch.zeros_like(x0, dtype=torch.float32), None, None, None
+        if self.gain is not None:
+            change, log_gain = self.gain.evaluate(x0, x0_cond, sample, alpha, sigma, h, first_order, direction)
+            delta = delta + change
+        if self.texture is not None and source is not None and not direction:
+            blend = self.blend(x0, source, alpha, sigma, h, first_order)
+            delta, gates, match = delta + blend.delta, blend.gates, blend.match
+        return Edit(delta, log_gain, gates, match)
+
+    def blend(
+        self, x0: Tensor, source: Tensor, alpha: Level, sigma: Level, h: Level, first_order: Level = 1.0
+    ) -> Blend:
+        """The source texture's part alone; arguments as ``evaluate``."""
+        assert self.texture is not None
+        a, s, step, order = (column(value, x0) for value in (alpha, sigma, h, first_order))
+        log_snr = half_log_snr(a, s).clamp(-LAMBDA_RANGE, LAMBDA_RANGE)
+        features = noise_features(log_snr, -torch.expm1(-step))
+        conditions = torch.cat([features, order.flatten(1).expand(len(features), -1)], dim=1)
+        blend = self.texture(x0, source, conditions)
+        return blend._replace(delta=blend.delta * noise_window(log_snr))
+
+    def refine(self, images: Tensor, source: Tensor | None, strength: float = 1.0) -> Tensor:
+        """The decoder stage on decoded ``images`` (B, 3, H, W) in [0, 1]; ``source`` likewise, or None.
+
+        The very same tensor comes back at strength 0 and where there is no such stage.
+        """
+        if self.decoder is None or strength == 0:
+            return images
+        if self.device != images.device:
+            self.to(images.device)
+        blend = self.decoder(images.float() * 2 - 1, None if source is None else source.to(images).float() * 2 - 1)
+        return (images.float() + 0.5 * strength * blend.delta).clamp(0, 1).to(images.dtype)
+
+
+def build_enhancement(cfg: EnhancementConfig, latent_channels: int, conditioning: str) -> EnhancementModule | None:
+    """The module that a run trains, or None; source texture needs ``conditioning=source``."""
+    if not cfg.enabled or cfg.placement == "none":
+        return None
+    channels = latent_channels if cfg.texture and conditioning == "source" else 0
+    max_log_gain = cfg.max_log_gain if cfg.gain else 0.0
+    if max_log_gain == 0 and channels == 0 and not cfg.decoder:
+        raise ConfigError(
+            "this enhancement brings back the source photo's texture, but conditioning=none shows none: use "
+            "enhancement=gain, or conditioning=source."
+        )
+    return EnhancementModule(cfg.levels, cfg.hidden, max_log_gain, channels, cfg.decoder)

@@ -1,0 +1,108 @@
+"""Source texture: bands of the source photo, carried to where they belong, let in by a gate.
+
+    delta = sum_b [ (exp(l_b) - 1) W_b x + h_b (W_b (source o flow) - W_b x) ]
+
+A gain can only make louder what is there. The source photo proves what should be there: where its carried bands
+agree with the image, the gate ``h_b`` opens and replaces the image's own; where they do not (skin, background, a
+source of another garment) it stays shut. One class for predicted clean latents in every reverse step and, with
+three channels, for the decoded image. Relatives train a decoder: the skip connections of LaDI-VTON's EMASC
+(2305.13501) and the asymmetric VQGAN (2306.04632); here a few thousand numbers decide place by place.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lora_dae.enhancement.bands import local_log_energy, split_bands
+from lora_dae.enhancement.match import Match, Matcher, warp
+
+_SCALE = 0.25  # log energies span about [-9, 4]
+_FLOOR = 1e-4
+
+
+class Blend(NamedTuple):
+    """What ``SourceTexture`` did: delta (B, C, H, W), gates (B, levels, H, W), the match (None without source)."""
+
+    delta: Tensor
+    gates: Tensor | None
+    match: Match | None
+
+
+class SourceTexture(nn.Module):
+    """Gates per band and place, from agreement with the matched source and from ``conditions`` numbers per image.
+
+    ``channels`` of the images or latents, ``levels`` bands, ``factors``: scales of the match, coarse first. The last
+    layer starts at zero: a new module changes nothing. ``max_log_gain`` > 0 adds a gain per band, which works
+    without a source too.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        levels: int = 3,
+        hidden: int = 24,
+        conditions: int = 0,
+        max_log_gain: float = 0.0,
+        factors: tuple[int, ...] = (4, 1),
+    ) -> None:
+        super().__init__()
+        self.levels, self.max_log_gain = levels, max_log_gain
+        self.matcher = Matcher(channels, factors=factors)
+        self.input = nn.Conv2d(3 * levels + 3, hidden, 1)
+        self.spatial = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.film = nn.Linear(conditions, 2 * hidden) if conditions else None
+        self.output = nn.Conv2d(hidden, 2 * levels, 1)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, source: Tensor | None, conditions: Tensor | None = None) -> Blend:
+        """Edit ``x`` (B, C, H, W) by ``source`` (the same shape, or None); ``conditions`` (B or 1, n)."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            own, rest = split_bands(x, self.levels)
+            match, carried, carried_rest = None, own, rest
+            if source is not None:
+                source = source.float()
+                theirs, their_rest = split_bands(source, self.levels)
+                # Fine bands repeat themselves: only coarse ones say what belongs where.
+                match = self.matcher(rest + own[-1], their_rest + theirs[-1])
+                carried, carried_rest = split_bands(warp(source, match.flow), self.levels)
+            gaps = [c - o for c, o in zip(carried, own, strict=True)]
+            gain, gate = self._gates(own, carried, gaps, carried_rest - rest, match, conditions).chunk(2, dim=1)
+            delta = torch.zeros_like(x)
+            if self.max_log_gain > 0:
+                gains = torch.expm1(self.max_log_gain * torch.tanh(gain)).split(1, dim=1)
+                delta = delta + sum(g * band for g, band in zip(gains, own, strict=True))
+                # Bands have zero mean, but a gain that varies in space would move it again.
+                delta = delta - delta.mean((2, 3), keepdim=True)
+            gates = None
+            if source is not None:
+                gates = torch.tanh(gate)
+                delta = delta + sum(h * gap for h, gap in zip(gates.split(1, dim=1), gaps, strict=True))
+            return Blend(delta, gates, match)
+
+    def _gates(
+        self,
+        own: list[Tensor],
+        carried: list[Tensor],
+        gaps: list[Tensor],
+        rest_gap: Tensor,
+        match: Match | None,
+        conditions: Tensor | None,
+    ) -> Tensor:
+        """(B, 2 * levels, H, W): what gain and gate are the tanh of."""
+        b, _, height, width = rest_gap.shape
+        sure = rest_gap.new_zeros(b, 1, height, width) if match is None else match.confidence
+        far = (rest_gap.square().mean(1, keepdim=True) + _FLOOR).log()
+        features = torch.cat([local_log_energy(own), local_log_energy(carried), local_log_energy(gaps), far], dim=1)
+        flag = torch.full_like(sure, float(match is not None))
+        hidden = self.spatial(self.input(torch.cat([features * _SCALE, sure, flag], dim=1)))
+        if self.film is not None:
+            assert conditions is not None
+            scale, shift = self.film(conditions)[:, :, None, None].chunk(2, dim=1)
+            hidden = hidden * (1 + scale) + shift
+        return self.output(functional.silu(hidden))

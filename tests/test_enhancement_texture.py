@@ -1,0 +1,174 @@
+"""Source texture: carried to its place, let in by gates, absent without a source or strength."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_enhancement_hook import scheduler_for
+
+from lora_dae.config import ConfigError, EnhancementConfig
+from lora_dae.enhancement import EnhancementModule, enhance_scheduler, load_enhancement, save_enhancement
+from lora_dae.enhancement.bands import split_bands
+from lora_dae.enhancement.match import Matcher, warp
+from lora_dae.enhancement.module import build_enhancement
+from lora_dae.enhancement.texture import SourceTexture
+
+LEVEL = (0.8, 0.6, 0.2)
+
+
+def smooth(seed: int, size: int = 32, channels: int = 4) -> torch.Tensor:
+    """Random latents with something at every scale."""
+    noise = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(seed))
+    bands, rest = split_bands(noise, 3)
+    return bands[0] + 3 * bands[1] + 8 * bands[2] + 12 * rest
+
+
+def opened(texture: SourceTexture, bias: float = 10.0) -> SourceTexture:
+    """Every gate at 1, every gain at 0."""
+    with torch.no_grad():
+        texture.output.bias[texture.levels :] = bias
+    return texture
+
+
+def test_reading_along_a_whole_flow_is_a_shift():
+    x = torch.arange(2 * 6 * 8.0).view(1, 2, 6, 8)
+    flow = torch.zeros(1, 2, 6, 8)
+    flow[:, 0], flow[:, 1] = 2, -1
+    moved = warp(x, flow)
+    torch.testing.assert_close(moved[:, :, 1:, :-2], x[:, :, :-1, 2:])
+    torch.testing.assert_close(warp(x, torch.zeros_like(flow)), x)
+
+
+def test_the_same_picture_is_matched_with_itself_and_an_empty_one_with_less_confidence():
+    torch.manual_seed(0)
+    matcher, x = Matcher(4), smooth(0)
+    same = matcher(x, x)
+    assert same.flow.abs().mean() < 0.3
+    assert same.confidence.mean() > matcher(x, torch.zeros_like(x)).confidence.mean()
+    assert same.flow.shape == (2, 2, 32, 32) and same.confidence.shape == (2, 1, 32, 32)
+
+
+@pytest.mark.parametrize("shift", [(3, 0), (0, -4), (5, 4)])
+def test_a_shifted_picture_is_found_again(shift):
+    torch.manual_seed(0)
+    x = smooth(1)
+    source = x.roll(shift, (3, 2))  # the source shows it ``shift`` (x, y) further
+    flow = Matcher(4)(x, source).flow[:, :, 8:-8, 8:-8].detach()
+    found = flow.flatten(2).median(-1).values
+    assert (found - torch.tensor(shift)).abs().max() < 1.5
+
+
+@pytest.mark.parametrize("size", [(7, 9), (4, 4), (32, 20)])
+def test_any_size_can_be_matched(size):
+    x = torch.randn(1, 4, *size)
+    assert Matcher(4)(x, x).flow.shape == (1, 2, *size)
+
+
+def test_open_gates_replace_the_bands_by_the_sources_and_leave_the_coarse_rest():
+    torch.manual_seed(0)
+    texture, x = opened(SourceTexture(4)), smooth(2)
+    blurred = split_bands(x, 1)[1]  # without its finest band, which the source still has
+    edited = blurred + texture(blurred, x).delta
+    assert (edited - x).square().mean() < 0.25 * (blurred - x).square().mean()
+    rest = split_bands(blurred, 3)[1]
+    assert (split_bands(edited, 3)[1] - rest).square().mean() < 1e-3 * rest.square().mean()
+
+
+def test_a_new_module_is_the_identity_and_knows_no_texture_without_a_source():
+    module = EnhancementModule(source_channels=4, decoder=True)
+    x0, images = smooth(3), torch.rand(2, 3, 32, 32)
+    assert torch.count_nonzero(module(x0, x0, x0, *LEVEL, source=smooth(4))) == 0
+    assert torch.equal(module.refine(images, images.flip(2)), images)
+    opened(module.texture)
+    with_source = module.evaluate(x0, x0, x0, *LEVEL, source=smooth(4))
+    without = module.evaluate(x0, x0, x0, *LEVEL)
+    assert with_source.delta.abs().max() > 0.1 and with_source.match is not None
+    assert torch.count_nonzero(without.delta) == 0 and without.match is None
+
+
+def test_the_window_shuts_source_texture_at_high_noise_as_well():
+    module, x0 = EnhancementModule(source_channels=4), smooth(3)
+    opened(module.texture)
+    assert torch.count_nonzero(module(x0, x0, x0, 0.1, 0.995, 0.2, source=smooth(4))) == 0
+
+
+def test_the_whole_module_is_small():
+    config = EnhancementConfig()
+    for channels in (4, 16):
+        module = build_enhancement(config, channels, "source")
+        assert module.texture is not None and module.decoder is not None and module.gain is not None
+        assert sum(p.numel() for p in module.parameters()) < 60_000
+
+
+def test_the_parts_can_be_had_one_by_one():
+    def parts(conditioning="source", **options):
+        module = build_enhancement(EnhancementConfig(**options), 4, conditioning)
+        return module and [name for name in ("gain", "texture", "decoder") if getattr(module, name) is not None]
+
+    assert parts() == ["gain", "texture", "decoder"]
+    assert parts(texture=False, decoder=False) == ["gain"]
+    assert parts(gain=False, decoder=False) == ["texture"]
+    assert parts("none") == ["gain", "decoder"]  # captions alone: no source photo to take texture from
+    assert parts(enabled=False) is None and parts(placement="none") is None
+    with pytest.raises(ConfigError, match="enhancement=gain"):
+        parts("none", gain=False, decoder=False)
+
+
+def test_gradients_reach_every_weight_of_gates_and_matcher():
+    torch.manual_seed(0)
+    texture, x = SourceTexture(4, conditions=2), smooth(5)
+    for p in texture.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    edited = x + texture(x, smooth(6), torch.randn(2, 2)).delta
+    (edited - smooth(7)).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in texture.parameters())
+
+
+def test_the_file_keeps_every_part(tmp_path):
+    module = EnhancementModule(2, 8, 0.3, source_channels=4, decoder=True)
+    opened(module.texture)
+    again = load_enhancement(save_enhancement(module, tmp_path / "enhancement.safetensors"))
+    x0, source = smooth(3), smooth(4)
+    assert torch.equal(again(x0, x0, x0, *LEVEL, source=source), module(x0, x0, x0, *LEVEL, source=source))
+    assert again.decoder is not None
+    only = EnhancementModule(2, 8, 0.0, source_channels=4)
+    assert load_enhancement(save_enhancement(only, tmp_path / "only.safetensors")).gain is None
+
+
+def test_a_scheduler_takes_the_source_and_shares_it_among_images_of_a_prompt():
+    module = EnhancementModule(source_channels=4).requires_grad_(False)
+    opened(module.texture)
+    plain = scheduler_for("ddim")
+    plain.set_timesteps(10)
+    output, sample = torch.randn(2, 4, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    source = smooth(4)
+
+    def step(shown, strength=1.0):
+        return enhance_scheduler(plain, module, strength, source=shown).step(output, 300, sample).prev_sample
+
+    expected = plain.step(output, 300, sample).prev_sample
+    with torch.no_grad():
+        assert torch.equal(step(None), expected)  # no source, no texture
+        assert torch.equal(step(source, 0.0), expected)
+        shared = step(source)
+        assert not torch.equal(shared, expected)
+        assert torch.equal(shared, step(source.repeat_interleave(2, dim=0)))
+        with pytest.raises(ConfigError, match="one per prompt"):
+            step(smooth(4).repeat(2, 1, 1, 1)[:3])
+
+
+def test_the_direction_term_needs_a_gain():
+    with pytest.raises(ConfigError, match="direction"):
+        enhance_scheduler(scheduler_for("ddim"), EnhancementModule(3, 32, 0.0, 4), 1.0, "direction")
+
+
+def test_refining_in_pixels_brings_back_the_sources_fine_band_by_strength():
+    torch.manual_seed(0)
+    module = EnhancementModule(decoder=True)
+    opened(module.decoder)
+    real = (smooth(8, 64, 3) * 0.05 + 0.5).clamp(0, 1)
+    blurred = split_bands(real, 1)[1].clamp(0, 1)
+    with torch.no_grad():
+        errors = [float((module.refine(blurred, real, s) - real).square().mean()) for s in (0.0, 0.5, 1.0)]
+    assert errors[2] < errors[1] < errors[0]
+    assert module.refine(blurred, real, 0.0) is blurred

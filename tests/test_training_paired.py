@@ -1,0 +1,96 @@
+"""Texture training: towards the true bands, with gates that learn to stay shut before a wrong source."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_enhancement_texture import smooth
+from test_training_on_policy import scheduler
+
+from lora_dae.config import EnhancementConfig
+from lora_dae.diffusion import alpha_sigma, half_log_snr
+from lora_dae.enhancement import EnhancementModule
+from lora_dae.enhancement.bands import split_bands
+from lora_dae.enhancement.gates import WINDOW
+from lora_dae.training.objective import step_generator
+from lora_dae.training.paired import decoder_loss, draw_paired, gradient_magnitude, swapped, texture_loss
+
+
+class Blurry(torch.nn.Module):
+    """A denoiser that knows the truth but for its finest band, as an average over textures does not."""
+
+    def __init__(self, clean: torch.Tensor, base) -> None:
+        super().__init__()
+        self.blurred, self.base = split_bands(clean, 1)[1], base
+
+    def forward(self, sample, timestep, encoder_hidden_states, return_dict):
+        noisy = sample[:, : self.blurred.shape[1]]
+        alpha, sigma = alpha_sigma(self.base, timestep, noisy)
+        x0 = self.blurred.repeat(len(noisy) // len(self.blurred), 1, 1, 1)
+        return ((alpha * noisy - x0) / sigma,)  # v, from x0 = alpha x - sigma v
+
+
+def paired_batch() -> dict[str, torch.Tensor]:
+    clean = torch.cat([smooth(k) for k in range(4)])
+    return {"latent_mean": clean, "source": clean.clone(), "text": torch.zeros(8, 2, 3)}
+
+
+def test_draws_stay_where_the_module_acts_and_repeat():
+    base, cfg = scheduler(), EnhancementConfig(wrong_source=0.5, guidance_range=[1.0, 5.0])
+    draws = [draw_paired(paired_batch(), base, cfg, step_generator(0, k, 0)) for k in range(20)]
+    alpha, sigma = alpha_sigma(base, torch.cat([d.timesteps for d in draws]), torch.zeros(160, 1, 1, 1))
+    assert half_log_snr(alpha, sigma).min() > WINDOW[0]
+    assert {d.guidance == 1.0 for d in draws} == {True, False} and max(d.guidance for d in draws) <= 3
+    assert 40 < sum(int(d.wrong.sum()) for d in draws) < 120
+    again = draw_paired(paired_batch(), base, cfg, step_generator(0, 3, 0))
+    assert torch.equal(again.noise, draws[3].noise) and torch.equal(again.wrong, draws[3].wrong)
+
+
+def test_swapping_gives_the_next_samples_source():
+    source = torch.arange(4.0).view(4, 1, 1, 1)
+    assert swapped(source, torch.tensor([True, False, False, True])).flatten().tolist() == [3, 1, 2, 2]
+
+
+def test_training_opens_the_gates_for_the_right_source_and_not_for_a_wrong_one():
+    torch.manual_seed(0)
+    base, batch = scheduler(), paired_batch()
+    unet = Blurry(batch["latent_mean"], base)
+    module = EnhancementModule(max_log_gain=0.0, source_channels=4)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    cfg = EnhancementConfig(wrong_source=0.3)
+    for k in range(60):
+        draws = draw_paired(batch, base, cfg, step_generator(0, k, 0))
+        loss, before, edited = texture_loss(unet, base, module, batch, torch.zeros(2, 3), draws)
+        assert not edited.requires_grad and torch.isfinite(loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        blurred, noisy = unet.blurred, batch["latent_mean"]
+        gates = [
+            module.evaluate(blurred, blurred, noisy, 0.95, 0.31, 0.3, source=s).gates[:, 0].abs().mean()
+            for s in (batch["source"], batch["source"].roll(2, 0))
+        ]
+    assert gates[0] > 0.4 and gates[1] < 0.5 * gates[0]
+
+
+def test_the_decoder_stage_lowers_its_loss_with_the_right_source():
+    torch.manual_seed(0)
+    real = (torch.cat([smooth(k, 32, 3) for k in range(2)]) * 0.05 + 0.5).clamp(0, 1)
+    blurred = split_bands(real, 1)[1].clamp(0, 1)
+    module = EnhancementModule(max_log_gain=0.0, decoder=True)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = decoder_loss(module, blurred, real, real, torch.zeros(4, dtype=torch.bool))
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.7 * losses[0]
+    assert decoder_loss(EnhancementModule(decoder=True), real, real, None, None).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_gradient_magnitude_of_a_ramp_is_its_slope():
+    ramp = torch.arange(8.0).view(1, 1, 1, 8).expand(1, 3, 8, 8) * 0.1
+    torch.testing.assert_close(gradient_magnitude(ramp), torch.full((1, 7, 7), 0.1), rtol=0, atol=1e-4)
