@@ -13,11 +13,16 @@ from lora_dae.adapter.inject import trainable_parameters
 from lora_dae.backbone.load import Backbone
 from lora_dae.config import Config
 from lora_dae.enhancement.gates import EnhancementModule
-from lora_dae.training.objective import adapter_loss, draw, fixed_draws, step_generator
+from lora_dae.training.objective import adapter_loss, draw, fixed_draws, seeded
 from lora_dae.training.on_policy import chain_loss, draw_chain
+from lora_dae.training.prior import Prior
+from lora_dae.training.resume import align_progress
+from lora_dae.training.together import global_batch, who
 
 Batch = dict[str, Tensor]
 STAGES = ("adapter", "enhancement")
+# Streams of random numbers: one per stage, what all samples of a step have in common, pictures of the prior.
+SHARED, PRIOR = 2, 3
 
 
 class NonFiniteLossError(RuntimeError):
@@ -45,6 +50,7 @@ class LoraDae(lightning.LightningModule):
         self.cfg = cfg
         self.noise_scheduler = backbone.scheduler
         self.register_buffer("null_text", null_text, persistent=False)
+        self.prior: Prior | None = None
         self.strict_loading = False  # checkpoints leave the frozen weights out
         self._kept = set(trainable_parameters(self))
         self.set_stage(stage)
@@ -61,28 +67,54 @@ class LoraDae(lightning.LightningModule):
         return int(self.noise_scheduler.config.num_train_timesteps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        generator = step_generator(self.cfg.seed, self.global_step, self.global_rank, STAGES.index(self.stage))
+        stream, places = STAGES.index(self.stage), self._places(batch_idx, len(batch["latent_mean"]))
+        generators = [seeded(self.cfg.seed, stream, place) for place in places]
+        if self.cfg.adapter.dropout > 0:  # its layers draw from the global generator
+            torch.manual_seed(generators[0].initial_seed())
+        scale = 1
         if self.stage == "adapter":
-            draws = draw(batch, self.num_train_timesteps, self.cfg.objective, generator)
-            losses = self._losses(batch, draws)
-            loss = losses.mean()
+            draws = draw(batch, self.num_train_timesteps, self.cfg.objective, generators)
+            loss = self._losses(batch, draws).mean()
+            if self.prior is not None:
+                kept = self.prior.batch(places, batch)
+                generators = [seeded(self.cfg.seed, PRIOR, place) for place in places]
+                draws = draw(kept, self.num_train_timesteps, self.cfg.objective, generators)
+                loss = loss + self.cfg.objective.prior_weight * self._losses(kept, draws).mean()
         else:
             assert self.enhancement is not None
             self.unet.eval()
-            chain = draw_chain(batch, self.cfg.enhancement, generator)
+            shared = seeded(self.cfg.seed, SHARED, self._micro_step(batch_idx))
+            chain = draw_chain(batch, self.cfg.enhancement, shared, generators)
             loss, parts = chain_loss(
-                self.unet, self.noise_scheduler, self.enhancement, batch, self.null_text, chain  # type: ignore[arg-type]
+                self.unet, self.noise_scheduler, self.enhancement, batch, self.null_text, chain, global_batch  # type: ignore[arg-type]
             )  # fmt: skip
+            scale = self.trainer.world_size
             self.log("enhancement/power_gap", parts.power)
             self.log("enhancement/distribution", parts.distribution)
-        if not math.isfinite(loss.item()):
-            samples = ", ".join(str(i) for i in batch["index"].tolist())
+        # One small collective: the loss of the global batch, and every rank learns of any rank's NaN at once.
+        mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+        assert isinstance(mean, Tensor)
+        if not math.isfinite(mean.item()):
+            samples = who(not math.isfinite(loss.item()), batch["index"].tolist())
             raise NonFiniteLossError(
-                f"the loss became {loss.item()} at step {self.global_step} on samples {samples}: lower "
+                f"the loss became {mean.item()} at step {self.global_step} on samples {samples}: lower "
                 "optimizer.learning_rate, or look at these samples."
             )
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+        self.log("train/loss", mean, prog_bar=True)
+        return loss * scale
+
+    def _micro_step(self, batch_idx: int) -> int:
+        """How many batches came before this one on each rank."""
+        accumulated = self.trainer.accumulate_grad_batches
+        return self.global_step * accumulated + batch_idx % accumulated
+
+    def _places(self, batch_idx: int, count: int) -> range:
+        """Where in the training stream the batch's samples stand; no number of processes changes a sample's place."""
+        first = (self._micro_step(batch_idx) * self.trainer.world_size + self.global_rank) * count
+        return range(first, first + count)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        align_progress(checkpoint, self.trainer.accumulate_grad_batches)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         losses = self._losses(batch, fixed_draws(batch, self.num_train_timesteps))
