@@ -112,10 +112,10 @@ def test_two_processes_train_what_one_trains(tiny_backbone: Path, shared: Path, 
     gradients, losses = torch.load(shared / "record0.pt", weights_only=True)
     others, _ = torch.load(shared / "record1.pt", weights_only=True)
     assert len(gradients) == len(alone.gradients) == 3 + 1
-    for ours, others_, expected in zip(gradients, others, alone.gradients, strict=True):
-        assert torch.equal(ours, others_)
-        assert distance(ours, expected) < 1e-3
-    assert distance(gradients[0], alone.gradients[0]) < 1e-5  # before any difference could grow
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients, others, strict=True))
+    apart = [distance(ours, expected) for ours, expected in zip(gradients, alone.gradients, strict=True)]
+    assert apart[0] < 1e-5 and max(apart[:3]) < 1e-3, apart  # before any difference could grow, and after it could
+    assert apart[3] < 0.05, apart  # the enhancement's loss has kinks: signs of differences between sorted values
     assert losses == pytest.approx(alone.losses, rel=1e-5)
     assert distance(weights(shared / "two"), weights(shared / "one")) < 1e-4
     assert [e.text.count("draws") for e in ended] == [1, 1]

@@ -8,8 +8,7 @@ multirun/store/                  trainings, shared with all sweeps: cells that d
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from lora_dae.config import Config, ConfigError, check, conf_dir, from_dict, register
@@ -34,11 +34,15 @@ CHAIN_CALLS = 2.5  # mean calls per step and image while the enhancement trains
 
 @dataclass(frozen=True)
 class Cell:
-    """One line of the table. ``row``: which row of a run's own table it is; None: that of the run's strength."""
+    """One line of the table, tested against the cell ``against`` (None: the comparison's baseline).
+
+    ``row``: which row of a run's own table it is; None: that of the run's strength.
+    """
 
     name: str
     overrides: tuple[str, ...]
     row: str | None = None
+    against: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,16 @@ def read_comparison(folder: Path) -> Comparison:
         raise ConfigError(f"{path} has the keys {', '.join(values)}: give {', '.join(sorted(expected))}.")
     cells = []
     for name, given in values["cells"].items():
-        row = None
-        if isinstance(given, dict):
-            given, row = given["overrides"], given["row"]
-        cells.append(Cell(str(name), tuple(map(str, given)), row))
-    if values["baseline"] not in {cell.name for cell in cells} or not values["seeds"]:
-        raise ConfigError(f"{path} needs seeds, and a baseline that is one of its cells.")
+        entry = given if isinstance(given, dict) else {"overrides": given}
+        if "overrides" not in entry or not set(entry) <= {"overrides", "row", "against"}:
+            raise ConfigError(f"{path}: cell '{name}' is a list of overrides, or overrides with row and against.")
+        cells.append(Cell(str(name), tuple(map(str, entry["overrides"])), entry.get("row"), entry.get("against")))
+    names = {cell.name for cell in cells}
+    for baseline in (values["baseline"], *(cell.against for cell in cells if cell.against is not None)):
+        if baseline not in names:
+            raise ConfigError(f"{path}: the baseline '{baseline}' is none of its cells.")
+    if not values["seeds"]:
+        raise ConfigError(f"{path}: seeds is empty; give at least one.")
     return Comparison(
         folder.resolve().name, values["title"], tuple(values["seeds"]), values["baseline"], tuple(values["metrics"]),
         tuple(map(str, values["common"])), tuple(cells),
@@ -86,38 +94,50 @@ def run_folder(runs: Path, cell: Cell, seed: int) -> Path:
     return runs / f"{slug(cell.name)}_seed{seed}"
 
 
-def make_jobs(grid: Comparison, runs: Path, extra: Sequence[str] = ()) -> list[Job]:
-    """A job per seed and cell; the first seed of all cells comes first: there soon is a whole table."""
-    jobs = []
-    with _composer() as composed:
-        for seed in grid.seeds:
-            for cell in grid.cells:
-                overrides = [*grid.common, *cell.overrides, f"seed={seed}", f"tracking.group=study_{grid.name}", *extra]
-                cfg = composed(overrides)
-                job = Job(
+def make_jobs(grid: Comparison, runs: Path, extra: Sequence[str] = ()) -> tuple[list[Job], list[Config]]:
+    """A job and its config, checked, per seed and cell; the first seed of all cells comes first: soon a whole table.
+
+    ``extra`` overrides hold for every cell. Raises ConfigError for a cell that train.py would refuse.
+    """
+    composed = {cell: _compose([*grid.common, *cell.overrides, *extra]) for cell in grid.cells}
+    typed = {cell: _typed(cfg) for cell, cfg in composed.items()}
+    keys = {cell: training_key(cfg) for cell, cfg in composed.items()}
+    jobs, configs = [], []
+    for seed in grid.seeds:
+        for cell in grid.cells:
+            plain = OmegaConf.to_container(composed[cell], resolve=False)
+            overrides = [*grid.common, *cell.overrides, *extra, f"seed={seed}", f"tracking.group=study_{grid.name}"]
+            jobs.append(
+                Job(
                     number=len(jobs),
                     overrides=overrides,
                     label=f"{cell.name}, seed {seed}",
                     directory=run_folder(runs, cell, seed),
-                    digest=content_hash(OmegaConf.to_container(cfg, resolve=False)),
-                    work=training_key(cfg),
+                    digest=content_hash([plain, seed]),
+                    work=f"{keys[cell]} {seed}",
                 )
-                jobs.append(job)
+            )
+            configs.append(typed[cell])
     if len({job.directory for job in jobs}) < len(jobs):
         raise ConfigError(f"two cells of {grid.name} have the same folder: give them names that differ in letters.")
-    return jobs
+    return jobs, configs
 
 
-def configs(jobs: Sequence[Job]) -> list[Config]:
-    """The typed configs of jobs, each checked as train.py does it."""
-    found = []
-    with _composer() as composed:
-        for job in jobs:
-            plain = OmegaConf.to_container(composed([*job.overrides, "run_dir=unused"]), resolve=True)
-            cfg = from_dict(plain)  # type: ignore[arg-type]
-            check(cfg)
-            found.append(cfg)
-    return found
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    register()
+    register_sweep_name()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return compose("train", [*overrides, "run_dir=unused"])
+    except HydraException as error:
+        raise ConfigError(f"{' '.join(overrides)} cannot be composed: {str(error).splitlines()[0]}") from error
+
+
+def _typed(cfg: DictConfig) -> Config:
+    typed = from_dict(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    check(typed)
+    return typed
 
 
 @dataclass(frozen=True)
@@ -138,11 +158,11 @@ class Budget:
         )
 
 
-def budget(grid: Comparison, jobs: Sequence[Job]) -> Budget:
-    """Hours of the jobs that are not done; each training counts once."""
+def budget(grid: Comparison, jobs: Sequence[Job], configs: Sequence[Config]) -> Budget:
+    """Hours of all jobs; each training counts once."""
     training = measuring = 0.0
     seen: set[str] = set()
-    for job, cfg in zip(jobs, configs(jobs), strict=True):
+    for job, cfg in zip(jobs, configs, strict=True):
         enhanced = cfg.enhancement.enabled and cfg.enhancement.placement != "none"
         if job.work not in seen:
             seen.add(job.work)
@@ -155,16 +175,3 @@ def budget(grid: Comparison, jobs: Sequence[Job]) -> Budget:
         rows = 1 + int(enhanced and cfg.enhancement.strength > 0) + int(cfg.evaluation.frozen)
         measuring += rows * cfg.evaluation.num_samples * network_calls(cfg) * NETWORK_CALL + MEASURING
     return Budget(len(grid.cells), len(seen), len(jobs), training / 3600, measuring / 3600)
-
-
-@contextmanager
-def _composer() -> Iterator[Any]:
-    register()
-    register_sweep_name()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-
-        def composed(overrides: Sequence[str]) -> DictConfig:
-            return compose("train", list(overrides))
-
-        yield composed

@@ -32,8 +32,8 @@ CROPS, SIDE, ZOOM = 3, 48, 4  # prompts, pixels of a crop, times enlarged
 def run_comparison(folder: Path, runs: Path, jobs_at_once: int, extra: Sequence[str], console: Console) -> int:
     """Run what is not finished and write the tables; returns the number of runs that failed."""
     grid = read_comparison(folder)
-    jobs = make_jobs(grid, runs, extra)
-    console.print(budget(grid, jobs).words(), soft_wrap=True, highlight=False)
+    jobs, configs = make_jobs(grid, runs, extra)
+    console.print(budget(grid, jobs, configs).words(), soft_wrap=True, highlight=False)
     devices = Devices(jobs_at_once, visible_gpus())
     run_jobs(jobs, lambda job: train_command(job.overrides, job.directory), devices, console)
     failed = [job for job in jobs if job.state != DONE]
@@ -86,7 +86,8 @@ def main() -> None:
         grid = read_comparison(given.folder)
         runs = Path("multirun") / f"study_{grid.name}"
         if given.plan:
-            console.print(budget(grid, make_jobs(grid, runs, given.overrides)).words(), soft_wrap=True, highlight=False)
+            words = budget(grid, *make_jobs(grid, runs, given.overrides)).words()
+            console.print(words, soft_wrap=True, highlight=False)
         elif given.table:
             write_tables(given.folder, grid, runs, console)
         else:

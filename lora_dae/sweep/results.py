@@ -123,10 +123,12 @@ def build_results(grid: Comparison, runs: Path) -> dict[str, Any]:
             f"{runs} has no finished baseline '{grid.baseline}' and another cell yet: run the study first."
         )
     tests: dict[tuple[str, str], tuple[float, float]] = {}
+    against = {cell.name: cell.against or grid.baseline for cell in grid.cells}
     for name, metrics in found.items():
-        for metric in metrics if name != grid.baseline else ():
-            if metric in found[grid.baseline]:
-                tests[name, metric] = difference(metrics[metric], found[grid.baseline][metric])
+        other = found.get(against[name], {})
+        for metric in metrics if name != against[name] else ():
+            if metric in other:
+                tests[name, metric] = difference(metrics[metric], other[metric])
     corrected = dict(zip(tests, holm([p for _, p in tests.values()]), strict=True))
     cells = {}
     for cell in grid.cells:
@@ -143,6 +145,7 @@ def build_results(grid: Comparison, runs: Path) -> dict[str, Any]:
         cfg = read_run_config(folder)
         cells[cell.name] = {
             "overrides": list(cell.overrides),
+            "against": against[cell.name],
             "adapter_mb": 0.0 if cell.row is not None else adapter_megabytes(folder),
             "network_calls": network_calls(cfg),
             "metrics": metrics,
@@ -158,7 +161,7 @@ def render(results: Mapping[str, Any] | None) -> str:
     """README's block, from results.json alone."""
     if not results:
         return NOT_RUN
-    cells, baseline = results["cells"], results["baseline"]
+    cells = results["cells"]
     metrics = list(dict.fromkeys(metric for cell in cells.values() for metric in cell["metrics"]))
     kinds = {m: next(c["metrics"][m]["better"] for c in cells.values() if m in c["metrics"]) for m in metrics}
     heads = ["", "MB", "calls", *(f"{format_name(m)} {ARROWS[kinds[m]]}" for m in metrics)]
@@ -170,9 +173,11 @@ def render(results: Mapping[str, Any] | None) -> str:
         lines.append("| " + " | ".join(row) + " |")
     count = sum("p_holm" in entry for cell in cells.values() for entry in cell["metrics"].values())
     seeds = results["training_seeds"]
+    one = len({cell["against"] for cell in cells.values()}) == 1
+    than = f"'{results['baseline']}'" if one else "the cell that each is tested against (results.json)"
     words = [
         f"Mean over {len(seeds)} training seed{'s' if len(seeds) > 1 else ''} with 95 % intervals (images and seeds). "
-        f"**Better** and _worse_ than '{baseline}': paired test, p < {ALPHA} after Holm's correction for {count} "
+        f"**Better** and _worse_ than {than}: paired test, p < {ALPHA} after Holm's correction for {count} "
         "comparisons; not marked: cannot tell.",
         f"Protocol: {results['protocol']}.",
     ]
