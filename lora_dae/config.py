@@ -106,7 +106,8 @@ class DataConfig:
 class AdapterConfig:
     """LoRA by PEFT: which groups of layers, at which rank."""
 
-    kind: str = "lora"  # lora | loha | lokr: the others to compare with
+    kind: str = "lora"  # lora | loha | lokr | textual_inversion: the others to compare with
+    words: int = 4  # textual_inversion: vectors in front of every caption
     targets: list[str] = field(default_factory=lambda: ["cross_attention", "conv"])
     rank: int = 16
     alpha: float | None = None  # None = rank (scale 1)
@@ -262,7 +263,7 @@ def check(cfg: Config) -> None:
     _one_of("data.name", cfg.data.name, SOURCES)
     _one_of("data.cache", cfg.data.cache, ("disk", "memory", "off"))
     _one_of("data.captions.missing", cfg.data.captions.missing, ("error", "file_name", "category", "drop"))
-    _one_of("adapter.kind", cfg.adapter.kind, ("lora", "loha", "lokr"))
+    _one_of("adapter.kind", cfg.adapter.kind, ("lora", "loha", "lokr", "textual_inversion"))
     _one_of("adapter.init", cfg.adapter.init, ("kaiming", "gaussian"))
     _one_of("adapter.kernel", cfg.adapter.kernel, ("fused", "peft"))
     _one_of("tracking.logger", cfg.tracking.logger, LOGGERS)
@@ -286,6 +287,7 @@ def check(cfg: Config) -> None:
         )
     at_least = {
         "backbone.text_chunks": (cfg.backbone.text_chunks, 1),
+        "adapter.words": (cfg.adapter.words, 1),
         "adapter.rank": (cfg.adapter.rank, 1),
         "adapter.conv_rank": (1 if cfg.adapter.conv_rank is None else cfg.adapter.conv_rank, 1),
         "enhancement.strength": (cfg.enhancement.strength, 0),
@@ -338,6 +340,8 @@ def check(cfg: Config) -> None:
         raise ConfigError(
             f"adapter.kind={a.kind} has no use_dora, use_rslora, dropout, init and init_from: leave them as they are."
         )
+    if a.kind == "textual_inversion" and cfg.enhancement.enabled:
+        raise ConfigError("adapter.kind=textual_inversion has no module that learns on its text: add enhancement=none.")
     if cfg.enhancement.placement == "direction" and cfg.sampling.scheduler != "ddim":
         raise ConfigError(
             f"enhancement.placement=direction edits DDIM's direction term, which sampling.scheduler="

@@ -179,6 +179,7 @@ EXPERIMENTS = sorted(p.stem for p in (conf_dir() / "experiment").glob("*.yaml"))
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs(experiment: str, make: Make, paired_folder: Path) -> None:
     extra = ["adapter.rank=2"] if experiment != "full_finetune" else []
+    extra += ["objective.prior_images=3"] if experiment == "dreambooth" else []
     if experiment.startswith("sd"):  # on the tiny backbone, whose folder stands for the hub's
         extra += [f"data.root={paired_folder}", "data.val_fraction=0.25", "data.test_fraction=0.25"]
         extra += ["trainer.precision=bf16-mixed"]

@@ -38,7 +38,8 @@ def inject(unet: UNet2DConditionModel, cfg: AdapterConfig) -> None:
     """
     if is_injected(unet):
         raise ConfigError("The UNet already carries an adapter; load the backbone anew before injecting another.")
-    unet.add_adapter(adapter_config(unet, cfg), adapter_name=ADAPTER_NAME)
+    if cfg.kind != "textual_inversion":  # words.py: nothing in the UNet
+        unet.add_adapter(adapter_config(unet, cfg), adapter_name=ADAPTER_NAME)
     unet.requires_grad_(False)
     for name, parameter in unet.named_parameters():
         if adapted_layer(name) is not None:

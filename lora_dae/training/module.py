@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_dae.adapter.inject import trainable_parameters
+from lora_dae.adapter.words import LearnedWords
 from lora_dae.backbone.load import Backbone
 from lora_dae.config import Config
 from lora_dae.enhancement.gates import EnhancementModule
@@ -33,7 +35,8 @@ class LoraDae(lightning.LightningModule):
     """Two stages, one after the other: ``adapter`` trains LoRA (and source input), ``enhancement`` the module.
 
     The second never touches the first's weights, so LoRA alone and LoRA with enhancement are the same LoRA.
-    Checkpoints hold what trains, in either stage, and nothing of the frozen backbone.
+    Checkpoints hold what trains, in either stage, and nothing of the frozen backbone. With ``words`` (textual
+    inversion) ``text`` gives the embeddings of samples by number: those of the batch are without them.
     """
 
     def __init__(
@@ -43,8 +46,11 @@ class LoraDae(lightning.LightningModule):
         enhancement: EnhancementModule | None,
         null_text: Tensor,
         stage: str,
+        words: LearnedWords | None = None,
+        text: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
+        self.words, self.text = words, text
         self.unet = backbone.unet
         self.enhancement = enhancement
         self.cfg = cfg
@@ -122,6 +128,8 @@ class LoraDae(lightning.LightningModule):
 
     def _losses(self, batch: Batch, draws: Any) -> Tensor:
         cfg = self.cfg.objective
+        if self.text is not None and "index" in batch:
+            batch = {**batch, "text": self.text(batch["index"])}
         return adapter_loss(
             self.unet, self.noise_scheduler, batch, self.null_text, draws, cfg.min_snr_gamma, cfg.garment_weight  # type: ignore[arg-type]
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import lightning
 import numpy as np
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from lora_dae.adapter.files import save_adapter, save_merged
 from lora_dae.adapter.initial import initialize
@@ -17,6 +18,7 @@ from lora_dae.adapter.inject import inject, make_full_finetune, trainable_parame
 from lora_dae.adapter.other import save_other
 from lora_dae.adapter.source_input import attach_source_input, save_source_input
 from lora_dae.adapter.table import adapter_table
+from lora_dae.adapter.words import LearnedWords, encode_with_words, save_words
 from lora_dae.backbone.load import Backbone
 from lora_dae.backbone.precision import choose_precision
 from lora_dae.config import Config, ConfigError, to_dict
@@ -88,16 +90,21 @@ class Training:
                     console.print(started, highlight=False)
         if cfg.conditioning == "source":
             attach_source_input(backbone.unet)
+        self.words: LearnedWords | None = None
+        if cfg.adapter.kind == "textual_inversion":
+            self.words = LearnedWords(backbone, cfg.adapter.words)
+            self.words.attach(backbone)
         null = backbone.encode_text([""])[0]
         if self.rank == 0:
             too_long = long_captions(self.data.captions("train"), backbone.tokenizer, backbone.text_chunks)
             if too_long:
                 console.print(too_long, soft_wrap=True, highlight=False)
         if self.rank == 0:  # before the stages take turns in what requires a gradient
-            extra = {} if self.enhancement is None else {"enhancement": self.enhancement}
-            console.print(adapter_table(backbone.unet, extra))  # type: ignore[arg-type]
+            extra = {"words": self.words, "enhancement": self.enhancement}
+            console.print(adapter_table(backbone.unet, {k: v for k, v in extra.items() if v is not None}))
             console.print(f"{self.device}, {self.precision}, {attention} attention", highlight=False)
-        self.module = LoraDae(backbone, cfg, self.enhancement, null, "adapter")
+        text = self._text_with_words()
+        self.module = LoraDae(backbone, cfg, self.enhancement, null, "adapter", self.words, text)
         self.loggers: list[Any] = []
         if self.rank == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -113,6 +120,18 @@ class Training:
             batch_size=batch_size, seed=self.cfg.seed, cache=self.cfg.data.cache,
             masks=self.cfg.objective.garment_weight != 1, stores=self.stores,
         )  # fmt: skip
+
+    def _text_with_words(self) -> Callable[[Tensor], Tensor] | None:
+        """What training encodes anew in every step: the captions of samples, by number, with the words as they are."""
+        if self.words is None:
+            return None
+        words, pairs = self.words, {True: self.splits["train"], False: self.splits["val"]}
+
+        def encode(numbers: Tensor) -> Tensor:
+            captions = [pairs[self.module.training][number].caption for number in numbers.tolist()]
+            return encode_with_words(self.backbone, words, captions)
+
+        return encode
 
     def _encode_images(self, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """In the training precision: on a CPU with bfloat16 this halves the wait before the first step."""
@@ -188,11 +207,10 @@ class Training:
             self.backbone, None, "none", cfg.conditioning, cfg.data.resolution,
             cfg.sampling, self.precision.startswith("bf16"),
         )  # fmt: skip
+        captions = [c if self.words is None else self.words.prompt(c) for c in held_out.captions]
         own, sources = list(together.share(len(held_out.pairs))), held_out.sources
         with ema.swapped(self.module):
-            drawn = drawer.images(
-                [held_out.captions[i] for i in own], None if sources is None else sources[own], indices=own
-            )
+            drawn = drawer.images([captions[i] for i in own], None if sources is None else sources[own], indices=own)
         images = together.collect(torch.from_numpy(drawn).to(self.device), len(held_out.pairs)).cpu().numpy()
         if self.rank != 0:
             return
@@ -210,7 +228,9 @@ class Training:
             save_merged(unet, folder / "unet")
         else:
             origin = {"backbone": self.cfg.backbone.name, "fingerprint": self.backbone.fingerprint}
-            if self.cfg.adapter.kind == "lora":
+            if self.words is not None:
+                save_words(self.words, folder)
+            elif self.cfg.adapter.kind == "lora":
                 save_adapter(unet, folder, origin)
             else:
                 save_other(unet, folder, self.cfg.adapter, origin)
