@@ -86,8 +86,9 @@ def test_another_seed_gives_other_weights(make: Make, finished: Path) -> None:
 
 
 def test_resumed_run_equals_straight_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """N + N steps = 2N steps, bit for bit: weights, moving average, enhancement."""
-    options = ("trainer.max_steps=4", "trainer.val_check_interval=2", "enhancement.max_steps=2")
+    """N + N steps = 2N steps, bit for bit: weights, moving average, enhancement; also dropout, also accumulated."""
+    options = ("trainer.max_steps=4", "trainer.val_check_interval=2", "enhancement.max_steps=2", "adapter.dropout=0.1",
+               "trainer.accumulate_grad_batches=2")  # fmt: skip
     training.run(make(*options, name="straight"))
     cut = make(*options, name="cut")
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -63,7 +62,7 @@ def read_comparison(folder: Path) -> Comparison:
     path = folder / FILE
     if not path.is_file():
         raise ConfigError(f"there is no {path}: give a folder of experiments/ that has one.")
-    values: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
     expected = {"title", "seeds", "baseline", "metrics", "common", "cells"}
     if set(values) != expected:
         raise ConfigError(f"{path} has the keys {', '.join(values)}: give {', '.join(sorted(expected))}.")
