@@ -145,6 +145,12 @@ def test_images_alone_are_a_normal_test() -> None:
     assert standard_error([1.0, 1.0], [0.5 * noise, 0.5 * noise])[0] == pytest.approx(float((0.5 * noise).std()))
 
 
+def test_one_seed_without_bootstrap_tells_nothing() -> None:
+    one, other = Measured((2.0,), (), "higher"), Measured((1.0,), (), "higher")
+    assert difference(one, other) == (1.0, 1.0)
+    assert summary(one).low is None
+
+
 def test_power_is_best_at_one() -> None:
     """1.25 and 0.8 are as far from it; 1.1 is nearer than 0.7."""
     still = (torch.ones(10),)

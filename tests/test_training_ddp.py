@@ -169,8 +169,7 @@ def test_nan_on_one_is_known_to_both(tiny_backbone: Path, shared: Path, monkeypa
         assert "NonFiniteLossError: the loss became nan at step 1 on samples" in e.text and "(rank 1)" in e.text
 
 
-@pytest.mark.parametrize("failing", [0, 1])
-@pytest.mark.parametrize("hangs", [False, True], ids=["ends", "hangs"])
+@pytest.mark.parametrize(("failing", "hangs"), [(0, False), (1, True)], ids=["0 ends", "1 hangs"])
 def test_exception_on_one_ends_both(
     failing: int, hangs: bool, tiny_backbone: Path, shared: Path, monkeypatch: Any
 ) -> None:

@@ -56,8 +56,10 @@ def standard_error(values: Sequence[float], replicates: Sequence[Tensor]) -> tup
 
 
 def summary(measured: Measured) -> MetricValue:
-    """Mean and 95 % interval."""
+    """Mean and 95 % interval; without one where neither seeds nor replicates say how far it varies."""
     mean = float(np.mean(measured.values))
+    if len(measured.values) == 1 and not measured.replicates:
+        return MetricValue(mean, None, None, measured.better)  # type: ignore[arg-type]
     error, freedom = standard_error(measured.values, measured.replicates)
     half = float(stats.t.ppf(1 - ALPHA / 2, freedom)) * error
     return MetricValue(mean, mean - half, mean + half, measured.better)  # type: ignore[arg-type]
@@ -69,6 +71,8 @@ def difference(cell: Measured, baseline: Measured) -> tuple[float, float]:
     values = [x - y for x, y in zip(a.values, b.values, strict=True)]
     replicates = [x - y for x, y in zip(a.replicates, b.replicates, strict=True) if x.shape == y.shape]
     mean = float(np.mean(values))
+    if len(values) == 1 and not replicates:
+        return mean, 1.0
     error, freedom = standard_error(values, replicates)
     if mean == 0 or error == 0:
         return mean, 1.0 if mean == 0 else 0.0
