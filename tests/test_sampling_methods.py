@@ -87,8 +87,8 @@ def test_neutral_is_plain_and_published_settings_are_not(name: str, unet: UNet2D
 
 @pytest.mark.parametrize(
     ("scheduler", "kind"),
-    [("ddim", "epsilon"), ("ddim", "sample"), ("dpm++", "v_prediction"), ("euler", "epsilon"), ("euler", "v_prediction"),
-     ("euler_a", "v_prediction")],
+    [("ddim", "epsilon"), ("ddim", "sample"), ("dpm++", "v_prediction"), ("euler", "epsilon"),
+     ("euler", "v_prediction"), ("euler_a", "v_prediction")],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["apg", "sag", "detail_daemon", "wavelet"])
 def test_every_parameterization_and_solver(name: str, scheduler: str, kind: str, unet: UNet2DConditionModel) -> None:
