@@ -150,6 +150,7 @@ class EvaluateRequest:
     num_inference_steps: int | None
     guidance_scale: float | None
     source_guidance_scale: float | None
+    method: str | None
     split: str
     lpips: str | None
     dists: bool | None

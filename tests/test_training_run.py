@@ -248,7 +248,18 @@ def test_sampling_and_evaluating_commands(finished: Path, capsys: pytest.Capture
     ("arguments", "made"),
     [
         (("evaluate.py", "num_samples=3", "strength=0.5", "num_inference_steps=2", "split=val"), "strength 0.5"),
-        (("sample.py", "prompt='a red dress'", "num_images=1", "seed=3", "strength=0.5", "output=here"), "images"),
+        (
+            (
+                "sample.py",
+                "prompt='a red dress'",
+                "num_images=1",
+                "method=apg",
+                "seed=3",
+                "strength=0.5",
+                "output=here",
+            ),
+            "images",
+        ),
     ],
     ids=["evaluate", "sample"],
 )
