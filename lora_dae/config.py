@@ -28,7 +28,7 @@ METHODS: dict[str, dict[str, float]] = {
     "rescale": {"phi": 0.7},
     "frequency": {"low": 1.0, "high": 2.0},
     "detail_daemon": {"amount": 0.1, "start": 0.2, "end": 0.8},
-    "wavelet": {"low": 0.02, "high": 0.02},
+    "wavelet": {"low": 0.02, "high": 0.02},  # gains of our own: the paper tunes them per model
     "unsharp": {"amount": 0.5, "radius": 1.0},
 }
 TARGET_GROUPS = ("cross_attention", "self_attention", "feed_forward", "conv", "conv_in", "conv_out")
