@@ -44,7 +44,7 @@ title: A study
 seeds: [0, 1, 2]
 baseline: plain
 metrics: [fd_effnet, attr_color, power_high]
-common: [experiment=rank4]
+common: [experiment=rank4, evaluation.frozen=false]
 cells:
   plain: [enhancement.strength=0]
   half: [enhancement.strength=0.5]
