@@ -27,10 +27,9 @@ class LearnedWords(nn.Module):
         super().__init__()
         if backbone.text_encoder_2 is not None:
             raise ConfigError("adapter.kind=textual_inversion is for one text encoder, SDXL has two: use another kind.")
-        table = backbone.text_encoder.get_input_embeddings().weight
+        table = _table(backbone)
         (first, *_) = backbone.tokenizer(initial, add_special_tokens=False).input_ids
         self.weight = nn.Parameter(table[first].detach().float().repeat(count, 1))
-        self.known = table.shape[0]
 
     @property
     def tokens(self) -> list[str]:
@@ -59,6 +58,11 @@ class LearnedWords(nn.Module):
         return torch.where(self._places.any(-1, keepdim=True), own, output)
 
 
+def _table(backbone: Backbone) -> Tensor:
+    embedding: Any = backbone.text_encoder.get_input_embeddings()
+    return embedding.weight  # type: ignore[no-any-return]
+
+
 def encode_with_words(backbone: Backbone, words: LearnedWords, captions: list[str]) -> Tensor:
     """Backbone.encode_text of the captions with the words, with gradient into them."""
     encode: Any = type(backbone).encode_text
@@ -77,8 +81,7 @@ def load_words(backbone: Backbone, folder: Path) -> LearnedWords:
     """
     tensors, _ = load_tensors(folder / FILE_NAME, "it is damaged, train it anew")
     weight = tensors.get(TOKEN)
-    width = backbone.text_encoder.get_input_embeddings().weight.shape[1]
-    if weight is None or weight.shape[1] != width:
+    if weight is None or weight.shape[1] != _table(backbone).shape[1]:
         raise ConfigError(f"{folder / FILE_NAME} was learned on another text encoder: load the run's own backbone.")
     words = LearnedWords(backbone, len(weight))
     words.weight.data.copy_(weight)

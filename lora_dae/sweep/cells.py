@@ -101,7 +101,8 @@ def make_jobs(grid: Comparison, runs: Path, extra: Sequence[str] = ()) -> tuple[
     composed = {cell: _compose([*grid.common, *cell.overrides, *extra]) for cell in grid.cells}
     typed = {cell: _typed(cfg) for cell, cfg in composed.items()}
     keys = {cell: training_key(cfg) for cell, cfg in composed.items()}
-    jobs, configs = [], []
+    jobs: list[Job] = []
+    configs: list[Config] = []
     for seed in grid.seeds:
         for cell in grid.cells:
             plain = OmegaConf.to_container(composed[cell], resolve=False)

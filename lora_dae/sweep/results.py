@@ -139,20 +139,19 @@ def build_results(grid: Comparison, runs: Path) -> dict[str, Any]:
         if cell.name not in found:
             continue
         folder = run_folder(runs, cell, grid.seeds[0])
-        metrics = {}
+        entries = {}
         for metric, measured in found[cell.name].items():
-            entry = {**summary(measured).as_dict(), "seeds": list(measured.values)}
+            entries[metric] = {**summary(measured).as_dict(), "seeds": list(measured.values)}
             if (cell.name, metric) in tests:
                 change, p = tests[cell.name, metric]
-                entry |= {"difference": change, "p": p, "p_holm": corrected[cell.name, metric]}
-            metrics[metric] = entry
+                entries[metric] |= {"difference": change, "p": p, "p_holm": corrected[cell.name, metric]}
         cfg = read_run_config(folder)
         cells[cell.name] = {
             "overrides": list(cell.overrides),
             "against": against[cell.name],
             "adapter_mb": 0.0 if cell.row is not None else adapter_megabytes(folder),
             "network_calls": network_calls(cfg),
-            "metrics": metrics,
+            "metrics": entries,
         }
     protocol = load_table(run_folder(runs, grid.cells[0], grid.seeds[0]) / "metrics.json").protocol.line()
     return {
