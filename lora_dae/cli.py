@@ -20,6 +20,7 @@ from rich.console import Console
 from lora_dae.config import Config, ConfigError, conf_dir, from_dict, register
 from lora_dae.sweep.launcher import InterruptedSweepError
 from lora_dae.sweep.name import register_sweep_name
+from lora_dae.sweep.ranks import rank
 
 # One process draws and trains alone: threads of the tokenizer after a fork would only warn.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,16 +37,21 @@ def _one_sentence(command: Callable[[DictConfig], Any]) -> Callable[[DictConfig]
     @functools.wraps(command)
     def wrapped(cfg: DictConfig) -> Any:
         from lora_dae.training.module import NonFiniteLossError
-        from lora_dae.training.run import InterruptedRunError
+        from lora_dae.training.stages import InterruptedRunError
+        from lora_dae.training.together import PeerFailedError
 
         try:
             return command(cfg)
-        except (ConfigError, NonFiniteLossError) as error:
+        except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
-        except InterruptedRunError as error:
-            print(str(error), file=sys.stderr)
-            sys.exit(130)
+        except (NonFiniteLossError, InterruptedRunError, PeerFailedError) as error:
+            # All ranks know. Rank 0 says it, and is given the time to: Lightning kills it as soon as another one fails.
+            if rank() != 0:
+                sys.exit(0)
+            interrupted = isinstance(error, InterruptedRunError)
+            print(error if interrupted else f"error: {error}", file=sys.stderr)
+            sys.exit(130 if interrupted else 2 if isinstance(error, NonFiniteLossError) else 1)
         except InterruptedSweepError:
             print("stopped; the same command goes on", file=sys.stderr)
             sys.exit(130)
@@ -144,6 +150,7 @@ class EvaluateRequest:
     num_inference_steps: int | None
     guidance_scale: float | None
     source_guidance_scale: float | None
+    method: str | None
     split: str
     lpips: str | None
     dists: bool | None

@@ -6,6 +6,7 @@ spans several fields; it runs before any weight is loaded.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,20 @@ from omegaconf.errors import OmegaConfBaseException
 
 PLACEMENTS = ("prediction", "direction", "none")
 CONDITIONINGS = ("source", "none")
-SCHEDULERS = ("ddim", "ddpm", "dpm++", "unipc", "pndm", "euler", "heun", "lms")
+SCHEDULERS = ("ddim", "ddpm", "dpm++", "unipc", "pndm", "euler", "euler_a", "heun", "lms")
+# Published ways to better pictures inside the sampler, with their options and published settings.
+METHODS: dict[str, dict[str, float]] = {
+    "none": {},
+    "freeu": {"s1": 0.9, "s2": 0.2, "b1": 1.5, "b2": 1.6},
+    "sag": {"scale": 0.75},
+    "pag": {"scale": 3.0},
+    "apg": {"eta": 0.0, "norm": 15.0, "momentum": -0.5},
+    "rescale": {"phi": 0.7},
+    "frequency": {"low": 1.0, "high": 2.0},
+    "detail_daemon": {"amount": 0.1, "start": 0.2, "end": 0.8},
+    "wavelet": {"low": 0.02, "high": 0.02},  # gains of our own: the paper tunes them per model
+    "unsharp": {"amount": 0.5, "radius": 1.0},
+}
 TARGET_GROUPS = ("cross_attention", "self_attention", "feed_forward", "conv", "conv_in", "conv_out")
 SOURCES = (
     "studio", "folder", "fashion_mannequin", "viton_hd", "dress_code", "deepfashion_multimodal", "fashion_product",
@@ -92,6 +106,8 @@ class DataConfig:
 class AdapterConfig:
     """LoRA by PEFT: which groups of layers, at which rank."""
 
+    kind: str = "lora"  # lora | loha | lokr | textual_inversion: the others to compare with
+    words: int = 4  # textual_inversion: vectors in front of every caption
     targets: list[str] = field(default_factory=lambda: ["cross_attention", "conv"])
     rank: int = 16
     alpha: float | None = None  # None = rank (scale 1)
@@ -138,6 +154,9 @@ class ObjectiveConfig:
     min_snr_gamma: float = 5.0  # 0 = unweighted
     caption_dropout: float = 0.1
     source_dropout: float = 0.1
+    prior_weight: float = 0.0  # DreamBooth's prior preservation: of the loss on the frozen backbone's own pictures
+    prior_images: int = 64  # so many of them, drawn before the first step
+    prior_caption: str = "a photo of a person"
     garment_weight: float = 1.0  # how much an error on the garment counts against one beside it; needs masks
 
 
@@ -158,6 +177,8 @@ class SamplingConfig:
     source_guidance_scale: float = 2.0  # equal to guidance_scale: two network calls a step, else three
     batch_size: int = 32
     seed: int = 1234
+    method: str = "none"  # one of METHODS
+    method_options: dict[str, float] = field(default_factory=dict)  # in place of its published settings
 
 
 @dataclass
@@ -243,9 +264,13 @@ def check(cfg: Config) -> None:
     _one_of("conditioning", cfg.conditioning, CONDITIONINGS)
     _one_of("enhancement.placement", cfg.enhancement.placement, PLACEMENTS)
     _one_of("sampling.scheduler", cfg.sampling.scheduler, SCHEDULERS)
+    _one_of("sampling.method", cfg.sampling.method, tuple(METHODS))
+    for option in cfg.sampling.method_options:
+        _one_of(f"sampling.method_options of {cfg.sampling.method}", option, tuple(METHODS[cfg.sampling.method]))
     _one_of("data.name", cfg.data.name, SOURCES)
     _one_of("data.cache", cfg.data.cache, ("disk", "memory", "off"))
     _one_of("data.captions.missing", cfg.data.captions.missing, ("error", "file_name", "category", "drop"))
+    _one_of("adapter.kind", cfg.adapter.kind, ("lora", "loha", "lokr", "textual_inversion"))
     _one_of("adapter.init", cfg.adapter.init, ("kaiming", "gaussian"))
     _one_of("adapter.kernel", cfg.adapter.kernel, ("fused", "peft"))
     _one_of("tracking.logger", cfg.tracking.logger, LOGGERS)
@@ -269,6 +294,7 @@ def check(cfg: Config) -> None:
         )
     at_least = {
         "backbone.text_chunks": (cfg.backbone.text_chunks, 1),
+        "adapter.words": (cfg.adapter.words, 1),
         "adapter.rank": (cfg.adapter.rank, 1),
         "adapter.conv_rank": (1 if cfg.adapter.conv_rank is None else cfg.adapter.conv_rank, 1),
         "enhancement.strength": (cfg.enhancement.strength, 0),
@@ -289,6 +315,8 @@ def check(cfg: Config) -> None:
         "evaluation.num_samples": (cfg.evaluation.num_samples, 2),
         "optimizer.learning_rate": (cfg.optimizer.learning_rate, 0),
         "objective.garment_weight": (cfg.objective.garment_weight, 0),
+        "objective.prior_weight": (cfg.objective.prior_weight, 0),
+        "objective.prior_images": (cfg.objective.prior_images, 1),
         "objective.min_snr_gamma": (cfg.objective.min_snr_gamma, 0),
     }
     for name, (value, least) in at_least.items():
@@ -306,8 +334,24 @@ def check(cfg: Config) -> None:
     }.items():
         if not 0 <= share < 1:
             raise ConfigError(f"{name}={share} is not in [0, 1): give a share such as 0.1.")
+    options = {**METHODS[cfg.sampling.method], **cfg.sampling.method_options}
+    if not all(math.isfinite(value) for value in options.values()) or options.get("start", 0) >= options.get("end", 1):
+        raise ConfigError(
+            f"sampling.method_options={options} are not finite, or start is not before end: correct them."
+        )
     if cfg.adapter.init_from is not None and cfg.adapter.full_finetune:
         raise ConfigError("adapter.init_from starts an adapter, but adapter.full_finetune=true trains none: drop one.")
+    if cfg.objective.prior_weight > 0 and cfg.adapter.init_from is not None:
+        raise ConfigError(
+            "objective.prior_weight keeps to the frozen backbone, which adapter.init_from changes: drop one."
+        )
+    a = cfg.adapter
+    if a.kind != "lora" and (a.use_dora or a.use_rslora or a.dropout or a.init_from or a.init != "kaiming"):
+        raise ConfigError(
+            f"adapter.kind={a.kind} has no use_dora, use_rslora, dropout, init and init_from: leave them as they are."
+        )
+    if a.kind == "textual_inversion" and cfg.enhancement.enabled:
+        raise ConfigError("adapter.kind=textual_inversion has no module that learns on its text: add enhancement=none.")
     if cfg.enhancement.placement == "direction" and cfg.sampling.scheduler != "ddim":
         raise ConfigError(
             f"enhancement.placement=direction edits DDIM's direction term, which sampling.scheduler="

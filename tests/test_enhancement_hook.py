@@ -21,6 +21,7 @@ CLASSES = {
     "unipc": diffusers.UniPCMultistepScheduler,
     "pndm": diffusers.PNDMScheduler,
     "euler": diffusers.EulerDiscreteScheduler,
+    "euler_a": diffusers.EulerAncestralDiscreteScheduler,
     "heun": diffusers.HeunDiscreteScheduler,
     "lms": diffusers.LMSDiscreteScheduler,
 }

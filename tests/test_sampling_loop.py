@@ -14,7 +14,7 @@ from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, sample_l
 from lora_dae.sampling.schedulers import build_scheduler
 
 
-@pytest.mark.parametrize("name", [s for s in SCHEDULERS if s != "ddpm"])
+@pytest.mark.parametrize("name", [s for s in SCHEDULERS if s not in ("ddpm", "euler_a")])
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_equals_the_pipeline_of_diffusers(name: str, scale: float, tiny_backbone: Path) -> None:
     backbone = load_backbone(BackboneConfig(path=str(tiny_backbone)))

@@ -62,9 +62,11 @@ def test_sweep_trains_once_and_goes_on_with_the_same_command(tmp_path: Path, tin
     assert (folder / "0_default" / "metrics.json").stat().st_mtime_ns == before
 
 
-def test_sweep_of_jobs_of_two_processes(tmp_path: Path, tiny_backbone: Path) -> None:
+@pytest.mark.parametrize("torchrun", [False, True], ids=["lightning", "torchrun"])
+def test_sweep_of_jobs_of_two_processes(torchrun: bool, tmp_path: Path, tiny_backbone: Path) -> None:
     """The first job trains on two ranks; the second finds that training and only measures."""
-    done = sweep(tmp_path, tiny_backbone, "trainer=ddp", "trainer.devices=2")
+    engine = f"hydra.launcher.torchrun={str(torchrun).lower()}"
+    done = sweep(tmp_path, tiny_backbone, "trainer=ddp", "trainer.devices=2", engine)
     assert done.returncode == 0, done.stderr[-3000:]
     folder = check(tmp_path)
     logs = [path.read_text() for path in sorted(folder.glob("*/job.log"))]

@@ -85,6 +85,18 @@ def test_strength_is_no_part_of_a_training_and_rank_is() -> None:
     assert len(hashes) == 4
 
 
+def test_pictures_that_a_prior_draws_depend_on_the_sampler() -> None:
+    plain = Config(run_dir="here")
+    longer = replace(plain, sampling=replace(plain.sampling, num_inference_steps=50))
+    other = replace(plain, objective=replace(plain.objective, prior_images=7))
+    assert training_part(plain) == training_part(longer) == training_part(other)
+    for one in (plain, longer, other):
+        one.objective = replace(one.objective, prior_weight=1.0)
+    assert training_part(plain) != training_part(longer) and training_part(plain) != training_part(other)
+    larger = replace(plain, sampling=replace(plain.sampling, batch_size=1, method="pag"))
+    assert training_part(plain) == training_part(larger)
+
+
 def test_settings_of_a_module_that_is_off_do_not_matter() -> None:
     off = Config(run_dir="here")
     off.enhancement.enabled = False

@@ -1,20 +1,204 @@
-"""Two real processes: they start, share the work, write one run, and end."""
+"""Two real processes are one: same gradients, weights, numbers and files; and they stop together."""
 
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
-from compose import SHORT
+import lightning
+import numpy as np
+import pytest
+import torch
+from compose import SHORT, config
+from PIL import Image
+from ranks import Ended, run_ranks
+from safetensors.torch import load_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from lora_dae.config import Config
+from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.load import load_run
+from lora_dae.training import run as training
+from lora_dae.training import together
+from lora_dae.training.module import LoraDae
+from lora_dae.training.stages import InterruptedRunError, gradient_bytes
 
 ROOT = Path(__file__).parent.parent
+# Four samples a step, however they are shared out.
+TWO = ("trainer=ddp", "trainer.devices=2", "data.batch_size=1", "trainer.accumulate_grad_batches=2",
+       "enhancement.batch_size=1")  # fmt: skip
+ONE = ("data.batch_size=4", "enhancement.batch_size=2")
+
+
+class Record(lightning.Callback):
+    """Gradients before every optimizer step, losses of validation, and what DDP sent."""
+
+    def __init__(self) -> None:
+        self.gradients: list[torch.Tensor] = []
+        self.losses: list[float] = []
+        self.sent: list[int] = []
+        self.expected = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.world_size > 1:
+            trainer.strategy.model.register_comm_hook(None, lambda state, bucket: self._send(bucket))
+
+    def _send(self, bucket: Any) -> Any:
+        self.sent.append(bucket.buffer().numel() * bucket.buffer().element_size())
+        return allreduce_hook(None, bucket)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.expected += gradient_bytes(pl_module)
+        found = [p.grad.flatten() for p in pl_module.parameters() if p.requires_grad]
+        self.gradients.append(torch.cat(found).clone())
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self.losses.append(float(trainer.callback_metrics["val/loss"]))
+
+
+def weights(run_dir: Path) -> torch.Tensor:
+    files = sorted((run_dir / "adapter").rglob("*.safetensors"))
+    tensors = [load_file(file) for file in files]
+    return torch.cat([found[key].float().flatten() for found in tensors for key in sorted(found)])
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative, of whole vectors: Adam turns rounding errors of single vanishing gradients into signs."""
+    return float((a - b).norm() / b.norm())
+
+
+def names(run_dir: Path) -> set[str]:
+    return {path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ddp")
+
+
+def make(backbone: Path, shared: Path, name: str, *overrides: str) -> Config:
+    options = ("adapter.rank=2", "evaluation.frozen=false", "logger=csv", "trainer.log_every_n_steps=1", *overrides)
+    return config(backbone, shared / name, shared / "cache", *options)
+
+
+SAMPLES = ("trainer.max_steps=3", "tracking.sample_every_n_steps=2", "tracking.num_grid_prompts=3")
+
+
+def test_two_processes_train_what_one_trains(tiny_backbone: Path, shared: Path, monkeypatch: Any) -> None:
+    """Gradients and weights of both stages, losses, moving average, pictures, files; one reduction per step."""
+    alone = Record()
+    training.train(make(tiny_backbone, shared, "one", *ONE, *SAMPLES), [alone])
+
+    original = Drawer.images
+
+    def counted(self: Drawer, captions: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        print(f"draws {len(captions)}", flush=True)
+        return original(self, captions, *args, **kwargs)
+
+    def rank(number: int) -> None:
+        monkeypatch.setattr(Drawer, "images", counted)
+        record = Record()
+        training.train(make(tiny_backbone, shared, "two", *TWO, *SAMPLES), [record])
+        assert sum(record.sent) == record.expected > 0  # not once per accumulated batch
+        torch.save([record.gradients, record.losses], shared / f"record{number}.pt")
+
+    ended = run_ranks(rank, shared / "logs")
+    assert [e.code for e in ended] == [0, 0], ended[0].text + ended[1].text
+    gradients, losses = torch.load(shared / "record0.pt", weights_only=True)
+    others, _ = torch.load(shared / "record1.pt", weights_only=True)
+    assert len(gradients) == len(alone.gradients) == 3 + 1
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients, others, strict=True))
+    apart = [distance(ours, expected) for ours, expected in zip(gradients, alone.gradients, strict=True)]
+    assert apart[0] < 1e-5 and max(apart[:3]) < 1e-3, apart  # before any difference could grow, and after it could
+    assert apart[3] < 0.05, apart  # the enhancement's loss has kinks: signs of differences between sorted values
+    assert losses == pytest.approx(alone.losses, rel=1e-5)
+    assert distance(weights(shared / "two"), weights(shared / "one")) < 1e-4
+    assert [e.text.count("draws") for e in ended] == [1, 1]
+    assert "draws 2" in ended[0].text and "draws 1" in ended[1].text
+    assert "2 processes" in ended[0].text and "2 processes" not in ended[1].text
+    assert names(shared / "two") == names(shared / "one")
+    pictures = [np.asarray(Image.open(shared / n / "samples" / "step_000002.png")).astype(int) for n in ("one", "two")]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 2
+
+
+def test_ctrl_c_on_one_stops_both_and_one_process_goes_on(tiny_backbone: Path, shared: Path) -> None:
+    """In the middle of an accumulated step, whose half is forgotten; the result is that of the straight run."""
+    options = ("trainer.max_steps=3", "enhancement=none")
+
+    class Interrupt(lightning.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.global_rank == 1 and trainer.global_step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    def rank(number: int) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        with pytest.raises(InterruptedRunError, match="step 1 of 3"):
+            training.train(make(tiny_backbone, shared, "cut", *TWO, *options), [Interrupt()])
+
+    ended = run_ranks(rank, shared / "logs_cut")
+    assert [e.code for e in ended] == [0, 0], ended[0].text + ended[1].text
+    assert [path.name for path in (shared / "cut" / "checkpoints").iterdir()] == ["adapter.ckpt"]
+    training.train(make(tiny_backbone, shared, "cut", *ONE, *options, "ckpt_path=last"))
+    training.train(make(tiny_backbone, shared, "straight", *ONE, *options))
+    assert distance(weights(shared / "cut"), weights(shared / "straight")) < 1e-4
+
+
+def stopped(ended: list[Ended], within: float = 30) -> None:
+    assert all(e.code == 1 and e.seconds < within for e in ended), [(e.code, e.seconds, e.text[-2000:]) for e in ended]
+
+
+def test_nan_on_one_is_known_to_both(tiny_backbone: Path, shared: Path, monkeypatch: Any) -> None:
+    original = LoraDae._losses
+
+    def broken(self: LoraDae, batch: Any, draws: Any) -> torch.Tensor:
+        bad = self.training and self.global_step == 1 and self.global_rank == 1
+        return original(self, batch, draws) * (float("nan") if bad else 1.0)
+
+    def rank(number: int) -> None:
+        monkeypatch.setattr(LoraDae, "_losses", broken)
+        training.train(make(tiny_backbone, shared, "nan", *TWO))
+
+    ended = run_ranks(rank, shared / "logs_nan")
+    stopped(ended)
+    for e in ended:
+        assert "NonFiniteLossError: the loss became nan at step 1 on samples" in e.text and "(rank 1)" in e.text
+
+
+@pytest.mark.parametrize(("failing", "hangs"), [(0, False), (1, True)], ids=["0 ends", "1 hangs"])
+def test_exception_on_one_ends_both(
+    failing: int, hangs: bool, tiny_backbone: Path, shared: Path, monkeypatch: Any
+) -> None:
+    """Also where the other's collective does not break: then the process that failed would be waited for."""
+    original = LoraDae.training_step
+
+    def broken(self: LoraDae, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.global_step == 1 and self.global_rank == failing:
+            raise ValueError("a broken shard")
+        return original(self, batch, batch_idx)
+
+    def rank(number: int) -> None:
+        monkeypatch.setattr(LoraDae, "training_step", broken)
+        monkeypatch.setattr(together, "GRACE", 1.0)
+        try:
+            training.train(make(tiny_backbone, shared, "broken", *TWO))
+        finally:
+            if hangs and number == failing:
+                time.sleep(6)
+
+    ended = run_ranks(rank, shared / f"logs_{failing}_{hangs}")
+    stopped(ended)
+    assert "ValueError: a broken shard" in ended[failing].text and "Traceback" in ended[failing].text
+    assert f"rank {failing} failed: ValueError: a broken shard" in ended[1 - failing].text or not hangs
+    assert hangs or "failed" in ended[1 - failing].text or "rank 0 ended" in ended[1 - failing].text
 
 
 def test_two_processes_make_one_run(tmp_path: Path, tiny_backbone: Path) -> None:
+    """As a user types it: Lightning starts the second process."""
     short = [o for o in SHORT if not o.startswith(("trainer.max_steps", "data.difficulty"))]
     arguments = [
         "experiment=rank4", "trainer=ddp", "trainer.devices=2", "trainer.max_steps=2", "adapter.rank=2",

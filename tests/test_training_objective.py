@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from lora_dae.config import ObjectiveConfig
-from lora_dae.training.objective import adapter_loss, draw, fixed_draws, step_generator
+from lora_dae.training.objective import adapter_loss, draw, fixed_draws, seeded
 
 
 def batch(n: int = 6) -> dict[str, torch.Tensor]:
@@ -19,6 +19,11 @@ def batch(n: int = 6) -> dict[str, torch.Tensor]:
         "latent_std": torch.full((n, 4, 8, 8), 0.1),
         "text": torch.randn(n, 5, 3, generator=g),
     }
+
+
+def own(n: int, seed: int = 0) -> list[torch.Generator]:
+    """One generator per sample."""
+    return [seeded(seed, 0, place) for place in range(n)]
 
 
 class Oracle(torch.nn.Module):
@@ -35,27 +40,27 @@ class Oracle(torch.nn.Module):
 def test_the_exact_velocity_has_no_loss() -> None:
     scheduler = DDIMScheduler(prediction_type="v_prediction", beta_schedule="scaled_linear")
     b = batch()
-    draws = draw(b, 1000, ObjectiveConfig(), step_generator(0, 0, 0))
+    draws = draw(b, 1000, ObjectiveConfig(), own(6))
     oracle = Oracle(scheduler, b["latent_mean"] + b["latent_std"] * draws.posterior, draws.noise)
     loss = adapter_loss(oracle, scheduler, b, torch.zeros(5, 3), draws, 5.0)
     assert loss.shape == (6,)
     torch.testing.assert_close(loss, torch.zeros(6), atol=1e-10, rtol=0)
 
 
-def test_ranks_and_steps_draw_their_own_noise() -> None:
-    b, cfg = batch(), ObjectiveConfig()
-    draws = [draw(b, 1000, cfg, step_generator(0, step, rank)) for step in (0, 1) for rank in (0, 1)]
-    for i in range(4):
-        for j in range(i):
-            assert not torch.equal(draws[i].noise, draws[j].noise)
-    again = draw(b, 1000, cfg, step_generator(0, 1, 1))
-    assert torch.equal(again.noise, draws[3].noise) and torch.equal(again.timesteps, draws[3].timesteps)
+def test_a_sample_draws_the_same_in_any_batch() -> None:
+    b, cfg = batch(), ObjectiveConfig(caption_dropout=0.5)
+    whole = draw(b, 1000, cfg, own(6))
+    halves = [draw({k: v[at] for k, v in b.items()}, 1000, cfg, own(6)[at]) for at in (slice(0, 3), slice(3, 6))]
+    for name in ("posterior", "noise", "timesteps", "drop_caption", "drop_source"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(half, name) for half in halves]))
+    assert len({tuple(row.flatten().tolist()) for row in whole.noise}) == 6  # and no two samples the same
+    assert not torch.equal(draw(b, 1000, cfg, own(6, seed=1)).noise, whole.noise)
 
 
 def test_dropout_shares() -> None:
     b = {**batch(), "latent_mean": torch.zeros(4000, 1, 1, 1)}
     cfg = ObjectiveConfig(caption_dropout=0.1, source_dropout=0.3)
-    draws = draw(b, 1000, cfg, step_generator(0, 0, 0))
+    draws = draw(b, 1000, cfg, own(4000))
     assert abs(draws.drop_caption.float().mean() - 0.1) < 0.02  # 4 standard errors
     assert abs(draws.drop_source.float().mean() - 0.3) < 0.03
 
@@ -79,7 +84,7 @@ def test_dropped_captions_become_the_null_text() -> None:
             return (sample[:, :4],)
 
     b = {**batch(), "source": torch.ones(6, 4, 8, 8)}
-    draws = draw(b, 1000, ObjectiveConfig(), step_generator(0, 0, 0))
+    draws = draw(b, 1000, ObjectiveConfig(), own(6))
     flags = torch.tensor([True, False] * 3)
     draws = type(draws)(draws.posterior, draws.noise, draws.timesteps, flags, ~flags)
     scheduler = SimpleNamespace(
@@ -100,7 +105,7 @@ def test_garment_weight_averages_errors_by_the_mask() -> None:
     b = batch()
     mask = torch.zeros(6, 1, 8, 8)
     mask[..., :4, :4] = 1
-    draws = draw(b, 1000, ObjectiveConfig(), step_generator(0, 0, 0))
+    draws = draw(b, 1000, ObjectiveConfig(), own(6))
     scheduler = DDIMScheduler(prediction_type="epsilon")
     for weight, expected in ((1.0, 7.0), (3.0, (3 * 0.25 + 6.75) / (0.75 + 0.75)), (0.0, 9.0)):
         loss = adapter_loss(Off(), scheduler, {**b, "mask": mask}, torch.zeros(5, 3), draws, 0.0, weight)

@@ -9,7 +9,7 @@ from lora_dae.config import EnhancementConfig
 from lora_dae.enhancement.hook import enhance_scheduler
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.sampling.loop import Conditions, Guidance, sample_latents
-from lora_dae.training.objective import step_generator
+from lora_dae.training.objective import seeded
 from lora_dae.training.on_policy import Chain, chain_loss, draw_chain
 
 VARIANCE = 0.1
@@ -81,7 +81,7 @@ def test_gradients_reach_the_module_alone() -> None:
         unet.weight * exact(s, t, encoder_hidden_states, return_dict)[0],
     )
     module = EnhancementModule()
-    chain = draw_chain(batch(0), EnhancementConfig(steps_range=[4, 4]), step_generator(0, 0, 0))
+    chain = draw_chain(batch(0), EnhancementConfig(steps_range=[4, 4]), seeded(0), [seeded(1, i) for i in range(8)])
     loss, _ = chain_loss(unet, scheduler(), module, batch(0), torch.zeros(2, 3), chain)
     loss.backward()
     assert unet.weight.grad is None
@@ -90,7 +90,7 @@ def test_gradients_reach_the_module_alone() -> None:
 
 def test_chains_are_drawn_within_their_ranges() -> None:
     cfg = EnhancementConfig(steps_range=[5, 7], guidance_range=[1.5, 2.0])
-    chains = [draw_chain(batch(0), cfg, step_generator(0, k, 0)) for k in range(40)]
+    chains = [draw_chain(batch(0), cfg, seeded(0, k), [seeded(1, i) for i in range(8)]) for k in range(40)]
     assert {c.num_inference_steps for c in chains} == {5, 6, 7}
     assert all(1.5 <= c.guidance.text <= 2.0 for c in chains)
     assert {c.solver for c in chains} == {"ddim", "dpm++"}

@@ -12,7 +12,7 @@ from lora_dae.diffusion import alpha_sigma, half_log_snr
 from lora_dae.enhancement import EnhancementModule
 from lora_dae.enhancement.bands import split_bands
 from lora_dae.enhancement.gates import WINDOW
-from lora_dae.training.objective import step_generator
+from lora_dae.training.objective import seeded
 from lora_dae.training.paired import decoder_loss, draw_paired, gradient_magnitude, swapped, texture_loss
 
 
@@ -30,6 +30,11 @@ class Blurry(torch.nn.Module):
         return ((alpha * noisy - x0) / sigma,)  # v, from x0 = alpha x - sigma v
 
 
+def draw(batch, base, cfg, k):
+    places = range(8 * k, 8 * k + 8)
+    return draw_paired(batch, base, cfg, seeded(9, k), [seeded(0, place) for place in places], places)
+
+
 def paired_batch() -> dict[str, torch.Tensor]:
     clean = torch.cat([smooth(k) for k in range(4)])
     return {"latent_mean": clean, "source": clean.clone(), "text": torch.zeros(8, 2, 3)}
@@ -37,18 +42,24 @@ def paired_batch() -> dict[str, torch.Tensor]:
 
 def test_draws_stay_where_the_module_acts_and_repeat():
     base, cfg = scheduler(), EnhancementConfig(wrong_source=0.5, guidance_range=[1.0, 5.0])
-    draws = [draw_paired(paired_batch(), base, cfg, step_generator(0, k, 0)) for k in range(20)]
+    draws = [draw(paired_batch(), base, cfg, k) for k in range(20)]
     alpha, sigma = alpha_sigma(base, torch.cat([d.timesteps for d in draws]), torch.zeros(160, 1, 1, 1))
     assert half_log_snr(alpha, sigma).min() > WINDOW[0]
     assert {d.guidance == 1.0 for d in draws} == {True, False} and max(d.guidance for d in draws) <= 3
     assert 40 < sum(int(d.wrong.sum()) for d in draws) < 120
-    again = draw_paired(paired_batch(), base, cfg, step_generator(0, 3, 0))
+    every = torch.cat([d.timesteps for d in draws])
+    late = torch.cat([d.late for d in draws])
+    assert late.float().mean() == 0.5 and every[late].float().mean() < 0.6 * every[~late].float().mean()
+    again = draw(paired_batch(), base, cfg, 3)
     assert torch.equal(again.noise, draws[3].noise) and torch.equal(again.wrong, draws[3].wrong)
 
 
 def test_swapping_gives_the_next_samples_source():
     source = torch.arange(4.0).view(4, 1, 1, 1)
-    assert swapped(source, torch.tensor([True, False, False, True])).flatten().tolist() == [3, 1, 2, 2]
+    assert swapped(source, torch.tensor([True, False, False, True])).flatten().tolist() == [1, 1, 2, 0]
+    # The second of two processes, each with two of the samples: the same neighbors.
+    own = swapped(source[2:], torch.tensor([False, True]), 1, lambda _: source)
+    assert own.flatten().tolist() == [2, 0]
 
 
 def test_training_opens_the_gates_for_the_right_source_and_not_for_a_wrong_one():
@@ -59,7 +70,7 @@ def test_training_opens_the_gates_for_the_right_source_and_not_for_a_wrong_one()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     cfg = EnhancementConfig(wrong_source=0.3)
     for k in range(60):
-        draws = draw_paired(batch, base, cfg, step_generator(0, k, 0))
+        draws = draw(batch, base, cfg, k)
         loss, before, edited = texture_loss(unet, base, module, batch, torch.zeros(2, 3), draws)
         assert not edited.requires_grad and torch.isfinite(loss)
         optimizer.zero_grad()
@@ -82,13 +93,13 @@ def test_the_decoder_stage_lowers_its_loss_with_the_right_source():
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     losses = []
     for _ in range(30):
-        loss = decoder_loss(module, blurred, real, real, torch.zeros(4, dtype=torch.bool))
+        loss = decoder_loss(module, blurred, real, real)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.7 * losses[0]
-    assert decoder_loss(EnhancementModule(decoder=True), real, real, None, None).item() == pytest.approx(0, abs=1e-5)
+    assert decoder_loss(EnhancementModule(decoder=True), real, real, None).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_gradient_magnitude_of_a_ramp_is_its_slope():

@@ -54,11 +54,11 @@ def finished(tiny_backbone: Path, cache: Path, tmp_path_factory: pytest.TempPath
 
 def test_run_folder_holds_what_people_look_for(finished: Path) -> None:
     for name in (
-        "config.yaml", "metrics.json", "table.md", "report.html", "csv/metrics.csv",
-        "csv/texture/metrics.csv", "csv/gain/metrics.csv",
+        "config.yaml", "metrics.json", "table.md", "report.html", "csv/metrics.csv", "csv/texture/metrics.csv",
+        "csv/gain/metrics.csv",
         "samples/grid.png",
-        "samples/step_000002.png", "checkpoints/adapter.ckpt", "checkpoints/texture.ckpt", "checkpoints/gain.ckpt",
-        "adapter/README.md",
+        "samples/step_000002.png", "checkpoints/adapter.ckpt", "checkpoints/texture.ckpt",
+        "checkpoints/gain.ckpt", "adapter/README.md",
         "adapter/pytorch_lora_weights.safetensors", "adapter/source_input.safetensors",
         "adapter/enhancement.safetensors", "plots/loss.svg", "plots/band_power.svg",
     ):  # fmt: skip
@@ -88,13 +88,10 @@ def test_another_seed_gives_other_weights(make: Make, finished: Path) -> None:
 
 
 def test_resumed_run_equals_straight_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """N + N steps = 2N steps, bit for bit: weights, moving average, enhancement."""
-    options = (
-        "trainer.max_steps=4",
-        "trainer.val_check_interval=2",
-        "enhancement.max_steps=2",
-        "enhancement.texture_steps=3",
-    )
+    """N + N steps = 2N steps, bit for bit: weights, moving average, enhancement; also dropout, also accumulated."""
+    options = ("trainer.max_steps=4", "trainer.val_check_interval=2", "enhancement.max_steps=2",
+               "enhancement.texture_steps=3", "adapter.dropout=0.1",
+               "trainer.accumulate_grad_batches=2")  # fmt: skip
     training.run(make(*options, name="straight"))
     cut = make(*options, name="cut")
 
@@ -186,6 +183,7 @@ EXPERIMENTS = sorted(p.stem for p in (conf_dir() / "experiment").glob("*.yaml"))
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_runs(experiment: str, make: Make, paired_folder: Path) -> None:
     extra = ["adapter.rank=2"] if experiment != "full_finetune" else []
+    extra += ["objective.prior_images=3"] if experiment == "dreambooth" else []
     if experiment.startswith("sd"):  # on the tiny backbone, whose folder stands for the hub's
         extra += [f"data.root={paired_folder}", "data.val_fraction=0.25", "data.test_fraction=0.25"]
         extra += ["trainer.precision=bf16-mixed"]
@@ -253,7 +251,18 @@ def test_sampling_and_evaluating_commands(finished: Path, capsys: pytest.Capture
     ("arguments", "made"),
     [
         (("evaluate.py", "num_samples=3", "strength=0.5", "num_inference_steps=2", "split=val"), "strength 0.5"),
-        (("sample.py", "prompt='a red dress'", "num_images=1", "seed=3", "strength=0.5", "output=here"), "images"),
+        (
+            (
+                "sample.py",
+                "prompt='a red dress'",
+                "num_images=1",
+                "method=apg",
+                "seed=3",
+                "strength=0.5",
+                "output=here",
+            ),
+            "images",
+        ),
     ],
     ids=["evaluate", "sample"],
 )

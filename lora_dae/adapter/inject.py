@@ -11,7 +11,7 @@ import re
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from peft import LoraConfig
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 from torch import nn
 
 from lora_dae.adapter.fused import fuse
@@ -20,6 +20,8 @@ from lora_dae.adapter.targets import is_spatial_conv, largest_rank, select
 from lora_dae.config import AdapterConfig, ConfigError
 
 ADAPTER_NAME = "default"
+PREFIXES = ("lora_", "hada_", "lokr_")  # of an adapter's parameters in its layers, by kind
+_OTHER: dict[str, type[LoHaConfig] | type[LoKrConfig]] = {"loha": LoHaConfig, "lokr": LoKrConfig}
 _INITS: dict[str, bool | str] = {
     "kaiming": True,
     "gaussian": "gaussian",
@@ -27,7 +29,7 @@ _INITS: dict[str, bool | str] = {
 
 
 def inject(unet: UNet2DConditionModel, cfg: AdapterConfig) -> None:
-    """Add trainable float32 LoRA layers to the layers that ``cfg.targets`` means; freeze everything else.
+    """Add trainable float32 LoRA (or LoHa, LoKr) layers to those that ``cfg.targets`` means; freeze everything else.
 
     A source input (attach_source_input) keeps training. The UNet is left in train mode, as dropout needs it.
     LoRA's A is random: seed before calling. For channels_last convert the UNet before injecting: PEFT's DoRA
@@ -36,18 +38,28 @@ def inject(unet: UNet2DConditionModel, cfg: AdapterConfig) -> None:
     """
     if is_injected(unet):
         raise ConfigError("The UNet already carries an adapter; load the backbone anew before injecting another.")
-    unet.add_adapter(lora_config(unet, cfg), adapter_name=ADAPTER_NAME)
+    if cfg.kind != "textual_inversion":  # words.py: nothing in the UNet
+        unet.add_adapter(adapter_config(unet, cfg), adapter_name=ADAPTER_NAME)
     unet.requires_grad_(False)
     for name, parameter in unet.named_parameters():
-        if ".lora_" in name:
+        if adapted_layer(name) is not None:
             _train(parameter)
-    if cfg.kernel == "fused":
+    if cfg.kind == "lora" and cfg.kernel == "fused":
         fuse(unet)
     source_input = get_source_input(unet)
     if source_input is not None:
         for parameter in source_input.parameters():
             _train(parameter)
     unet.train()
+
+
+def adapted_layer(parameter: str) -> str | None:
+    """The layer that a parameter of an adapter belongs to, by the parameter's name; None for other parameters."""
+    for prefix in PREFIXES:
+        layer, found, _ = parameter.partition(f".{prefix}")
+        if found:
+            return layer
+    return None
 
 
 def make_full_finetune(unet: UNet2DConditionModel) -> None:
@@ -93,6 +105,26 @@ def layer_ranks(unet: UNet2DConditionModel, cfg: AdapterConfig) -> dict[str, tup
             )
         ranks[name] = (rank, conv_alpha if is_conv else alpha)
     return ranks
+
+
+def adapter_config(unet: UNet2DConditionModel, cfg: AdapterConfig) -> PeftConfig:
+    """PEFT's configuration of ``cfg`` on this UNet, of its kind; ConfigError as lora_config.
+
+    LoHa (Hyeon-Woo et al. 2022, FedPara) and LoKr (Yeh et al. 2023, LyCORIS) change W by a Hadamard or a Kronecker
+    product of small matrices.
+    """
+    if cfg.kind == "lora":
+        return lora_config(unet, cfg)
+    ranks = layer_ranks(unet, cfg)
+    alpha = cfg.rank if cfg.alpha is None else cfg.alpha
+    exact = {name: f"^{re.escape(name)}" for name in ranks}
+    return _OTHER[cfg.kind](
+        r=cfg.rank,
+        alpha=alpha,  # type: ignore[arg-type]
+        target_modules=list(ranks),
+        rank_pattern={exact[name]: r for name, (r, _) in ranks.items() if r != cfg.rank},
+        alpha_pattern={exact[name]: a for name, (_, a) in ranks.items() if a != alpha},
+    )
 
 
 def lora_config(unet: UNet2DConditionModel, cfg: AdapterConfig) -> LoraConfig:

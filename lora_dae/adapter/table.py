@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lora_dae.adapter.inject import ADAPTER_NAME, trainable_parameters
+from lora_dae.adapter.inject import ADAPTER_NAME, adapted_layer, trainable_parameters
 from lora_dae.adapter.source_input import get_source_input
 from lora_dae.adapter.targets import group_layers
 from lora_dae.config import TARGET_GROUPS
@@ -35,24 +35,23 @@ def adapter_rows(unet: UNet2DConditionModel, extra: Mapping[str, nn.Module]) -> 
     """
     source_input = get_source_input(unet)
     ours = set() if source_input is None else {id(p) for p in source_input.parameters()}
-    backbone = sum(p.numel() for n, p in unet.named_parameters() if ".lora_" not in n and id(p) not in ours)
+    backbone = sum(p.numel() for n, p in unet.named_parameters() if adapted_layer(n) is None and id(p) not in ours)
 
     def row(name: str, parameters: Mapping[str, nn.Parameter], ranks: set[int]) -> TrainableRow:
         count = sum(p.numel() for p in parameters.values())
-        modules = {key.split(".lora_")[0] if ".lora_" in key else key.rpartition(".")[0] for key in parameters}
+        modules = {adapted_layer(key) or key.rpartition(".")[0] for key in parameters}
         return TrainableRow(name, len(modules), tuple(sorted(ranks)), count, count / backbone)
 
     group_of = dict(group_layers(unet))
     members: dict[str, dict[str, nn.Parameter]] = {}
     ranks: dict[str, set[int]] = {}
     for name, parameter in trainable_parameters(unet).items():
-        layer_name, is_lora, _ = name.partition(".lora_")
+        layer_name = adapted_layer(name)
         if id(parameter) in ours:
             group = "source_input"
-        elif is_lora:
+        elif layer_name is not None:
             group = group_of[layer_name]
-            layer = unet.get_submodule(layer_name)
-            assert isinstance(layer, LoraLayer)
+            layer: Any = unet.get_submodule(layer_name)
             ranks.setdefault(group, set()).add(layer.r[ADAPTER_NAME])
         else:
             group = "unet"

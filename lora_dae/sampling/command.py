@@ -36,13 +36,16 @@ class SampleRequest:
     num_inference_steps: int | None
     guidance_scale: float | None
     source_guidance_scale: float | None
+    method: str | None
     output: str | None
 
 
 def override_sampling(cfg: Config, request: Any) -> Config:
     """The run's config with the request's sampling numbers, where given."""
-    names = ("seed", "scheduler", "num_inference_steps", "guidance_scale", "source_guidance_scale")
+    names = ("seed", "scheduler", "num_inference_steps", "guidance_scale", "source_guidance_scale", "method")
     given = {n: getattr(request, n) for n in names if getattr(request, n) is not None}
+    if "method" in given:
+        given["method_options"] = {}  # as published
     return replace(cfg, sampling=replace(cfg.sampling, **given))
 
 

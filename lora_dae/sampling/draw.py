@@ -14,8 +14,12 @@ from lora_dae.backbone.load import Backbone
 from lora_dae.config import ConfigError, SamplingConfig
 from lora_dae.enhancement.hook import enhance_scheduler
 from lora_dae.enhancement.module import EnhancementModule
-from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, sample_latents
+from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, noise_generator, sample_latents
+from lora_dae.sampling.method import Method
+from lora_dae.sampling.methods import build_method
 from lora_dae.sampling.schedulers import build_scheduler
+
+FRESH = 7_919  # apart from the seed of the noise that a chain starts from
 
 
 def check_sampling(cfg: SamplingConfig) -> None:
@@ -57,13 +61,13 @@ class Drawer:
         if self.conditioning == "none" and sources is not None:
             raise ConfigError("this run was trained with conditioning=none: it takes captions alone.")
         indices = list(range(len(captions))) if indices is None else indices
-        out = []
+        out = [np.zeros((0, self.resolution, self.resolution, 3), np.uint8)]
         for k in range(0, len(captions), self.cfg.batch_size):
             at = slice(k, k + self.cfg.batch_size)
             some = None if sources is None else sources[at]
             latents = self.latents(list(captions[at]), some, strength, list(indices[at]))
             pixels = self._refined(self.backbone.decode(latents), some, strength).permute(0, 2, 3, 1)
-            out.append((pixels * 255).round().to(torch.uint8).cpu().numpy())
+            out.append(self._method().picture((pixels * 255).round().to(torch.uint8).cpu().numpy()))
             if on_batch is not None:
                 on_batch(len(latents))
         return np.concatenate(out)
@@ -90,7 +94,8 @@ class Drawer:
                 Conditions(embedded[1:], embedded[0], source),
                 Guidance(self.cfg.guidance_scale, self.cfg.source_guidance_scale),
                 self.cfg.num_inference_steps,
-                noise_seed=self.cfg.seed,
+                self._method(),
+                [noise_generator(self.cfg.seed + FRESH, i) for i in indices],
             )
 
     @torch.no_grad()
@@ -100,6 +105,10 @@ class Drawer:
             return images
         photos = None if sources is None else torch.from_numpy(np.array(sources)).permute(0, 3, 1, 2).float() / 255
         return self.enhancement.refine(images, photos, strength)
+
+    def _method(self) -> Method:
+        """Anew for every batch: some remember the steps before."""
+        return build_method(self.cfg.method, self.cfg.method_options)
 
     def _precision(self) -> AbstractContextManager:
         half = self.bf16 or self.backbone.unet.conv_in.weight.dtype != torch.float32

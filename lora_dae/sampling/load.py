@@ -2,6 +2,8 @@
 
 config.yaml                      the resolved config
 adapter/pytorch_lora_weights.safetensors   LoRA, for any diffusers pipeline (or adapter/unet: full fine-tuning)
+adapter/peft_adapter.safetensors           LoHa or LoKr in its place
+adapter/learned_embeds.safetensors         or the words of a textual inversion
 adapter/source_input.safetensors           the extra input channels of conditioning=source
 adapter/enhancement.safetensors            the enhancement module
 """
@@ -16,7 +18,11 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from omegaconf import OmegaConf
 
 from lora_dae.adapter.files import FILE_NAME, load_adapter
+from lora_dae.adapter.other import FILE_NAME as OTHER_FILE
+from lora_dae.adapter.other import load_other
 from lora_dae.adapter.source_input import load_source_input
+from lora_dae.adapter.words import FILE_NAME as WORDS_FILE
+from lora_dae.adapter.words import load_words
 from lora_dae.backbone.attention import choose_attention
 from lora_dae.backbone.load import Backbone, load_backbone
 from lora_dae.backbone.pooled import hook_into
@@ -77,6 +83,10 @@ def load_run(run_dir: Path, device: str | torch.device = "cpu", weights: str | N
             load_source_input(backbone.unet, adapter)
         if (adapter / FILE_NAME).is_file():
             load_adapter(backbone.unet, adapter)
+        if (adapter / OTHER_FILE).is_file():
+            load_other(backbone.unet, adapter, cfg.adapter)
+        if (adapter / WORDS_FILE).is_file():
+            load_words(backbone, adapter)
     backbone.unet.to(device).requires_grad_(False).eval()
     module = None
     if (adapter / ENHANCEMENT_FILE).is_file():

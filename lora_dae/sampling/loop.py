@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from lora_dae.diffusion import current_level, is_sigma_space, next_level, predict_x0, x0_delta_to_output_delta
+from lora_dae.sampling.method import Method, Step
+
+FRESH_NOISE = ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
 
 
 @dataclass(frozen=True)
@@ -59,18 +66,22 @@ class Conditions:
 
 def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
     """One standard normal (C, h, w) per image, drawn from (seed, index) alone: batches do not matter."""
-    draws = [torch.randn(shape, generator=_generator(seed, i)) for i in indices]
+    draws = [torch.randn(shape, generator=noise_generator(seed, i)) for i in indices]
     return torch.stack(draws)
 
 
-def _generator(seed: int, index: int) -> torch.Generator:
+def noise_generator(seed: int, index: int) -> torch.Generator:
+    """The generator of one image's noise."""
     return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
 
 
-def predict(
-    unet: nn.Module, model_input: Tensor, timestep: Tensor | int, conditions: Conditions, guidance: Guidance
-) -> tuple[Tensor, Tensor]:
-    """(guided, conditional) network outputs at one timestep, or one for each of the B images, float32, in one call."""
+def branch_predictions(
+    unet: nn.Module, model_input: Tensor, timestep: Tensor | float, conditions: Conditions, guidance: Guidance
+) -> dict[str, Tensor]:
+    """The network's outputs at one timestep, or one for each of the B images, by branch of the guidance; float32.
+
+    One batched call.
+    """
     source = conditions.source
     branches = guidance.branches(source is not None)
     null = conditions.null_text.expand_as(conditions.text)
@@ -86,7 +97,14 @@ def predict(
         timestep = timestep.repeat(len(branches))
     batch = torch.cat(inputs).contiguous(memory_format=torch.channels_last)
     outputs = unet(batch, timestep, encoder_hidden_states=torch.cat(texts), return_dict=False)[0].float()
-    predictions = dict(zip(branches, outputs.chunk(len(branches)), strict=True))
+    return dict(zip(branches, outputs.chunk(len(branches)), strict=True))
+
+
+def predict(
+    unet: nn.Module, model_input: Tensor, timestep: Tensor | float, conditions: Conditions, guidance: Guidance
+) -> tuple[Tensor, Tensor]:
+    """(guided, conditional) network outputs at one timestep, float32, in one batched call."""
+    predictions = branch_predictions(unet, model_input, timestep, conditions, guidance)
     return guidance.mix(predictions), predictions["full"]
 
 
@@ -98,24 +116,56 @@ def sample_latents(
     conditions: Conditions,
     guidance: Guidance,
     num_inference_steps: int,
-    on_step: Callable[[int, Tensor], None] | None = None,
-    noise_seed: int = 0,
+    method: Method | None = None,
+    generators: Sequence[torch.Generator] = (),
 ) -> Tensor:
     """Run ``scheduler`` from standard normal ``noise`` (B, C, h, w) to clean latents, float32.
 
     An enhanced scheduler (``enhancement.hook``) is given the conditional prediction of every step. Call it
-    under autocast for bf16. ``noise_seed`` feeds the solvers that draw fresh noise.
+    under autocast for bf16. ``generators``, one per image, feed the solvers that draw fresh noise.
     """
+    method = method or Method()
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
-    latents = noise * scheduler.init_noise_sigma
-    generator = torch.Generator(noise.device).manual_seed(noise_seed)
-    extra = {"generator": generator} if type(scheduler).__name__ in ("DDPMScheduler",) else {}
-    for k, t in enumerate(scheduler.timesteps):
-        model_input = scheduler.scale_model_input(latents, t)
-        guided, conditional = predict(unet, model_input, t, conditions, guidance)
-        if hasattr(scheduler, "set_conditional"):
-            scheduler.set_conditional(conditional)
-        latents = scheduler.step(guided, t, latents, **extra).prev_sample
-        if on_step is not None:
-            on_step(k, latents)
-    return latents
+    sample = noise * scheduler.init_noise_sigma
+    fresh = type(scheduler).__name__ in FRESH_NOISE and len(generators) > 0
+    extra = {"generator": list(generators)} if fresh else {}
+    last = max(len(scheduler.timesteps) - 1, 1)
+    with method.around(unet):
+        for k, t in enumerate(scheduler.timesteps):
+            told = method.seen_level(scheduler, t, k / last)
+            model_input = scheduler.scale_model_input(sample, t)
+            if told is None:
+                predictions = branch_predictions(unet, model_input, t, conditions, guidance)
+            else:
+                predictions = _predictions_at(told, unet, scheduler, sample, t, conditions, guidance)
+            step = Step(unet, scheduler, t, current_level(scheduler, t), sample, conditions, guidance, predictions)
+            guided = method.guide(step)
+            if hasattr(scheduler, "set_conditional"):
+                scheduler.set_conditional(step.conditional)
+            level = next_level(scheduler, t)
+            reached = scheduler.step(guided, t, sample, **extra).prev_sample
+            sample = method.after(step, guided, reached, level)
+    return sample
+
+
+def _predictions_at(
+    told: tuple[float, float],
+    unet: nn.Module,
+    scheduler: Any,
+    sample: Tensor,
+    timestep: Tensor,
+    conditions: Conditions,
+    guidance: Guidance,
+) -> dict[str, Tensor]:
+    """Outputs that imply, at the sample's true level, the x0 that the network finds when it is told another one."""
+    true, sigma_space = current_level(scheduler, timestep), is_sigma_space(scheduler)
+    alpha, sigma = told
+    ratios = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt().log().cpu().numpy()
+    time = torch.tensor(float(np.interp(math.log(sigma / alpha), ratios, np.arange(len(ratios)))), device=sample.device)
+    shown = sample / true[0] * alpha
+    kind = scheduler.config.prediction_type
+    found = branch_predictions(unet, shown, time, conditions, guidance)
+    for branch, output in found.items():
+        change = predict_x0(output, shown, alpha, sigma, kind) - predict_x0(output, sample, *true, kind, sigma_space)
+        found[branch] = output + x0_delta_to_output_delta(change, *true, kind, sigma_space)
+    return found

@@ -8,6 +8,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LMSDiscreteScheduler,
@@ -24,6 +25,7 @@ _CLASSES: dict[str, Any] = {
     "unipc": UniPCMultistepScheduler,
     "pndm": PNDMScheduler,
     "euler": EulerDiscreteScheduler,
+    "euler_a": EulerAncestralDiscreteScheduler,
     "heun": HeunDiscreteScheduler,
     "lms": LMSDiscreteScheduler,
 }

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_dae.config import Config, from_dict, to_dict
 
-TRAINING_VERSION = 1  # raise it when the same config begins to train to other weights
+TRAINING_VERSION = 2  # raise it when the same config begins to train to other weights
 
 NOT_TRAINING = ("name", "run_dir", "ckpt_path", "store", "sampling", "evaluation", "tracking")
 NOT_TRAINING_IN = {
@@ -26,6 +26,7 @@ NOT_TRAINING_IN = {
         "enable_progress_bar", "benchmark", "profiler",
     ),
 }  # fmt: skip
+NOT_DRAWING = ("batch_size", "method", "method_options")
 
 
 def training_part(cfg: Config) -> dict[str, Any]:
@@ -33,6 +34,11 @@ def training_part(cfg: Config) -> dict[str, Any]:
     values = {key: value for key, value in to_dict(cfg).items() if key not in NOT_TRAINING}
     for group, names in NOT_TRAINING_IN.items():
         values[group] = {key: value for key, value in values[group].items() if key not in names}
+    if cfg.objective.prior_weight > 0:  # the backbone's own pictures are drawn before the first step
+        values["sampling"] = {key: value for key, value in to_dict(cfg)["sampling"].items() if key not in NOT_DRAWING}
+    else:
+        for name in ("prior_weight", "prior_images", "prior_caption"):
+            del values["objective"][name]
     if not cfg.enhancement.enabled or cfg.enhancement.placement == "none":
         values["enhancement"] = None  # there is no module to train
     return values

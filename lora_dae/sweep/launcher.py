@@ -170,7 +170,7 @@ def _start(job: Job, make_command: Callable[[Job], list[str]], devices: Devices)
     with job.log.open("ab") as log:
         job.process = subprocess.Popen(
             make_command(job), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
-            start_new_session=True, preexec_fn=_die_with_parent() if sys.platform == "linux" else None,
+            start_new_session=True, preexec_fn=die_with_parent() if sys.platform == "linux" else None,
         )  # fmt: skip
 
 
@@ -207,7 +207,7 @@ def _stop(running: list[Job]) -> None:
             job.lock.release()
 
 
-def _die_with_parent() -> Callable[[], None]:
+def die_with_parent() -> Callable[[], None]:
     """For the child, between fork and exec: if the launcher is killed, finish the step, write a checkpoint, end."""
     libc = ctypes.CDLL(None)
 

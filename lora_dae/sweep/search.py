@@ -25,7 +25,7 @@ from rich.console import Console
 from lora_dae.config import ConfigError
 from lora_dae.sweep.files import read_json
 from lora_dae.sweep.jobs import INPUT_ERROR, last_error
-from lora_dae.sweep.launcher import InterruptedSweepError, quoted
+from lora_dae.sweep.launcher import InterruptedSweepError, die_with_parent, quoted
 from lora_dae.sweep.locks import held, try_lock
 
 POLL = 0.2  # seconds
@@ -185,8 +185,9 @@ def _run(command: list[str], run_dir: Path, watched: Any) -> int:
     """The exit code of a trial's process; ends it and raises Pruned when its validation loss says so."""
     with (run_dir / "job.log").open("ab") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=die_with_parent() if sys.platform == "linux" else None,
+        )  # fmt: skip
     told: set[int] = set()
     try:
         while process.poll() is None:

@@ -18,6 +18,7 @@ from lora_dae.config import Config, ConfigError, from_dict, to_dict
 from lora_dae.evaluation.run import row_name
 from lora_dae.evaluation.table import MetricValue, format_value, load_table
 from lora_dae.sampling.loop import Guidance
+from lora_dae.sampling.methods import build_method
 
 NOT_VARIED = ("name", "run_dir", "ckpt_path", "store")
 SEED = "seed"
@@ -179,7 +180,8 @@ def network_calls(cfg: Config) -> float:
         sampling.scheduler, sampling.num_inference_steps
     )
     guidance = Guidance(sampling.guidance_scale, sampling.source_guidance_scale)
-    return float(steps * len(guidance.branches(cfg.conditioning == "source")))
+    extra = build_method(sampling.method, sampling.method_options).extra_calls
+    return float(steps * (len(guidance.branches(cfg.conditioning == "source")) + extra))
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -49,7 +49,7 @@ class Checkpoint(Callback):
 
     def __init__(self, path: Path, every_n_steps: int) -> None:
         self.path, self.every_n_steps = path, every_n_steps
-        self._saved = -1
+        self._saved = 0
 
     def _save(self, trainer: Trainer) -> None:
         if trainer.global_step == self._saved:
@@ -69,10 +69,14 @@ class Checkpoint(Callback):
 
 
 class CleanInterrupt(Callback):
-    """On the first Ctrl-C the step is finished and a checkpoint written; the second one stops at once."""
+    """On the first Ctrl-C the step is finished and a checkpoint written; the second one stops at once.
+
+    Whichever process of a run is told, all of them stop after the same step.
+    """
 
     def __init__(self) -> None:
         self.interrupted = False
+        self._asked = False
         self._previous: Any = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -80,11 +84,14 @@ class CleanInterrupt(Callback):
             return
 
         def stop(signum: int, frame: Any) -> None:
-            self.interrupted = True
-            trainer.should_stop = True
+            self._asked = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
         self._previous = signal.signal(signal.SIGINT, stop)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
+            self.interrupted = trainer.should_stop = True
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if self._previous is not None:
@@ -93,14 +100,16 @@ class CleanInterrupt(Callback):
 
 
 class SampleGrid(Callback):
-    """Draws the fixed prompts every so many steps, on the averaged weights."""
+    """Draws the fixed prompts every so many steps, on the averaged weights; every process calls ``draw``."""
 
     def __init__(self, every_n_steps: int, draw: Callable[[int], None]) -> None:
         self.every_n_steps, self.draw = every_n_steps, draw
+        self._drawn = 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if trainer.is_global_zero and step % self.every_n_steps == 0 and step < trainer.max_steps:
+        if step % self.every_n_steps == 0 and step < trainer.max_steps and step != self._drawn:
+            self._drawn = step  # batches whose gradients only accumulate come again with the same step
             training = pl_module.unet.training
             self.draw(step)
             pl_module.unet.train(training)

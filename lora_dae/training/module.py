@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from lora_dae.adapter.inject import trainable_parameters
+from lora_dae.adapter.words import LearnedWords
 from lora_dae.backbone.load import Backbone
 from lora_dae.config import Config
 from lora_dae.enhancement.module import EnhancementModule
-from lora_dae.training.objective import adapter_loss, draw, fixed_draws, step_generator
+from lora_dae.training.objective import adapter_loss, draw, fixed_draws, seeded
 from lora_dae.training.on_policy import chain_loss, draw_chain
-from lora_dae.training.paired import decoder_loss, draw_paired, texture_loss
+from lora_dae.training.paired import Decode, Photos, draw_paired, paired_loss
+from lora_dae.training.prior import Prior
+from lora_dae.training.resume import STAGES, align_progress
+from lora_dae.training.together import global_batch, who
 
 Batch = dict[str, Tensor]
-Photos = Callable[[list[int]], tuple[Tensor, Tensor | None]]
-Decode = Callable[[Tensor], Tensor]
-STAGES = ("adapter", "gain", "texture")  # numbered by place, for the random streams
-_DECODED = 8  # images of a batch that the decoder stage learns from
+# Streams of random numbers: one per stage, what all samples of a step have in common, pictures of the prior.
+SHARED, PRIOR = 3, 4
 
 
 class NonFiniteLossError(RuntimeError):
@@ -34,9 +36,10 @@ class LoraDae(lightning.LightningModule):
     texture and decoder stage, ``gain`` its gain.
 
     The later ones never touch the first's weights, so LoRA alone and LoRA with enhancement are the same LoRA.
-    Checkpoints hold what trains, in any stage, and nothing of the frozen backbone. ``photos`` gives the real photos
-    and source photos of training samples by index, (B, 3, H, W) in [0, 1], and ``decode`` the images of latents:
-    the decoder stage learns from both.
+    Checkpoints hold what trains, in any stage, and nothing of the frozen backbone. With ``words`` (textual
+    inversion) ``text`` gives the embeddings of samples by number: those of the batch are without them. ``photos``
+    gives training samples' real and source photos by number, ``decode`` the images of latents: the decoder stage
+    learns from both.
     """
 
     def __init__(
@@ -46,16 +49,20 @@ class LoraDae(lightning.LightningModule):
         enhancement: EnhancementModule | None,
         null_text: Tensor,
         stage: str,
+        words: LearnedWords | None = None,
+        text: Callable[[Tensor], Tensor] | None = None,
         photos: Photos | None = None,
         decode: Decode | None = None,
     ) -> None:
         super().__init__()
+        self.words, self.text = words, text
+        self.photos, self.decode = photos, decode
         self.unet = backbone.unet
         self.enhancement = enhancement
         self.cfg = cfg
         self.noise_scheduler = backbone.scheduler
         self.register_buffer("null_text", null_text, persistent=False)
-        self.photos, self.decode = photos, decode
+        self.prior: Prior | None = None
         self.strict_loading = False  # checkpoints leave the frozen weights out
         self._kept = set(trainable_parameters(self))
         self.set_stage(stage)
@@ -71,62 +78,64 @@ class LoraDae(lightning.LightningModule):
         return int(self.noise_scheduler.config.num_train_timesteps)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        generator = step_generator(self.cfg.seed, self.global_step, self.global_rank, STAGES.index(self.stage))
+        stream, places = STAGES.index(self.stage), self._places(batch_idx, len(batch["latent_mean"]))
+        generators = [seeded(self.cfg.seed, stream, place) for place in places]
+        if self.cfg.adapter.dropout > 0:  # its layers draw from the global generator
+            torch.manual_seed(generators[0].initial_seed())
+        scale = 1
         if self.stage == "adapter":
-            draws = draw(batch, self.num_train_timesteps, self.cfg.objective, generator)
-            losses = self._losses(batch, draws)
-            loss = losses.mean()
+            draws = draw(batch, self.num_train_timesteps, self.cfg.objective, generators)
+            loss = self._losses(batch, draws).mean()
+            if self.prior is not None:
+                kept = self.prior.batch(places, batch)
+                generators = [seeded(self.cfg.seed, PRIOR, place) for place in places]
+                draws = draw(kept, self.num_train_timesteps, self.cfg.objective, generators)
+                loss = loss + self.cfg.objective.prior_weight * self._losses(kept, draws).mean()
         elif self.stage == "texture":
-            loss = self._texture_step(batch, generator)
+            assert self.enhancement is not None and self.photos is not None and self.decode is not None
+            self.unet.eval()
+            shared = seeded(self.cfg.seed, SHARED, self._micro_step(batch_idx))
+            drawn = draw_paired(batch, self.noise_scheduler, self.cfg.enhancement, shared, generators, places)
+            loss, told = paired_loss(
+                self.unet, self.noise_scheduler, self.enhancement, batch, self.null_text, drawn,  # type: ignore[arg-type]
+                self.photos, self.decode, global_batch,
+            )  # fmt: skip
+            self.log_dict({f"enhancement/{name}": value for name, value in told.items()})
         else:
             assert self.enhancement is not None
             self.unet.eval()
-            chain = draw_chain(batch, self.cfg.enhancement, generator)
+            shared = seeded(self.cfg.seed, SHARED, self._micro_step(batch_idx))
+            chain = draw_chain(batch, self.cfg.enhancement, shared, generators)
             loss, parts = chain_loss(
-                self.unet, self.noise_scheduler, self.enhancement, batch, self.null_text, chain  # type: ignore[arg-type]
+                self.unet, self.noise_scheduler, self.enhancement, batch, self.null_text, chain, global_batch  # type: ignore[arg-type]
             )  # fmt: skip
+            scale = self.trainer.world_size
             self.log("enhancement/power_gap", parts.power)
             self.log("enhancement/distribution", parts.distribution)
-        if not math.isfinite(loss.item()):
-            samples = ", ".join(str(i) for i in batch["index"].tolist())
+        # One small collective: the loss of the global batch, and every rank learns of any rank's NaN at once.
+        mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
+        assert isinstance(mean, Tensor)
+        if not math.isfinite(mean.item()):
+            samples = who(not math.isfinite(loss.item()), batch["index"].tolist())
             raise NonFiniteLossError(
-                f"the loss became {loss.item()} at step {self.global_step} on samples {samples}: lower "
+                f"the loss became {mean.item()} at step {self.global_step} on samples {samples}: lower "
                 "optimizer.learning_rate, or look at these samples."
             )
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+        self.log("train/loss", mean, prog_bar=True)
+        return loss * scale
 
-    def _texture_step(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        module = self.enhancement
-        assert module is not None
-        self.unet.eval()
-        draws = draw_paired(batch, self.noise_scheduler, self.cfg.enhancement, generator)
-        clean = batch["latent_mean"]
-        late = draws.timesteps.argsort()[:_DECODED]  # near the end of a chain: what the decoder will see
-        loss, images = clean.new_zeros(()), clean[:0]
-        if module.texture is not None:
-            loss, before, edited = texture_loss(
-                self.unet,
-                self.noise_scheduler,
-                module,
-                batch,
-                self.null_text,
-                draws,  # type: ignore[arg-type]
-            )
-            self.log("enhancement/band_error", loss / before)
-            images = edited[late]
-        if module.decoder is None:
-            return loss
-        assert self.photos is not None and self.decode is not None
-        real, source = self.photos(batch["index"][late].tolist())
-        with torch.no_grad():
-            decoded = self.decode(torch.cat([images, clean[late]])).float().chunk(2 if len(images) else 1)
-        # Reconstructions without a source keep the stage right for text alone.
-        refined = decoder_loss(module, decoded[-1], real, None, None)
-        if source is not None:
-            refined = refined + decoder_loss(module, decoded[0], real, source, draws.wrong[late])
-        self.log("enhancement/decoder", refined)
-        return loss + refined
+    def _micro_step(self, batch_idx: int) -> int:
+        """How many batches came before this one on each rank."""
+        accumulated = self.trainer.accumulate_grad_batches
+        return self.global_step * accumulated + batch_idx % accumulated
+
+    def _places(self, batch_idx: int, count: int) -> range:
+        """Where in the training stream the batch's samples stand; no number of processes changes a sample's place."""
+        first = (self._micro_step(batch_idx) * self.trainer.world_size + self.global_rank) * count
+        return range(first, first + count)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        align_progress(checkpoint, self.trainer.accumulate_grad_batches)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         losses = self._losses(batch, fixed_draws(batch, self.num_train_timesteps))
@@ -134,6 +143,8 @@ class LoraDae(lightning.LightningModule):
 
     def _losses(self, batch: Batch, draws: Any) -> Tensor:
         cfg = self.cfg.objective
+        if self.text is not None and "index" in batch:
+            batch = {**batch, "text": self.text(batch["index"])}
         return adapter_loss(
             self.unet, self.noise_scheduler, batch, self.null_text, draws, cfg.min_snr_gamma, cfg.garment_weight  # type: ignore[arg-type]
         )  # fmt: skip
@@ -144,8 +155,8 @@ class LoraDae(lightning.LightningModule):
         enhancing = self.stage != "adapter"
         rates = {
             "adapter": cfg.learning_rate,
-            "gain": self.cfg.enhancement.learning_rate,
             "texture": self.cfg.enhancement.texture_learning_rate,
+            "gain": self.cfg.enhancement.learning_rate,
         }
         optimizer = torch.optim.AdamW(
             parameters,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,28 +24,39 @@ class Draws:
     drop_source: Tensor
 
 
-def step_generator(seed: int, step: int, rank: int, stream: int = 0) -> torch.Generator:
-    """The generator of one step on one process: resuming at a step draws what the straight run drew.
-
-    ``seed_everything`` alone would give every rank the same noise.
-    """
-    mixed = torch.tensor([seed, step, rank, stream], dtype=torch.int64)
+def seeded(*parts: int) -> torch.Generator:
+    """A CPU generator that is a function of some whole numbers, such as (seed, stream, place in the stream)."""
     value = 0
-    for part in mixed.tolist():
+    for part in parts:
         value = (value * 6_364_136_223_846_793_005 + part + 1_442_695_040_888_963_407) % 2**63
     return torch.Generator().manual_seed(value)
 
 
-def draw(batch: dict[str, Tensor], num_timesteps: int, cfg: ObjectiveConfig, generator: torch.Generator) -> Draws:
-    """Draw a step's randomness on the CPU (the same on every device) and move it to the batch's device."""
-    shape, device = batch["latent_mean"].shape, batch["latent_mean"].device
-    n = shape[0]
+def draw(
+    batch: dict[str, Tensor], num_timesteps: int, cfg: ObjectiveConfig, generators: Sequence[torch.Generator]
+) -> Draws:
+    """Draw a step's randomness, each sample's from its own generator, and move it to the batch's device.
+
+    So what a sample is drawn depends on no other sample of its batch and on no number of processes; drawn on the CPU,
+    it is the same on every device. (``seed_everything`` alone would give every rank the same noise.)
+    """
+    shape, device = batch["latent_mean"].shape[1:], batch["latent_mean"].device
+    rows = [
+        (
+            torch.randn(shape, generator=own),
+            torch.randn(shape, generator=own),
+            torch.randint(0, num_timesteps, (), generator=own),
+            torch.rand(2, generator=own),
+        )
+        for own in generators
+    ]
+    posterior, noise, timesteps, chances = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
     return Draws(
-        posterior=torch.randn(shape, generator=generator).to(device),
-        noise=torch.randn(shape, generator=generator).to(device),
-        timesteps=torch.randint(0, num_timesteps, (n,), generator=generator).to(device),
-        drop_caption=(torch.rand(n, generator=generator) < cfg.caption_dropout).to(device),
-        drop_source=(torch.rand(n, generator=generator) < cfg.source_dropout).to(device),
+        posterior=posterior,
+        noise=noise,
+        timesteps=timesteps,
+        drop_caption=chances[:, 0] < cfg.caption_dropout,
+        drop_source=chances[:, 1] < cfg.source_dropout,
     )
 
 
@@ -52,7 +64,7 @@ def fixed_draws(batch: dict[str, Tensor], num_timesteps: int) -> Draws:
     """Draws for validation: a function of each sample's index alone, timesteps spread evenly; no dropout."""
     indices = batch["index"].tolist()
     shape, device = batch["latent_mean"].shape, batch["latent_mean"].device
-    noise = torch.stack([torch.randn(shape[1:], generator=step_generator(0, i, 0, 1)) for i in indices])
+    noise = torch.stack([torch.randn(shape[1:], generator=seeded(0, i, 0, 1)) for i in indices])
     golden = torch.tensor([(i * 0.6180339887) % 1.0 for i in indices])
     never = torch.zeros(shape[0], dtype=torch.bool, device=device)
     return Draws(

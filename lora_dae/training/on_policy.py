@@ -11,6 +11,7 @@ lies below; where nothing is missing the module learns to do nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,27 +41,28 @@ class Chain:
     reference_noise: Tensor  # (B, C, h, w), of the really noised images
 
 
-def draw_chain(batch: dict[str, Tensor], cfg: EnhancementConfig, generator: torch.Generator) -> Chain:
-    shape, device = batch["latent_mean"].shape, batch["latent_mean"].device
+def draw_chain(
+    batch: dict[str, Tensor],
+    cfg: EnhancementConfig,
+    shared: torch.Generator,
+    generators: Sequence[torch.Generator],
+) -> Chain:
+    """Settings from ``shared``, which all processes have to give alike; noises from one generator per sample."""
+    shape, device = batch["latent_mean"].shape[1:], batch["latent_mean"].device
 
     def uniform(low: float, high: float) -> float:
-        return low + (high - low) * float(torch.rand((), generator=generator))
+        return low + (high - low) * float(torch.rand((), generator=shared))
 
-    solver = SOLVERS[int(torch.randint(len(SOLVERS), (), generator=generator))]
-    steps = int(torch.randint(cfg.steps_range[0], cfg.steps_range[1] + 1, (), generator=generator))
+    solver = SOLVERS[int(torch.randint(len(SOLVERS), (), generator=shared))]
+    steps = int(torch.randint(cfg.steps_range[0], cfg.steps_range[1] + 1, (), generator=shared))
     text = uniform(*cfg.guidance_range)
     # Half of the chains use one scale for both conditions: two network calls instead of three.
-    same = float(torch.rand((), generator=generator)) < 0.5
+    same = float(torch.rand((), generator=shared)) < 0.5
     source = text if same else uniform(1.0, 2.5)
     if "source" in batch and same:
         text = source = min(text, 3.0)
-    return Chain(
-        solver,
-        steps,
-        Guidance(text, source),
-        torch.randn(shape, generator=generator).to(device),
-        torch.randn(shape, generator=generator).to(device),
-    )
+    noises = torch.stack([torch.randn(2, *shape, generator=own) for own in generators]).to(device)
+    return Chain(solver, steps, Guidance(text, source), noises[:, 0], noises[:, 1])
 
 
 def chain_loss(
@@ -70,13 +72,18 @@ def chain_loss(
     batch: dict[str, Tensor],
     null_text: Tensor,
     chain: Chain,
+    gather: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> tuple[Tensor, OnPolicyLoss]:
-    """Mean loss along one chain (with gradient into the module only), and its parts at the last state."""
+    """Mean loss along one chain (with gradient into the module only), and its parts at the last state.
+
+    ``gather`` makes what the loss compares, statistics of a batch, those of all processes' batches.
+    """
     scheduler = build_scheduler(chain.solver, base_scheduler)
     scheduler.set_timesteps(chain.num_inference_steps, device=chain.noise.device)
     conditions = Conditions(batch["text"], null_text, batch.get("source"))
     prediction_type, sigma_space = base_scheduler.config.prediction_type, is_sigma_space(scheduler)
     sample = chain.noise * scheduler.init_noise_sigma
+    real, reference_noise = gather(batch["latent_mean"]), gather(chain.reference_noise)
     losses: list[Tensor] = []
     parts: OnPolicyLoss | None = None
     for t in scheduler.timesteps:
@@ -90,8 +97,7 @@ def chain_loss(
         edit = x0_delta_to_output_delta(change.delta, alpha, sigma, prediction_type, sigma_space)
         sample = scheduler.step(guided + edit, t, sample).prev_sample
         if alpha > sigma * math.exp(WINDOW[0]):  # elsewhere the module is off
-            reference = add_noise(batch["latent_mean"], chain.reference_noise, *reached)
-            parts = on_policy_loss(sample, reference, change.log_gain)
+            parts = on_policy_loss(gather(sample), add_noise(real, reference_noise, *reached), gather(change.log_gain))
             losses.append(parts.total)
         sample = sample.detach()
         if hasattr(scheduler, "model_outputs"):  # a multistep solver's memory: each state is judged on its own

@@ -9,6 +9,7 @@ reconstructions, the latter without a source.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,12 @@ from lora_dae.enhancement.gates import WINDOW
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.sampling.loop import Conditions, Guidance, predict
 
+Photos = Callable[[list[int]], tuple[Tensor, Tensor | None]]
+Decode = Callable[[Tensor], Tensor]
+Gather = Callable[[Tensor], Tensor]
 _ENERGY_WEIGHT = 0.05  # of local log energies: L1 alone would rather blur what it cannot place
 _EDGE_WEIGHT = 0.5
+_LATE = 0.4  # share of the timesteps, from the clean end, whose predictions are decoded: what a decoder will see
 
 
 @dataclass(frozen=True)
@@ -35,28 +40,78 @@ class PairedDraws:
     step_size: Tensor  # h, in lambda
     first_order: Tensor
     wrong: Tensor  # bool: the module sees another sample's source
+    late: Tensor  # bool: these predictions are decoded
     guidance: float
+    turn: int  # number of the batch among those of all processes
 
 
 def draw_paired(
-    batch: dict[str, Tensor], scheduler: Any, cfg: EnhancementConfig, generator: torch.Generator
+    batch: dict[str, Tensor],
+    scheduler: Any,
+    cfg: EnhancementConfig,
+    shared: torch.Generator,
+    generators: Sequence[torch.Generator],
+    places: Sequence[int],
 ) -> PairedDraws:
-    """Timesteps where the module acts, any step size and solver, guidance 1 for half of the steps."""
-    shape, device = batch["latent_mean"].shape, batch["latent_mean"].device
-    n = shape[0]
+    """Timesteps where the module acts, any step size and solver, guidance 1 for half of the steps.
+
+    Guidance from ``shared``, which all processes have to give alike; the rest from one generator per sample.
+    """
+    shape, device = batch["latent_mean"].shape[1:], batch["latent_mean"].device
     every = torch.arange(int(scheduler.config.num_train_timesteps))
     alpha, sigma = alpha_sigma(scheduler, every, torch.zeros(len(every), 1, 1, 1))
-    active = (half_log_snr(alpha, sigma).flatten() > WINDOW[0]).nonzero().flatten()
-    guided = float(torch.rand((), generator=generator)) < 0.5
-    scale = 1 + (min(cfg.guidance_range[1], 3.0) - 1) * float(torch.rand((), generator=generator))
+    active = (half_log_snr(alpha, sigma).flatten() > WINDOW[0]).nonzero().flatten()  # from the clean end on
+    guided = float(torch.rand((), generator=shared)) < 0.5
+    scale = 1 + (min(cfg.guidance_range[1], 3.0) - 1) * float(torch.rand((), generator=shared))
+    late = torch.tensor([place % 2 == 0 or len(places) == 1 for place in places])
+    noise = torch.stack([torch.randn(shape, generator=own) for own in generators])
+    chances = torch.stack([torch.rand(4, generator=own) for own in generators])
+    where = chances[:, 0] * torch.where(late, _LATE, 1.0) * len(active)
     return PairedDraws(
-        noise=torch.randn(shape, generator=generator).to(device),
-        timesteps=active[torch.randint(len(active), (n,), generator=generator)].to(device),
-        step_size=-(1 - torch.empty(n).uniform_(0.1, 0.99, generator=generator)).log().to(device),
-        first_order=torch.randint(2, (n,), generator=generator).float().to(device),
-        wrong=(torch.rand(n, generator=generator) < cfg.wrong_source).to(device),
+        noise=noise.to(device),
+        timesteps=active[where.long()].to(device),
+        step_size=-(0.01 + 0.89 * chances[:, 1]).log().to(device),
+        first_order=(chances[:, 2] < 0.5).float().to(device),
+        wrong=(chances[:, 3] < cfg.wrong_source).to(device),
+        late=late.to(device),
         guidance=scale if guided else 1.0,
+        turn=places[0] // len(places),
     )
+
+
+def paired_loss(
+    unet: nn.Module,
+    scheduler: Any,
+    module: EnhancementModule,
+    batch: dict[str, Tensor],
+    null_text: Tensor,
+    draws: PairedDraws,
+    photos: Photos,
+    decode: Decode,
+    gather: Gather = lambda own: own,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of source texture and decoder stage, as far as the module has them, and its parts for the log.
+
+    ``photos`` gives the real and source photos of samples by number, ``decode`` the images of latents; ``gather``
+    makes a batch that of all processes.
+    """
+    clean = batch["latent_mean"]
+    loss, images, told = clean.new_zeros(()), clean[:0], {}
+    if module.texture is not None:
+        loss, before, edited = texture_loss(unet, scheduler, module, batch, null_text, draws, gather)
+        told["band_error"] = loss.detach() / before
+        images = edited[draws.late]
+    if module.decoder is None:
+        return loss, told
+    real, source = photos(batch["index"][draws.late].tolist())
+    with torch.no_grad():
+        decoded = decode(torch.cat([images, clean[draws.late]])).float().chunk(2 if len(images) else 1)
+    # Reconstructions without a source keep the stage right for text alone.
+    refined = decoder_loss(module, decoded[-1], real, None, gather)
+    if source is not None:
+        given = swapped(source, draws.wrong[draws.late], draws.turn, gather)
+        refined = refined + decoder_loss(module, decoded[0], real, given, gather)
+    return loss + refined, {**told, "decoder": refined.detach()}
 
 
 def texture_loss(
@@ -66,6 +121,7 @@ def texture_loss(
     batch: dict[str, Tensor],
     null_text: Tensor,
     draws: PairedDraws,
+    gather: Gather = lambda own: own,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, the same without the module, edited x0): errors of x0's bands, each in units of the band's energy.
 
@@ -80,35 +136,35 @@ def texture_loss(
         guided, _ = predict(unet, noisy, draws.timesteps, conditions, Guidance(draws.guidance, draws.guidance))
         prediction_type = scheduler.config.prediction_type
         x0 = predict_x0(guided.float(), noisy, alpha, sigma, prediction_type, is_sigma_space(scheduler))
-    given = swapped(batch["source"], draws.wrong)
-    blend = module.blend(x0, given, alpha, sigma, draws.step_size, draws.first_order)
-    edited = x0 + blend.delta
-    energies = [band.square().mean() + 1e-6 for band in split_bands(clean, module.levels)[0]]
+    given = swapped(batch["source"], draws.wrong, draws.turn, gather)
+    edited = x0 + module.blend(x0, given, alpha, sigma, draws.step_size, draws.first_order).delta
+    energies = [band.square().mean() + 1e-6 for band in split_bands(gather(clean), module.levels)[0]]
 
     def error(x: Tensor) -> Tensor:
         bands = split_bands(x - clean, module.levels)[0]
         return torch.stack([b.square().mean() / e for b, e in zip(bands, energies, strict=True)]).sum()
 
-    return error(edited), error(x0.detach()), edited.detach()
+    return error(edited), error(x0), edited.detach()
 
 
 def decoder_loss(
-    module: EnhancementModule, decoded: Tensor, real: Tensor, source: Tensor | None, wrong: Tensor | None
+    module: EnhancementModule,
+    decoded: Tensor,
+    real: Tensor,
+    source: Tensor | None,
+    gather: Gather = lambda own: own,
 ) -> Tensor:
-    """Band errors (L1, in units of each band's own size), local log energies and edges; images (B, 3, H, W) in [0, 1].
-
-    ``source`` None: what reconstructions lack, and a decoded image without any source.
-    """
+    """Band errors (L1, in units of each band's size), local log energies, edges; images (B, 3, H, W) in [0, 1]."""
     assert module.decoder is not None
-    given = source if source is None or wrong is None else swapped(source, wrong)
     x, target = decoded * 2 - 1, real * 2 - 1
-    edited = x + module.decoder(x, None if given is None else given * 2 - 1).delta
-    bands, true = split_bands(edited, module.levels)[0], split_bands(target, module.levels)[0]
-    pairs = list(zip(bands, true, strict=True))
-    fidelity = torch.stack([(b - t).abs().mean() / (t.abs().mean() + 1e-4) for b, t in pairs]).sum()
+    edited = x + module.decoder(x, None if source is None else source * 2 - 1).delta
+    bands, true = (split_bands(image, module.levels)[0] for image in (edited, target))
+    everyone = gather(target)
+    sizes = [band.abs().mean() + 1e-4 for band in split_bands(everyone, module.levels)[0]]
+    fidelity = torch.stack([(b - t).abs().mean() / s for b, t, s in zip(bands, true, sizes, strict=True)]).sum()
     energy = (local_log_energy(bands) - local_log_energy(true)).abs().mean()
-    true_edges = gradient_magnitude(target)
-    edges = (gradient_magnitude(edited) - true_edges).abs().mean() / (true_edges.mean() + 1e-4)
+    edges = (gradient_magnitude(edited) - gradient_magnitude(target)).abs().mean()
+    edges = edges / (gradient_magnitude(everyone).mean() + 1e-4)
     return fidelity + _ENERGY_WEIGHT * energy + _EDGE_WEIGHT * edges
 
 
@@ -119,6 +175,13 @@ def gradient_magnitude(x: Tensor) -> Tensor:
     return (down.square() + right.square() + 1e-8).sqrt()
 
 
-def swapped(source: Tensor, wrong: Tensor) -> Tensor:
-    """``source`` (B, ...), the next sample's where ``wrong`` (B,) says so."""
-    return torch.where(wrong.view(-1, *[1] * (source.ndim - 1)), source.roll(1, 0), source)
+def swapped(source: Tensor, wrong: Tensor, turn: int = 0, gather: Gather = lambda own: own) -> Tensor:
+    """``source`` (B, ...), the next sample's of the step where ``wrong`` (B,) says so.
+
+    ``turn``: the batch's number, which tells its place among the batches of all processes.
+    """
+    everyone = gather(source)
+    processes = len(everyone) // len(source)
+    start = turn % processes * len(source)
+    following = everyone.roll(-1, 0)[start : start + len(source)]
+    return torch.where(wrong.view(-1, *[1] * (source.ndim - 1)), following, source)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_workspace_shows_what_runs_log() -> None:
     pytest.importorskip("wandb_workspaces")
-    from lora_dae.dashboard import QUALITY, workspace
+    from lora_dae.sweep.dashboard import QUALITY, workspace
 
     made = workspace("somebody", "lora-dae", "LoRA-DAE")
     spec = made._to_model().model_dump_json(by_alias=True)
@@ -26,7 +26,7 @@ def test_workspace_shows_what_runs_log() -> None:
 def test_without_a_login_it_says_so(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
     done = subprocess.run(
-        [sys.executable, "-m", "lora_dae.dashboard", "--entity", "somebody"],
+        [sys.executable, "-m", "lora_dae.sweep.dashboard", "--entity", "somebody"],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 2

@@ -1,0 +1,66 @@
+"""DreamBooth's prior preservation: while the adapter learns new photos, it keeps what the frozen backbone draws.
+
+    loss = loss(photos) + prior_weight * loss(the frozen backbone's pictures of prior_caption)
+
+Ruiz et al. 2022 (arXiv 2208.12242, equation 3). The pictures are latents and never decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from torch import Tensor
+
+from lora_dae.adapter.atomic import load_tensors, save_tensors
+from lora_dae.backbone.load import Backbone
+from lora_dae.config import Config, ConfigError
+from lora_dae.sampling.draw import Drawer
+from lora_dae.training import together
+
+
+class Prior(Callback):
+    """Draws the latents before the first step, each process its share, and keeps them in ``path`` for a resumed run."""
+
+    def __init__(self, path: Path, cfg: Config, backbone: Backbone, bf16: bool) -> None:
+        self.path, self.cfg, self.backbone, self.bf16 = path, cfg, backbone, bf16
+        self.latents = self.text = torch.empty(0)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """The adapter changes nothing yet, so the UNet still is the frozen backbone."""
+        resumed = trainer.ckpt_path is not None
+        if resumed and not self.path.is_file():
+            raise ConfigError(
+                f"{self.path} is gone, the pictures that this run keeps to: start anew without ckpt_path."
+            )
+        if resumed:
+            self.latents = load_tensors(self.path, "start anew without ckpt_path")[0]["latents"]
+        else:
+            self.latents = self._draw(pl_module.unet.training).cpu()
+            if trainer.is_global_zero:
+                save_tensors({"latents": self.latents}, self.path, {"format": "pt"})
+        self.text = self.backbone.encode_text([self.cfg.objective.prior_caption])[0].cpu()
+
+    def _draw(self, training: bool) -> Tensor:
+        cfg, count = self.cfg, self.cfg.objective.prior_images
+        plain = replace(cfg.sampling, method="none", method_options={})
+        drawer = Drawer(self.backbone, None, "none", cfg.conditioning, cfg.data.resolution, plain, self.bf16)
+        own, at_once = list(together.share(count)), cfg.sampling.batch_size
+        parts = [own[k : k + at_once] for k in range(0, len(own), at_once)]
+        captions = [cfg.objective.prior_caption] * at_once
+        drawn = [drawer.latents(captions[: len(part)], None, 0.0, part) for part in parts]
+        self.backbone.unet.train(training)
+        shape = (0, self.backbone.latent_channels, *[cfg.data.resolution // self.backbone.vae_scale_factor] * 2)
+        return together.collect(torch.cat([torch.zeros(shape, device=self.backbone.device), *drawn]), count)
+
+    def batch(self, places: Sequence[int], like: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch of them, by places in the training stream; with empty sources where ``like`` has sources."""
+        device = like["text"].device
+        latents = self.latents[[place % len(self.latents) for place in places]].to(device)
+        found = {"latent_mean": latents, "latent_std": torch.zeros_like(latents)}
+        found["text"] = self.text.to(like["text"]).expand(len(latents), -1, -1)
+        return found | ({"source": torch.zeros_like(latents)} if "source" in like else {})

@@ -1,0 +1,272 @@
+"""The stages of a training on one set of weights: the adapter first, then the enhancement module's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from lora_dae.adapter.files import save_adapter, save_merged
+from lora_dae.adapter.initial import initialize
+from lora_dae.adapter.inject import inject, make_full_finetune, trainable_parameters
+from lora_dae.adapter.other import save_other
+from lora_dae.adapter.source_input import attach_source_input, save_source_input
+from lora_dae.adapter.table import adapter_table
+from lora_dae.adapter.words import LearnedWords, encode_with_words, save_words
+from lora_dae.backbone.load import Backbone
+from lora_dae.backbone.precision import choose_precision
+from lora_dae.config import Config, ConfigError, to_dict
+from lora_dae.data.captions import long_captions
+from lora_dae.data.module import PairDataModule
+from lora_dae.data.pair import PairDataset
+from lora_dae.enhancement.files import save_enhancement
+from lora_dae.enhancement.module import EnhancementModule, build_enhancement
+from lora_dae.evaluation.run import HeldOut, write_grid
+from lora_dae.export.command import export_beside
+from lora_dae.sampling.draw import Drawer
+from lora_dae.sampling.load import ENHANCEMENT_FILE, prepare_unet
+from lora_dae.training import callbacks, together, tracking
+from lora_dae.training.ema import EMACallback
+from lora_dae.training.module import LoraDae, NonFiniteLossError
+from lora_dae.training.prior import Prior
+from lora_dae.training.trainer import build_trainer, validation_interval
+
+console = Console()
+TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+
+
+class InterruptedRunError(RuntimeError):
+    """Training was stopped by Ctrl-C after writing a checkpoint."""
+
+
+class Training:
+    """The stages on one set of weights, and what they share."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        run_dir: Path,
+        backbone: Backbone,
+        splits: dict[str, PairDataset],
+        extra_callbacks: Sequence[lightning.Callback] = (),
+    ) -> None:
+        self.cfg, self.run_dir, self.backbone, self.splits = cfg, run_dir, backbone, splits
+        self.extra_callbacks = list(extra_callbacks)
+        self.steps = int(cfg.trainer.get("max_steps", 500))
+        self.enhancement = build_enhancement(cfg.enhancement, backbone.latent_channels, cfg.conditioning)
+        probe = build_trainer(cfg, run_dir, "32-true", self.steps, [], False)
+        self.rank, self.processes = probe.global_rank, probe.world_size
+        self.device = probe.strategy.root_device
+        backbone.vae.to(self.device)  # they fill the cache
+        backbone.text_encoders_to(self.device)
+        precision = str(cfg.trainer.get("precision", "auto"))
+        if precision == "auto" and self.device.type == "cpu" and self.processes > 1:
+            precision = "32-true"  # each process would measure for itself, and might decide otherwise
+        self.precision = choose_precision(precision, self.device)
+        if cfg.backbone.weights != "fp32" and self.precision == "32-true":
+            raise ConfigError(
+                f"backbone.weights={cfg.backbone.weights} needs mixed precision, but trainer.precision is 32-true "
+                "here: set trainer.precision=bf16-mixed, or backbone.weights=fp32."
+            )
+        self.stores: dict[str, Any] = {}  # all stages read the same rows
+        self.data = self._data(cfg.data.batch_size)
+        attention = prepare_unet(backbone, cfg)
+        if cfg.adapter.full_finetune:
+            make_full_finetune(backbone.unet)
+        else:
+            inject(backbone.unet, cfg.adapter)
+            if cfg.adapter.init_from is not None:
+                started = initialize(backbone.unet, cfg.adapter.init_from, cfg.adapter.allow_partial)
+                if self.rank == 0:
+                    console.print(started, highlight=False)
+        if cfg.conditioning == "source":
+            attach_source_input(backbone.unet)
+        self.words: LearnedWords | None = None
+        if cfg.adapter.kind == "textual_inversion":
+            self.words = LearnedWords(backbone, cfg.adapter.words)
+            self.words.attach(backbone)
+        null = backbone.encode_text([""])[0]
+        if self.rank == 0:
+            too_long = long_captions(self.data.captions("train"), backbone.tokenizer, backbone.text_chunks)
+            if too_long:
+                console.print(too_long, soft_wrap=True, highlight=False)
+        if self.rank == 0:  # before the stages take turns in what requires a gradient
+            extra = {"words": self.words, "enhancement": self.enhancement}
+            console.print(adapter_table(backbone.unet, {k: v for k, v in extra.items() if v is not None}))
+            console.print(f"{self.device}, {self.precision}, {attention} attention", highlight=False)
+        text = self._text_with_words()
+        self.module = LoraDae(
+            backbone, cfg, self.enhancement, null, "adapter", self.words, text, self._photos, backbone.decode
+        )
+        self.loggers: list[Any] = []
+        if self.rank == 0:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self.loggers = tracking.build_loggers(cfg, run_dir, to_dict(cfg), console)
+
+    def _data(self, batch_size: int) -> PairDataModule:
+        return PairDataModule(
+            self.splits["train"], self.splits["val"], self.splits["test"],
+            cache_dir=Path(self.cfg.data.cache_dir) / "latents", encode_images=self._encode_images,
+            encode_text=self.backbone.encode_text,
+            vae=f"{self.backbone.folder.fingerprint('vae')}-{self.precision}",
+            text_encoder=f"{self.backbone.folder.fingerprint(*TEXT_PARTS)}-{self.backbone.text_chunks}",
+            batch_size=batch_size, seed=self.cfg.seed, cache=self.cfg.data.cache,
+            masks=self.cfg.objective.garment_weight != 1, stores=self.stores,
+        )  # fmt: skip
+
+    def _text_with_words(self) -> Callable[[Tensor], Tensor] | None:
+        """What training encodes anew in every step: the captions of samples, by number, with the words as they are."""
+        if self.words is None:
+            return None
+        words, pairs = self.words, {True: self.splits["train"], False: self.splits["val"]}
+
+        def encode(numbers: Tensor) -> Tensor:
+            captions = [pairs[self.module.training][number].caption for number in numbers.tolist()]
+            return encode_with_words(self.backbone, words, captions)
+
+        return encode
+
+    def _encode_images(self, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """In the training precision: on a CPU with bfloat16 this halves the wait before the first step."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision.startswith("bf16")):
+            mean, std = self.backbone.encode_images(images)
+        return mean.float(), std.float()
+
+    def _photos(self, indices: list[int]) -> tuple[Tensor, Tensor | None]:
+        """Real photos and source photos of training samples, (B, 3, H, W) in [0, 1], on the training device."""
+        pairs = [self.splits["train"][i] for i in indices]
+
+        def stack(images: list[np.ndarray]) -> Tensor:
+            return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.device).float() / 255
+
+        sources = [pair.source for pair in pairs if pair.source is not None]
+        return stack([pair.image for pair in pairs]), stack(sources) if len(sources) == len(pairs) else None
+
+    def fit(self, checkpoints: dict[str, Path]) -> None:
+        """Adapter first, then the enhancement on its averaged weights: the gain last, on what all else does."""
+        if self.device.type != "cpu":  # everything is cached before the first step, so their memory is free for it
+            if self.rank == 0:
+                self.data.prepare_data()
+            self.backbone.rest(self.device)
+        planned = planned_stages(self.cfg, self.enhancement)
+        names = [name for name, *_ in planned]
+        reached = max((names.index(name) for name in checkpoints if name in names), default=0)
+        for name, steps, batch_size in planned[reached:]:  # a checkpoint holds what the stages before it trained
+            data = self.data if name == "adapter" else self._data(batch_size)
+            self._stage(name, steps, data, checkpoints.get(name))
+
+    def _stage(self, stage: str, steps: int, data: PairDataModule, checkpoint: Path | None) -> None:
+        cfg = self.cfg
+        self.module.set_stage(stage)
+        ema = EMACallback(cfg.optimizer.ema_decay if stage == "adapter" else 0.0)
+        interrupt = callbacks.CleanInterrupt()
+        path = self.run_dir / "checkpoints" / f"{stage}.ckpt"
+        stop = together.StopTogether()
+        extra: list[Any] = [
+            ema, interrupt, callbacks.Checkpoint(path, validation_interval(cfg, steps)), stop,
+            callbacks.Throughput(data.batch_size), callbacks.StepProgress(stage), *self.extra_callbacks,
+        ]  # fmt: skip
+        if stage == "adapter" and cfg.tracking.sample_every_n_steps > 0:
+            extra.append(callbacks.SampleGrid(cfg.tracking.sample_every_n_steps, lambda step: self._grid(ema, step)))
+        self.module.prior = None
+        if stage == "adapter" and cfg.objective.prior_weight > 0:
+            bf16 = self.precision.startswith("bf16")
+            self.module.prior = Prior(self.run_dir / "prior.safetensors", cfg, self.backbone, bf16)
+            extra.append(self.module.prior)
+        loggers = self.loggers
+        if stage != "adapter":
+            planned = planned_stages(cfg, self.enhancement)
+            before = sum(count for _, count, _ in planned[: [name for name, *_ in planned].index(stage)])
+            loggers = tracking.stage_loggers(loggers, self.run_dir, stage, before)
+        trainer = build_trainer(cfg, self.run_dir, self.precision, steps, extra, stage == "adapter", loggers)
+        self.module.unet.train(stage == "adapter")
+        if self.rank == 0 and self.processes > 1:
+            size = gradient_bytes(self.module)
+            console.print(
+                f"{self.processes} processes, {size / 1e6:.3g} MB of gradients reduced a step", highlight=False
+            )
+        try:
+            with stop:
+                trainer.fit(
+                    self.module, datamodule=data, ckpt_path=checkpoint, weights_only=checkpoint is not None or None
+                )
+        except NonFiniteLossError:  # all ranks know
+            raise
+        except Exception as error:
+            if stop.first:
+                raise together.PeerFailedError(stop.first) from error
+            raise
+        if interrupt.interrupted:
+            raise InterruptedRunError(
+                f"stopped at step {trainer.global_step} of {steps}; go on with: python train.py <same overrides> "
+                f"hydra.run.dir={self.run_dir} ckpt_path=last"
+            )
+        if ema.ema is not None:
+            ema.ema.swap_in(trainable_parameters(self.module))
+
+    @torch.no_grad()
+    def _grid(self, ema: EMACallback, step: int) -> None:
+        """The fixed validation prompts on the averaged weights, as they stand now; each process draws its share."""
+        cfg = self.cfg
+        held_out = HeldOut.take(self.splits["val"], cfg.tracking.num_grid_prompts, cfg.conditioning)
+        drawer = Drawer(
+            self.backbone, None, "none", cfg.conditioning, cfg.data.resolution,
+            cfg.sampling, self.precision.startswith("bf16"),
+        )  # fmt: skip
+        captions = [c if self.words is None else self.words.prompt(c) for c in held_out.captions]
+        own, sources = list(together.share(len(held_out.pairs))), held_out.sources
+        with ema.swapped(self.module):
+            drawn = drawer.images([captions[i] for i in own], None if sources is None else sources[own], indices=own)
+        images = together.collect(torch.from_numpy(drawn).to(self.device), len(held_out.pairs)).cpu().numpy()
+        if self.rank != 0:
+            return
+        grid = write_grid(
+            {f"step {step}": images}, held_out, self.run_dir / "samples" / f"step_{step:06d}.png", len(images)
+        )
+        tracking.log_image(self.loggers, "val/samples", grid, step)
+
+    def export(self) -> None:
+        """Write adapter/: the averaged weights in the formats that other programs read."""
+        folder = self.run_dir / "adapter"
+        folder.mkdir(parents=True, exist_ok=True)
+        unet = self.backbone.unet
+        if self.cfg.adapter.full_finetune:
+            save_merged(unet, folder / "unet")
+        else:
+            origin = {"backbone": self.cfg.backbone.name, "fingerprint": self.backbone.fingerprint}
+            if self.words is not None:
+                save_words(self.words, folder)
+            elif self.cfg.adapter.kind == "lora":
+                save_adapter(unet, folder, origin)
+            else:
+                save_other(unet, folder, self.cfg.adapter, origin)
+            if self.cfg.conditioning == "source":
+                save_source_input(unet, folder)
+        if self.enhancement is not None:
+            save_enhancement(self.enhancement, folder / ENHANCEMENT_FILE)
+        backbone = self.backbone
+        export_beside(
+            self.run_dir, self.cfg, backbone.folder.family, backbone.folder.unet_config, backbone.prediction_type
+        )
+
+
+def planned_stages(cfg: Config, module: EnhancementModule | None) -> list[tuple[str, int, int]]:
+    """Name, steps and batch size of what trains, in order."""
+    e = cfg.enhancement
+    planned = [("adapter", int(cfg.trainer.get("max_steps", 500)), cfg.data.batch_size)]
+    if module is not None and (module.texture is not None or module.decoder is not None):
+        planned.append(("texture", e.texture_steps, e.texture_batch_size))
+    if module is not None and module.gain is not None:
+        planned.append(("gain", e.max_steps, e.batch_size))
+    return planned
+
+
+def gradient_bytes(module: torch.nn.Module) -> int:
+    """What the processes exchange at every optimizer step: the gradients of what trains, and of nothing else."""
+    return sum(p.numel() * p.element_size() for p in trainable_parameters(module).values())

@@ -1,0 +1,308 @@
+"""Methods of the sampler: neutral settings draw bit for bit what plain sampling draws; each formula by hand."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
+from hydra import compose, initialize_config_dir
+from PIL import Image, ImageFilter
+
+from lora_dae.backbone.load import Backbone, load_backbone
+from lora_dae.config import (
+    METHODS,
+    BackboneConfig,
+    Config,
+    ConfigError,
+    SamplingConfig,
+    check,
+    conf_dir,
+    from_dict,
+    register,
+)
+from lora_dae.diffusion import PREDICTION_TYPES
+from lora_dae.sampling.draw import Drawer
+from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, noise_generator, sample_latents
+from lora_dae.sampling.method import Method, Step
+from lora_dae.sampling.methods import build_method
+from lora_dae.sampling.methods.attention import IdentityAttention, blur_where, middle_self_attention
+from lora_dae.sampling.methods.steps import DetailDaemon, haar_low
+from lora_dae.sampling.schedulers import build_scheduler
+
+NEUTRAL: dict[str, dict[str, float]] = {
+    "none": {},
+    "freeu": {"s1": 1, "s2": 1, "b1": 1, "b2": 1},
+    "sag": {"scale": 0},
+    "pag": {"scale": 0},
+    "rescale": {"phi": 0},
+    "detail_daemon": {"amount": 0},
+    "wavelet": {"low": 0, "high": 0},
+    "frequency": {"low": 1, "high": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def unet(tiny_backbone: Path) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(tiny_backbone / "unet").eval()
+
+
+def base(kind: str = "v_prediction") -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=kind, clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
+
+
+def draw(
+    unet: torch.nn.Module, method: Method | None, scheduler: str = "ddim", kind: str = "v_prediction"
+) -> torch.Tensor:
+    text = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0))
+    noise = initial_noise(0, [0, 1], (8, 16, 16))
+    generators = [noise_generator(1, i) for i in range(2)]
+    conditions = Conditions(text[:2], text[2])
+    chain = build_scheduler(scheduler, base(kind))
+    return sample_latents(unet, chain, noise, conditions, Guidance(3.0), 4, method, generators)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_neutral_is_plain_and_published_settings_are_not(name: str, unet: UNet2DConditionModel) -> None:
+    plain = draw(unet, None)
+    before = [type(processor) for processor in unet.attn_processors.values()]
+    if name in NEUTRAL:
+        assert torch.equal(draw(unet, build_method(name, NEUTRAL[name])), plain)
+    changed = draw(unet, build_method(name, {}))
+    assert torch.isfinite(changed).all()
+    # An unsharp mask leaves latents alone; norm 15 of projected guidance still projects.
+    assert torch.equal(changed, plain) == (name in ("none", "unsharp"))
+    assert [type(processor) for processor in unet.attn_processors.values()] == before
+    assert torch.equal(draw(unet, None), plain)  # nothing was left behind
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "kind"),
+    [("ddim", "epsilon"), ("ddim", "sample"), ("dpm++", "v_prediction"), ("euler", "epsilon"),
+     ("euler", "v_prediction"), ("euler_a", "v_prediction")],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["apg", "sag", "detail_daemon", "wavelet"])
+def test_every_parameterization_and_solver(name: str, scheduler: str, kind: str, unet: UNet2DConditionModel) -> None:
+    found = draw(unet, build_method(name, {}), scheduler, kind)
+    assert torch.isfinite(found).all() and not torch.equal(found, draw(unet, None, scheduler, kind))
+
+
+def step(predictions: dict[str, torch.Tensor], guidance: Guidance, kind: str = "v_prediction") -> Step:
+    scheduler = base(kind)
+    scheduler.set_timesteps(10)
+    sample = torch.randn(predictions["full"].shape, generator=torch.Generator().manual_seed(5))
+    t = scheduler.timesteps[4]
+    alpha = float(scheduler.alphas_cumprod[t]) ** 0.5
+    conditions = Conditions(torch.zeros(2, 3, 4), torch.zeros(3, 4))
+    level = (alpha, (1 - alpha**2) ** 0.5)
+    return Step(torch.nn.Identity(), scheduler, t, level, sample, conditions, guidance, predictions)
+
+
+def outputs(seed: int = 0) -> dict[str, torch.Tensor]:
+    none, full = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return {"none": none, "full": full}
+
+
+def test_projected_guidance_adds_nothing_along_the_prediction() -> None:
+    """eta = 0: <x0 - x0_c, x0_c> = 0; its length is at most norm * (w - 1); eta = 1 without norm is plain guidance."""
+    at = step(outputs(), Guidance(4.0))
+    cond = at.x0(at.conditional).flatten(1)
+    update = at.x0(build_method("apg", {"norm": 2.5, "momentum": 0}).guide(at)).flatten(1) - cond
+    cosine = (update * cond).sum(1) / update.norm(dim=1) / cond.norm(dim=1)
+    assert cosine.abs().max() < 1e-5 and (update.norm(dim=1) <= 2.5 * 3 * 1.0001).all()
+    plain = build_method("apg", {"eta": 1, "norm": 0, "momentum": 0}).guide(at)
+    torch.testing.assert_close(plain, Method().guide(at))
+    one = step({"full": outputs()["full"]}, Guidance(1.0))  # the loop asks the network for no more
+    assert torch.equal(build_method("apg", {}).guide(one), one.conditional)
+
+
+def test_projected_guidance_remembers_the_steps_before() -> None:
+    """Two steps with momentum m: the second update is that of d2 + m d1."""
+    first, second = step(outputs(0), Guidance(2.0)), step(outputs(1), Guidance(2.0))
+    method = build_method("apg", {"eta": 1, "norm": 0, "momentum": -0.5})
+    method.guide(first)
+    differences = [s.x0(s.conditional) - s.x0(s.predictions["none"]) for s in (first, second)]
+    expected = second.x0(second.conditional) + differences[1] - 0.5 * differences[0]
+    torch.testing.assert_close(second.x0(method.guide(second)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rescaled_guidance_has_the_conditional_deviation() -> None:
+    at = step(outputs(), Guidance(6.0))
+    full = build_method("rescale", {"phi": 1.0}).guide(at)
+    torch.testing.assert_close(full.std((1, 2, 3)), at.conditional.std((1, 2, 3)))
+    half = build_method("rescale", {"phi": 0.5}).guide(at)
+    torch.testing.assert_close(half, 0.5 * full + 0.5 * Method().guide(at))
+
+
+def test_frequencies_have_scales_of_their_own() -> None:
+    """A constant difference is low frequency alone: only its scale counts. Both scales alike are one guidance scale."""
+    full = torch.randn(2, 4, 8, 8)
+    at = step({"none": full - 0.7, "full": full}, Guidance(3.0))
+    found = build_method("frequency", {"low": 0.5, "high": 9.0}).guide(at)
+    torch.testing.assert_close(found, full + 0.5 * 2.0 * 0.7)
+    at = step(outputs(), Guidance(3.0))
+    twice = build_method("frequency", {"low": 2.0, "high": 2.0}).guide(at)
+    torch.testing.assert_close(twice, at.conditional + 2 * 2 * (at.conditional - at.predictions["none"]))
+
+
+def test_identity_attention_is_that_of_diffusers(unet: UNet2DConditionModel) -> None:
+    (layer, *_) = middle_self_attention(unet)
+    states = torch.randn(2, 16, layer.to_q.in_features)
+    with torch.no_grad():
+        ours = IdentityAttention()(layer, states)
+        theirs = PAGIdentitySelfAttnProcessor2_0()(layer, torch.cat([states, states])).chunk(2)[1]
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_perturbed_attention_is_linear_in_its_scale(unet: UNet2DConditionModel) -> None:
+    text = torch.randn(3, 16, 32)
+    at = step({k: torch.randn(2, 8, 16, 16) for k in ("none", "full")}, Guidance(2.0))
+    at = replace(at, unet=unet, conditions=Conditions(text[:2], text[2]))
+    with torch.no_grad():
+        changes = [build_method("pag", {"scale": s}).guide(at) - Method().guide(at) for s in (1.0, 3.0)]
+    assert changes[0].abs().max() > 0
+    torch.testing.assert_close(changes[1], 3 * changes[0], atol=1e-5, rtol=1e-4)
+
+
+def test_self_attention_guidance_blurs_what_is_attended() -> None:
+    x = torch.randn(1, 4, 16, 16)
+    nothing, everything = torch.full((1, 16), 0.9), torch.full((1, 16), 1.1)
+    assert torch.equal(blur_where(x, nothing), x)
+    blurred = blur_where(x, everything)
+    kernel = np.exp(-0.5 * np.arange(-4, 5) ** 2.0)
+    kernel /= kernel.sum()
+    padded = np.pad(x[0, 0].numpy(), 4, mode="reflect")
+    expected = sum(kernel[i] * kernel[j] * padded[i : i + 16, j : j + 16] for i in range(9) for j in range(9))
+    np.testing.assert_allclose(blurred[0, 0], expected, atol=1e-5)
+    corner = torch.full((1, 16), 0.9)
+    corner[0, 0] = 2.0
+    found = blur_where(x, corner)
+    assert torch.equal(found[..., 4:, :], x[..., 4:, :]) and torch.equal(found[..., :4, :4], blurred[..., :4, :4])
+
+
+def test_no_self_attention_in_the_middle_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match="middle block"):
+        middle_self_attention(torch.nn.Module())
+
+
+def test_detail_daemon_lowers_sigma_in_the_middle_alone() -> None:
+    method = DetailDaemon(amount=0.2, start=0.2, end=0.8)
+    assert [method.multiplier(x) for x in (0.0, 0.2, 0.8, 1.0)] == [0.0] * 4
+    assert method.multiplier(0.5) == pytest.approx(1.0) and method.multiplier(0.35) == pytest.approx(0.5)
+    scheduler = base()
+    scheduler.set_timesteps(10)
+    t = scheduler.timesteps[5]
+    cumprod = float(scheduler.alphas_cumprod[t])
+    alpha, sigma = method.seen_level(scheduler, t, 0.5)  # type: ignore[misc]
+    assert sigma / alpha == pytest.approx(0.8 * math.sqrt((1 - cumprod) / cumprod))
+    assert alpha**2 + sigma**2 == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_a_network_that_knows_x0_is_not_misled(kind: str) -> None:
+    """Told another noise level it still answers x0, and the chain ends there: only its errors are shifted."""
+    target = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    ratios = base().alphas_cumprod
+
+    class Knows(torch.nn.Module):
+        def forward(self, x, t, encoder_hidden_states, return_dict):  # noqa: ANN001, ANN201
+            low = int(math.floor(float(t)))
+            # the level between two table entries, log-linear in sigma / alpha as the caller interpolates
+            logs = [0.5 * math.log((1 - float(ratios[i])) / float(ratios[i])) for i in (low, min(low + 1, 999))]
+            ratio = math.exp(logs[0] + (float(t) - low) * (logs[1] - logs[0]))
+            alpha = (1 + ratio**2) ** -0.5
+            sigma = ratio * alpha
+            noise = (x - alpha * target) / sigma
+            return ({"epsilon": noise, "v_prediction": alpha * noise - sigma * target, "sample": target}[kind],)
+
+    noise = torch.randn(2, 4, 8, 8)
+    conditions = Conditions(torch.zeros(2, 3, 4), torch.zeros(3, 4))
+    scheduler = base(kind)
+    found = sample_latents(Knows(), scheduler, noise, conditions, Guidance(), 8, DetailDaemon(0.3, 0.0, 1.0))
+    expected = sample_latents(Knows(), scheduler, noise, conditions, Guidance(), 8)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+
+
+def test_wavelet_correction_by_hand() -> None:
+    """Blocks of 2 x 2: their mean is the low band; equal gains in both move the sample as a whole."""
+    at = step(outputs(), Guidance(1.0))
+    reached = torch.randn(2, 4, 8, 8)
+    low = haar_low(reached)
+    assert torch.equal(low[..., ::2, ::2], low[..., 1::2, 1::2])
+    torch.testing.assert_close(haar_low(low), low)
+    torch.testing.assert_close(haar_low(reached - low), torch.zeros_like(low), atol=1e-6, rtol=0)
+    level = (0.8, 0.6)
+    moved = build_method("wavelet", {"low": 0.1 / 0.6, "high": 0.1 / 0.4}).after(at, at.conditional, reached, level)
+    torch.testing.assert_close(moved, reached + 0.1 * (reached - at.x0(at.conditional)))
+
+
+def test_unsharp_mask_is_pixel_plus_what_a_blur_removes() -> None:
+    image = np.random.default_rng(0).integers(60, 190, (1, 32, 32, 3), dtype=np.uint8)
+    blurred = np.asarray(Image.fromarray(image[0]).filter(ImageFilter.GaussianBlur(1.0))).astype(float)
+    expected = np.clip(image[0] + 0.5 * (image[0] - blurred), 0, 255)
+    found = build_method("unsharp", {"amount": 0.5, "radius": 1.0}).picture(image)
+    assert np.abs(found[0] - expected).max() <= 1
+    assert np.array_equal(build_method("unsharp", {"amount": 0.0}).picture(image), image)
+
+
+def test_fresh_noise_belongs_to_the_image(unet: UNet2DConditionModel) -> None:
+    """Euler ancestral draws noise in every step; batches do not matter to it either."""
+    text = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0))
+
+    def one(indices: list[int]) -> torch.Tensor:
+        noise = initial_noise(0, indices, (8, 16, 16))
+        own = [noise_generator(1, i) for i in indices]
+        conditions = Conditions(text[indices], text[2])
+        return sample_latents(unet, build_scheduler("euler_a", base()), noise, conditions, Guidance(2.0), 3, None, own)
+
+    torch.testing.assert_close(one([0, 1])[1:], one([1]), atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(one([1]), draw(unet, None, "euler_a")[1:], atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def backbone(tiny_backbone: Path) -> Backbone:
+    return load_backbone(BackboneConfig(path=str(tiny_backbone)))
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_config_draws(name: str, backbone: Backbone) -> None:
+    """With a source-blind tiny Stable Diffusion and every method's own file."""
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        composed = compose("train", [f"method={name}", "run_dir=x", "sampling.num_inference_steps=3"])
+    cfg = from_dict({"sampling": composed.sampling, "run_dir": "x"})
+    check(cfg)
+    assert cfg.sampling.method == name
+    drawer = Drawer(backbone, None, "none", "none", 64, cfg.sampling)
+    images = drawer.images(["a red dress", "a blue shirt"])
+    plain = replace(drawer, cfg=replace(cfg.sampling, method="none")).images(["a red dress", "a blue shirt"])
+    assert images.shape == (2, 64, 64, 3) and images.dtype == np.uint8
+    assert np.array_equal(images, plain) == (name == "none")
+
+
+def test_every_method_has_a_config() -> None:
+    assert sorted(path.stem for path in (conf_dir() / "method").glob("*.yaml")) == sorted(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        (SamplingConfig(method="magic"), "sampling.method=magic"),
+        (SamplingConfig(method="pag", method_options={"eta": 1.0}), "method_options of pag=eta"),
+        (SamplingConfig(method="pag", method_options={"scale": math.nan}), "not finite"),
+        (SamplingConfig(method="detail_daemon", method_options={"start": 0.9}), "start is not before end"),
+    ],
+    ids=["unknown", "option", "nan", "order"],
+)
+def test_bad_methods_are_one_sentence(sampling: SamplingConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(Config(run_dir="x", sampling=copy.deepcopy(sampling)))
