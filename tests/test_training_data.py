@@ -40,9 +40,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def losses(run_dir: Path) -> list[float]:
+def losses(run_dir: Path, name: str = "train/loss") -> list[float]:
     with (run_dir / "csv" / "metrics.csv").open() as file:
-        return [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
 def test_buckets_and_all_caches_train_alike(tiny_backbone: Path, photos: Path, tmp_path: Path) -> None:
@@ -59,6 +59,9 @@ def test_buckets_and_all_caches_train_alike(tiny_backbone: Path, photos: Path, t
         assert (run_dir / "report.html").is_file()
     assert len(seen["disk"]) == 3 and seen["disk"] == seen["memory"]
     np.testing.assert_allclose(seen["off"], seen["disk"], rtol=5e-3)  # half precision on disk
+    validated = {cache: losses(tmp_path / cache, "val/loss") for cache in seen}  # in both sizes as well
+    assert validated["disk"] and validated["disk"] == validated["memory"]
+    np.testing.assert_allclose(validated["off"], validated["disk"], rtol=5e-3)
     plain = config(tiny_backbone, tmp_path / "plain", tmp_path / "cache", *(o for o in options if "weight" not in o))
     training.run(plain)
     assert losses(tmp_path / "plain") != seen["disk"]
