@@ -7,9 +7,12 @@ import io
 import json
 import shutil
 import threading
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProc
 from vision_models import letters, write_vlm
 
 from lora_dae.config import CaptionConfig, ConfigError, DataConfig
+from lora_dae.data import captioner
 from lora_dae.data.__main__ import main
 from lora_dae.data.captioner import LONGEST_ANSWER, endpoint_captioner, fill_captions, transformers_captioner
 from lora_dae.data.sources import read_entries
@@ -103,6 +107,27 @@ def test_a_run_that_stops_goes_on(photos: Path, tmp_path: Path) -> None:
         fill_captions(cfg, to, dies, "x")
     assert fill_captions(cfg, to, dies, "x") == 2
     assert asked == [(0, 250, 0), (0, 0, 250), (0, 0, 250)]
+
+
+def test_no_more_requests_than_allowed(server: tuple[str, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thirty a minute are two seconds apart, by a clock that only sleeping moves; the busy answer counts as one."""
+    now, requests = [1000.0], list[float]()
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    urlopen = urllib.request.urlopen
+
+    def noted(*args: Any, **options: Any) -> Any:
+        requests.append(now[0])
+        return urlopen(*args, **options)
+
+    monkeypatch.setattr(captioner, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
+    monkeypatch.setattr(urllib.request, "urlopen", noted)
+    describe = endpoint_captioner(server[0], "tiny", "describe", per_minute=30)
+    for _ in range(3):
+        describe(Image.new("RGB", (8, 8)))
+    assert requests == [1000, 1002, 1004, 1006]
 
 
 def test_servers_that_do_not_caption_are_named(server: tuple[str, list[int]]) -> None:

@@ -315,3 +315,18 @@ def test_hub_tables_keep_their_splits_and_class_names(tmp_path: Path) -> None:
     assert entries[1].attributes == {"category": "dress"}
     splits = load_photos(config("hf", tmp_path, tmp_path.parent / "cache"))
     assert {entry.split for entry in splits["test"].entries} == {"val"} and len(splits["test"]) == 2
+
+
+def test_hub_ids_may_name_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*args: object, **options: object) -> object:
+        asked.append((args, options))
+        raise ConnectionError("offline\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for root in ("owner/name@abc", "owner/name"):
+        with pytest.raises(ConfigError, match=f"data.root={root} cannot be loaded as a data set .offline.") as caught:
+            read_entries(DataConfig(name="hf", root=root))
+        assert "\n" not in str(caught.value)
+    assert asked == [(("owner/name",), {"revision": "abc"}), (("owner/name",), {"revision": None})]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tflite_models import write_segmenter
 
 from lora_dae.config import ConfigError, DataConfig
 from lora_dae.data import masks
@@ -142,3 +144,20 @@ def test_classes_become_masks() -> None:
     assert choose(np.array([[[0.2, 0.6]]]), [], "person").tolist() == [[False, True]]
     with pytest.raises(ConfigError, match="knows no clothes .background, person.*or --part person"):
         choose(shares[:2], ["background", "person"], "garment")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mediapipe") is None, reason="needs the masks extra")
+def test_mediapipe_itself(photos: Path, tmp_path: Path) -> None:
+    """Its own library on a model of one convolution: red is clothes."""
+    model = write_segmenter(tmp_path / "model.tflite")
+    photo = np.full((80, 60, 3), 10, np.uint8)
+    photo[20:50, 10:40] = (250, 20, 20)
+    for part in ("garment", "person"):
+        found = mediapipe_segmenter(model, part)(photo)
+        assert found.shape == (80, 60) and found.dtype == bool
+        assert (found == (photo[..., 0] > 128)).mean() > 0.95  # its 32 x 32 logits are enlarged
+    main(["masks", "--to", str(tmp_path / "m"), "--model", str(model), "data=folder", f"data.root={photos}"])
+    assert len(list((tmp_path / "m").rglob("*.png"))) == 8
+    (tmp_path / "broken.tflite").write_bytes(b"no model")
+    with pytest.raises(ConfigError, match="no image segmenter that MediaPipe can load"):
+        mediapipe_segmenter(tmp_path / "broken.tflite", "garment")

@@ -79,6 +79,26 @@ def test_exported_pairs_are_trained_on(layout: str, tiny_backbone: Path, tmp_pat
     assert len(losses(tmp_path / "run")) == 3
 
 
+PAIRED = {"viton_hd": True, "dress_code": True, "webdataset": False, "hf": False, "deepfashion_multimodal": False,
+          "fashion_product": False, "fashion_gen": False}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that the tests of the layouts share."""
+    return tmp_path_factory.mktemp("rendered")
+
+
+@pytest.mark.parametrize("layout", PAIRED)
+def test_a_step_on_every_layout(layout: str, rendered: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    """conf/data/<layout>.yaml as it is decides whether the source photo steers."""
+    studio = config(tiny_backbone, tmp_path / "unused", rendered, "data.train_size=8", "data.val_size=4")
+    export(studio.data, layout, tmp_path / "data")
+    options = (f"data={layout}", f"data.root={tmp_path / 'data'}", *QUICK[:2], "trainer.max_steps=1")
+    trained = training.train(config(tiny_backbone, tmp_path / "run", tmp_path / "cache", *options))
+    assert (trained.run_dir / "adapter" / "source_input.safetensors").is_file() == PAIRED[layout]
+
+
 def test_buckets_that_the_backbone_cannot_take(tiny_backbone: Path, photos: Path, tmp_path: Path) -> None:
     options = ("data=folder", f"data.root={photos}", "data.buckets=[60x64]", "data.bucket_step=4")
     with pytest.raises(ConfigError, match="60x64, not a multiple of 8"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
@@ -12,6 +14,11 @@ CLASSES = ("background", "hair", "body-skin", "face-skin", "clothes", "others")
 def write_segmenter(path: Path, side: int = 32) -> Path:
     """One 1 x 1 convolution of float32 (1, side, side, 3) in [0, 1] to six logits: clothes 20 red - 10, others 0."""
     import flatbuffers
+
+    for name in ("cc", "cc.metadata", "cc.metadata.python"):  # its writer imports what its wheel lacks
+        sys.modules.setdefault(f"mediapipe.tasks.{name}", ModuleType(name))
+    version = SimpleNamespace(GetMinimumMetadataParserVersion=lambda metadata: "1.0.0")
+    sys.modules["mediapipe.tasks.cc.metadata.python"]._pywrap_metadata_version = version  # type: ignore[attr-defined]
     from mediapipe.tasks.metadata import schema_py_generated as fb
     from mediapipe.tasks.python.metadata.metadata_writers import image_segmenter, metadata_writer
 
