@@ -52,10 +52,10 @@ def studio_unet() -> UNet2DConditionModel:
     return unet
 
 
-def training(repeats: int) -> dict[str, float]:
+def training(repeats: int, kernels: tuple[str, ...] = ("fused", "peft")) -> dict[str, float]:
     """A step of the adapter against the frozen network's forward and backward to its input (the floor)."""
     frozen = studio_unet().requires_grad_(False)
-    adapted = {kernel: studio_unet() for kernel in ("fused", "peft")}
+    adapted = {kernel: studio_unet() for kernel in kernels}
     optimizers = {}
     for kernel, unet in adapted.items():
         inject(unet, AdapterConfig(kernel=kernel))

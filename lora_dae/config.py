@@ -34,7 +34,7 @@ METHODS: dict[str, dict[str, float]] = {
 TARGET_GROUPS = ("cross_attention", "self_attention", "feed_forward", "conv", "conv_in", "conv_out")
 SOURCES = (
     "studio", "folder", "fashion_mannequin", "viton_hd", "dress_code", "deepfashion_multimodal", "fashion_product",
-    "fashion_gen", "hf", "shards",
+    "fashion_gen", "hf", "webdataset", "shards",
 )  # fmt: skip
 LOGGERS = ("wandb", "tensorboard", "csv", "none")
 DIFFICULTIES = ("aligned", "shifted", "reposed")
@@ -97,6 +97,7 @@ class DataConfig:
     buckets: list[str] = field(default_factory=list)  # [] = square, [auto], or sizes like [512x704,512x512]
     bucket_step: int | None = None  # sides are multiples of it; None = 64 from 512 pixels up, below an eighth
     background: str = "white"  # under transparent parts
+    masks: str | None = None  # a folder of garment masks, as `python -m lora_dae.data masks` writes it
     flip: bool = False  # also train on mirrored pairs
     no_flip_words: list[str] = field(default_factory=lambda: ["logo", "text", "letter", "left", "right"])
     captions: CaptionConfig = field(default_factory=CaptionConfig)
@@ -288,6 +289,8 @@ def check(cfg: Config) -> None:
         raise ConfigError(
             f"evaluation.lpips={cfg.evaluation.lpips} does not exist: give AlexNet's features as safetensors."
         )
+    if cfg.data.name in ("shards", "studio") and cfg.data.masks is not None:
+        raise ConfigError(f"data={cfg.data.name} has the masks that it has: leave data.masks out.")
     if cfg.data.name == "shards" and (cfg.data.buckets or cfg.data.max_images is not None):
         raise ConfigError(
             "data.buckets and data.max_images need the list of all photos, which shards do not have: leave them out."

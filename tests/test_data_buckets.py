@@ -84,5 +84,7 @@ def test_a_folder_in_buckets(tmp_path: Path) -> None:
         assert pair.size == pair.image.shape[:2] == ((72, 56) if tall else (56, 72))
         np.testing.assert_array_equal(pair.image, pair.source)  # alike photos are cropped alike
         assert pair.mirror == (int(pair.id[0]) >= 4)  # writing is not mirrored
-    held_out = splits["test"][0]
+    held_out = splits["test"][0]  # drawn and measured in squares, validated on as it would be trained on
     assert held_out.size == (64, 64) and not held_out.mirror
+    trained = splits["test"].as_trained()[0]
+    assert trained.id == held_out.id and trained.size in ((72, 56), (56, 72)) and not trained.mirror

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from lora_dae.config import ConfigError
 from lora_dae.data.cache import LatentCache, LivePairs, build_cache
-from lora_dae.data.pair import Pair, replace_pixels
+from lora_dae.data.pair import Lazy, Pair, replace_pixels
+from lora_dae.data.sampler import Announced, StepBatchSampler
 
 CAPTIONS = ["a dress", "a hat", "a dress", ""]
 
@@ -95,6 +97,38 @@ def test_without_a_cache_batches_are_the_same_to_half_precision(tmp_path: Path) 
         assert one.keys() == two.keys()
         for name in one:
             torch.testing.assert_close(one[name], two[name], atol=0, rtol=1e-3)
+
+
+def test_the_next_batch_is_read_while_this_one_trains() -> None:
+    """An expected batch is decoded before anybody asks for it, once, and is the same as an unexpected one."""
+    loaded: list[int] = []
+    there = threading.Event()
+
+    class Slow(Pairs):
+        def __getitem__(self, index: int) -> Pair:
+            pair = super().__getitem__(index)
+
+            def load() -> np.ndarray:
+                loaded.append(index)
+                if len(loaded) == 4:
+                    there.set()
+                return image
+
+            image = pair.image
+            return replace_pixels(pair, image=Lazy(load, image.shape, str(index)))
+
+    encoders = Encoders()
+    live = LivePairs(Slow(), encoders.encode_images, encoders.encode_text, masks=False, views=True)
+    batches = iter(Announced(StepBatchSampler(40, 4), live.expect))
+    first = next(batches)
+    assert there.wait(30) and encoders.images == 0
+    second = next(batches)
+    assert sorted(loaded[:4]) == sorted(second)
+    plain = LivePairs(Pairs(), encoders.encode_images, encoders.encode_text, masks=False, views=True)
+    for numbers in (second, first):
+        one, two = live.__getitems__(numbers), plain.__getitems__(numbers)
+        assert all(torch.equal(one[name], two[name]) for name in two)
+    assert [n for n in loaded if n in second] == loaded[:4]  # not once more
 
 
 def test_a_deterministic_vae_needs_no_deviation_on_disk(tmp_path: Path) -> None:

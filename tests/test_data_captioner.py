@@ -5,17 +5,26 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 import threading
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
+from vision_models import letters, write_vlm
 
 from lora_dae.config import CaptionConfig, ConfigError, DataConfig
+from lora_dae.data import captioner
 from lora_dae.data.__main__ import main
-from lora_dae.data.captioner import endpoint_captioner, fill_captions
+from lora_dae.data.captioner import LONGEST_ANSWER, endpoint_captioner, fill_captions, transformers_captioner
 from lora_dae.data.sources import read_entries
 
 
@@ -29,6 +38,11 @@ def photos(tmp_path: Path) -> Path:
     (root / "a.txt").write_text("a red dress")
     (root / "d.png").write_bytes(b"broken")
     return root
+
+
+@pytest.fixture(scope="module")
+def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_vlm(tmp_path_factory.mktemp("vlm"))
 
 
 @pytest.fixture
@@ -95,6 +109,27 @@ def test_a_run_that_stops_goes_on(photos: Path, tmp_path: Path) -> None:
     assert asked == [(0, 250, 0), (0, 0, 250), (0, 0, 250)]
 
 
+def test_no_more_requests_than_allowed(server: tuple[str, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thirty a minute are two seconds apart, by a clock that only sleeping moves; the busy answer counts as one."""
+    now, requests = [1000.0], list[float]()
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    urlopen = urllib.request.urlopen
+
+    def noted(*args: Any, **options: Any) -> Any:
+        requests.append(now[0])
+        return urlopen(*args, **options)
+
+    monkeypatch.setattr(captioner, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: now[0]))
+    monkeypatch.setattr(urllib.request, "urlopen", noted)
+    describe = endpoint_captioner(server[0], "tiny", "describe", per_minute=30)
+    for _ in range(3):
+        describe(Image.new("RGB", (8, 8)))
+    assert requests == [1000, 1002, 1004, 1006]
+
+
 def test_servers_that_do_not_caption_are_named(server: tuple[str, list[int]]) -> None:
     photo = Image.new("RGB", (8, 8))
     with pytest.raises(ConfigError, match="404"):
@@ -103,3 +138,46 @@ def test_servers_that_do_not_caption_are_named(server: tuple[str, list[int]]) ->
         endpoint_captioner("http://127.0.0.1:9/v1", "tiny", "describe", 1e6)(photo)
     with pytest.raises(ConfigError, match="no address"):
         endpoint_captioner("localhost", "tiny", "describe", 1e6)
+
+
+def test_a_vision_language_model_in_this_process(tiny_vlm: Path, photos: Path, tmp_path: Path) -> None:
+    """A random one: greedy, so always the same; it sees the photo; what was asked is not part of the answer."""
+    describe = transformers_captioner(str(tiny_vlm), "Describe it.")
+    pictures = [Image.new("RGB", (40, 40), color) for color in ((250, 0, 0), (0, 0, 250))]
+    said = [describe(picture) for picture in pictures]
+    assert said == [describe(picture) for picture in pictures] and said[0] != said[1]
+    assert all(text and "Describe it." not in text for text in said)
+    to = tmp_path / "captions.jsonl"
+    main(["caption", "--to", str(to), "--model", str(tiny_vlm), "data=folder", f"data.root={photos}"])
+    rows = [json.loads(line) for line in to.read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["b.png", "c.png"] and all(row["text"] for row in rows)
+
+
+def test_a_model_that_only_describes(tmp_path: Path) -> None:
+    """BLIP takes no question: its whole output is the caption, the same as its own generate gives."""
+    tokenizer = letters("[PAD]", "[CLS]", "[SEP]", "[DEC]", "[ENC]", "[UNK]")
+    size = {"height": 28, "width": 28}
+    processor = BlipProcessor(BlipImageProcessor(size=size), tokenizer)
+    small = {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
+    text = {**small, "vocab_size": len(tokenizer), "encoder_hidden_size": 16, "bos_token_id": 3, "sep_token_id": 2,
+            "pad_token_id": 0, "eos_token_id": 2}  # fmt: skip
+    torch.manual_seed(0)
+    model = BlipForConditionalGeneration(
+        BlipConfig(text_config=text, vision_config={**small, "image_size": 28, "patch_size": 14}, projection_dim=16)
+    ).eval()
+    model.save_pretrained(tmp_path / "blip")
+    processor.save_pretrained(tmp_path / "blip")
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8))
+    inputs = processor(images=photo, return_tensors="pt")
+    expected = model.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)[0]
+    described = transformers_captioner(str(tmp_path / "blip"), "unused")(photo)
+    assert described == processor.decode(expected, skip_special_tokens=True)
+
+
+def test_pickled_weights_and_what_is_no_model_are_refused(tiny_vlm: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_vlm, tmp_path / "pickled")
+    torch.save({}, tmp_path / "pickled" / "pytorch_model.bin")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    for folder in (tmp_path / "pickled", tmp_path):
+        with pytest.raises(ConfigError, match="cannot be loaded as an image-text-to-text model"):
+            transformers_captioner(str(folder), "")

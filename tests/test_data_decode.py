@@ -134,6 +134,36 @@ def test_files_without_pixels_say_why() -> None:
         assert examine(RowBlob("x", "1", lambda data=data: data)).reason == str(caught.value)
 
 
+def test_however_a_file_is_broken_it_is_a_picture_or_a_reason() -> None:
+    """Bytes changed and cut at random: nothing else than BadImageError ever comes out."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames = [noise(), noise().transpose(Image.Transpose.ROTATE_180)]
+    whole = [
+        encoded(noise(), "JPEG", exif=exif, icc_profile=linear_profile()),
+        encoded(noise(), "PNG", exif=exif, icc_profile=linear_profile()),
+        encoded(noise(), "TIFF", compression="tiff_lzw"),
+        encoded(noise(), "WEBP", exif=exif),
+        encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        encoded(noise().convert("CMYK"), "JPEG"),
+        encoded(noise(), "BMP"),
+    ]
+    rng = np.random.default_rng(0)
+    broken = 0
+    for data in whole:
+        assert decode(data).mode == "RGB"
+        for _ in range(60):
+            wrong = bytearray(data)
+            head = 200 if rng.random() < 0.7 else len(data)  # where headers, EXIF and profiles are
+            for at in rng.integers(0, min(head, len(data)), 4):
+                wrong[at] = rng.integers(0, 256)
+            end = rng.integers(40, len(data) + 1) if rng.random() < 0.3 else len(data)
+            facts = examine(RowBlob("x", "1", lambda wrong=wrong, end=end: bytes(wrong[:end])))
+            assert facts.reason or (facts.width > 0 and facts.hash)
+            broken += bool(facts.reason)
+    assert 100 < broken < 420
+
+
 def bomb() -> bytes:
     """A PNG of a hundred bytes that says it is 100,000 x 100,000 pixels."""
 
@@ -164,6 +194,18 @@ def test_a_file_is_read_once_until_it_changes(tmp_path: Path) -> None:
     changed = Catalog(tmp_path / "cache", counting).facts(blobs)
     assert read[2:] == [str(tmp_path / "b.png")] and changed[0] == first[0]
     assert (changed[1].width, changed[1].height) == (5, 7) and changed[1].digest != first[1].digest
+
+
+def test_a_file_that_could_not_be_read_is_asked_for_again(tmp_path: Path) -> None:
+    """A network drive that failed for a moment does not make a photo bad for good."""
+
+    def fails() -> bytes:
+        raise OSError(5, "Input/output error")
+
+    blobs = [RowBlob("photo", "1", fails)]
+    assert Catalog(tmp_path).facts(blobs)[0].reason == "cannot be read (Input/output error)"
+    blobs = [RowBlob("photo", "1", lambda: encoded(noise()))]
+    assert (Catalog(tmp_path).facts(blobs)[0].width, Catalog(tmp_path).facts(blobs)[0].reason) == (24, "")
 
 
 def test_difference_hash_is_near_for_resized_photos_and_far_for_others() -> None:

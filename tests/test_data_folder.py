@@ -288,6 +288,55 @@ def test_published_splits_are_kept(tmp_path: Path) -> None:
     assert len(splits["train"]) + len(splits["val"]) == 15 and len(splits["val"]) > 0
 
 
+def test_metadata_may_lie_in_folders_named_after_splits(tmp_path: Path) -> None:
+    """The layout of Hugging Face's imagefolder; ids and files are those of the folder."""
+    for split, count in (("train", 6), ("validation", 2), ("test", 3)):
+        write_photos(tmp_path / split, count)
+        if split == "test":
+            (tmp_path / split / "metadata.jsonl").unlink()
+            lines = ["file_name,text", *(f'{k:03d}.png,"a hat,\nblue"' for k in range(count))]
+            (tmp_path / split / "metadata.csv").write_text("\n".join(lines))
+            for number in range(count):
+                save_photo(tmp_path / split / "source" / f"{number:03d}.png", number)
+    found = read(config(tmp_path))
+    assert [entry.split for entry in found] == ["train"] * 6 + ["val"] * 2 + ["test"] * 3
+    assert found[6].id == "validation/000.png" and found[6].image.name == str(tmp_path / "validation/images/000.png")
+    assert found[8].caption == "a hat,\nblue" and found[8].source is not None and found[0].source is None
+
+
+def test_a_published_validation_split_is_tested_on_where_there_is_no_test_split() -> None:
+    def listed(split: str | None, count: int) -> list[Entry]:
+        return [Entry(f"{split}{k}", f"{split}{k}", ("a",), FileBlob(Path("x")), split=split) for k in range(count)]
+
+    parts = split_entries(listed("train", 40) + listed("val", 5), 0.1, 0.1, 0)
+    assert {entry.split for entry in parts["test"]} == {"val"} and len(parts["test"]) == 5
+    assert {entry.split for entry in parts["val"]} == {"train"}
+    only = split_entries(listed("train", 40), 0.1, 0.1, 0)  # a publisher's training split alone is split like others
+    assert all(only.values()) and sum(map(len, only.values())) == 40
+
+
+def test_the_cache_is_never_kept_in_the_data(tmp_path: Path) -> None:
+    write_photos(tmp_path, 3)
+    assert "data.cache_dir=" in refusal(tmp_path, cache_dir=str(tmp_path / "cache"))
+    (tmp_path.parent / "link").symlink_to(tmp_path, target_is_directory=True)
+    assert "which is only read" in refusal(tmp_path, cache_dir=str(tmp_path.parent / "link" / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_photos(tmp_path, 3)
+    (tmp_path / "metadata.jsonl").unlink()
+    scandir = os.scandir
+
+    def refuses(path: Any) -> Any:
+        if Path(path).name == "images":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    assert "images cannot be read (Permission denied)" in refusal(tmp_path)
+
+
 def test_several_captions_and_other_columns(tmp_path: Path) -> None:
     write_photos(tmp_path, 3)
     rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
@@ -301,13 +350,17 @@ def test_several_captions_and_other_columns(tmp_path: Path) -> None:
 def test_names_spelled_by_another_system_are_found(tmp_path: Path) -> None:
     save_photo(tmp_path / unicodedata.normalize("NFD", "rób.png"))  # as macOS writes it
     save_photo(tmp_path / "Hat.PNG")
+    save_photo(tmp_path / "source" / "HAT.png")
     save_photo(tmp_path / "a.png")
     save_photo(tmp_path / "A.PNG")
     names = [unicodedata.normalize("NFC", "rób.png"), "hat.png", "a.Png", "x" * 300 + ".png"]
     write_rows(tmp_path, [{"file_name": name, "text": "a"} for name in names])
     found = [Path(entry.image.name) for entry in read(config(tmp_path))]
     assert found[0].is_file() and found[1].name == "Hat.PNG"
+    source = read(config(tmp_path))[1].source
+    assert source is not None and source.name.endswith("HAT.png")
     assert found[2].name == "a.Png"  # could be either: not guessed
+    (tmp_path / "source" / "HAT.png").unlink()
     assert "is missing" in refusal(tmp_path)
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
+import sys
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 
+import datasets
+import fsspec
+import h5py
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,7 +21,7 @@ from lora_dae.data.__main__ import data_config, main
 from lora_dae.data.export import LAYOUTS, export
 from lora_dae.data.sources import load_photos, load_splits, read_entries
 
-PAIRED = ("folder", "fashion_mannequin", "viton_hd", "dress_code", "hf", "shards")
+PAIRED = ("folder", "fashion_mannequin", "viton_hd", "dress_code", "hf", "webdataset", "shards")
 MASKED = (*PAIRED, "deepfashion_multimodal")
 SIZES = {"train": 6, "val": 3, "test": 3}
 
@@ -38,8 +43,6 @@ def photo(path: Path, color: tuple[int, int, int] = (9, 90, 200), size: tuple[in
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_studio_comes_back_from_every_layout(layout: str, studio: DataConfig, tmp_path: Path) -> None:
-    for library in {"fashion_gen": ["h5py"], "hf": ["datasets"]}.get(layout, []):
-        pytest.importorskip(library)
     made = load_splits(studio)
     assert export(studio, layout, tmp_path / "out") == SIZES
     read = load_splits(config(layout, tmp_path / "out", tmp_path / "cache", test_fraction=0.3, val_fraction=0.2))
@@ -84,11 +87,75 @@ def test_every_layout_has_a_config_and_says_what_it_needs(layout: str, tmp_path:
     assert data_config([f"data={layout}", "data.root=somewhere"]).name == layout
     with pytest.raises(ConfigError) as caught:
         load_splits(config(layout, tmp_path, tmp_path / "cache"))
-    library_is_missing = layout == "hf" and importlib.util.find_spec("datasets") is None
-    expected = "lora-dae[hf]" if library_is_missing else str(tmp_path)
-    assert expected in str(caught.value) and "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="data.root"):
         data_config([f"data={layout}"])
+
+
+@pytest.mark.parametrize(("layout", "library"), [("hf", "datasets"), ("fashion_gen", "h5py")])
+def test_a_library_that_is_not_there_is_said(
+    layout: str, library: str, studio: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    (tmp_path / "x.h5").touch()
+    extra = {"hf": "hf", "fashion_gen": "hdf5"}[layout]
+    with pytest.raises(ConfigError, match=rf"lora-dae\[{extra}\]"):
+        load_splits(config(layout, tmp_path, tmp_path.parent / "cache"))
+    with pytest.raises(ConfigError, match=rf"lora-dae\[{extra}\]"):
+        export(studio, layout, tmp_path / "new")
+
+
+def tar_of(path: Path, files: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def encoded(color: tuple[int, int, int], format: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (48, 64), color).save(file, format)
+    return file.getvalue()
+
+
+def test_webdataset_tars_of_others(tmp_path: Path) -> None:
+    """As img2dataset writes them, and as people do: words in .txt or .json, folders inside, records without photo."""
+    more = {"caption": "a hat", "category": "hat", "color": "red", "width": 48, "captions": ["a hat", "headwear"]}
+    tar_of(
+        tmp_path / "tars" / "train-00.tar",
+        {
+            "000.jpg": encoded((200, 0, 0), "JPEG"), "000.txt": "ein Kleid, größer".encode(), "000.json": b"{}",
+            "001.json": json.dumps(more).encode(), "001.PNG": encoded((0, 200, 0)),
+            "002.json": b'{"status": "failed"}',
+            "deep/000.webp": encoded((0, 0, 200), "WEBP"), "deep/000.txt": b"a coat",
+        },
+    )  # fmt: skip
+    tar_of(tmp_path / "tars" / "sub" / "val_1.tar", {"0.jpg": encoded((9, 9, 9)), "0.txt": b"a scarf"})
+    cfg = config("webdataset", tmp_path / "tars", tmp_path / "cache")
+    entries = read_entries(cfg)
+    assert [e.id for e in entries] == [
+        "val_1.tar/0", "train-00.tar/000", "train-00.tar/001", "train-00.tar/deep/000",
+    ]  # fmt: skip
+    assert [e.captions for e in entries] == [("a scarf",), ("ein Kleid, größer",), ("a hat", "headwear"), ("a coat",)]
+    assert [e.split for e in entries] == ["val", "train", "train", "train"]
+    assert (entries[2].category, entries[2].attributes) == ("hat", {"color": "red"})
+    splits = load_photos(cfg)
+    assert [len(split) for split in splits.values()] == [2, 1, 1] and splits["test"][0].caption == "a scarf"
+    assert abs(splits["test"][0].image.astype(int) - 9).max() <= 2
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "tars"), "/elsewhere/tars", recursive=True)
+    far = read_entries(replace(cfg, root="memory://elsewhere/tars"))
+    assert [(e.id, e.image.read()) for e in far] == [(e.id, e.image.read()) for e in entries]
+
+    whole = (tmp_path / "tars" / "train-00.tar").read_bytes()
+    (tmp_path / "tars" / "train-00.tar").write_bytes(whole[:1500])
+    with pytest.raises(ConfigError, match="cannot be read as WebDataset tars"):
+        read_entries(cfg)
+    tar_of(tmp_path / "tars" / "train-00.tar", {"0.json": b"[1]", "0.png": encoded((1, 1, 1))})
+    with pytest.raises(ConfigError, match="0.json must be an object"):
+        read_entries(cfg)
 
 
 def viton_tree(root: Path) -> None:
@@ -148,11 +215,12 @@ def test_dress_code_captions_and_label_maps(tmp_path: Path) -> None:
 
 
 def test_shots_of_one_garment_do_not_leak(tmp_path: Path) -> None:
+    root = tmp_path / "data"
     names = [f"WOMEN-Dresses-id_{g:08d}-01_{shot}_front.jpg" for g in range(12) for shot in range(1, 5)]
     for name in names:
-        photo(tmp_path / "images" / name)
-    (tmp_path / "captions.json").write_text(json.dumps(dict.fromkeys(names, "a dress")))
-    splits = load_photos(config("deepfashion_multimodal", tmp_path, tmp_path / "cache", test_fraction=0.3))
+        photo(root / "images" / name)
+    (root / "captions.json").write_text(json.dumps(dict.fromkeys(names, "a dress")))
+    splits = load_photos(config("deepfashion_multimodal", root, tmp_path / "cache", test_fraction=0.3))
     groups = [{entry.group_id for entry in split.entries} for split in splits.values()]
     assert sum(map(len, groups)) == 12 and sum(map(len, splits.values())) == 48
 
@@ -174,7 +242,6 @@ def test_product_titles_may_hold_commas(tmp_path: Path) -> None:
 
 
 def test_fashion_gen_texts_in_either_encoding(tmp_path: Path) -> None:
-    h5py = pytest.importorskip("h5py")
     for name, count in (("train", 6), ("validation", 2)):
         with h5py.File(tmp_path / f"fashiongen_256_256_{name}.h5", "w") as file:
             file["input_image"] = np.full((count, 16, 16, 3), 50, np.uint8)
@@ -199,3 +266,67 @@ def test_mannequin_pairs_need_both_photos(tmp_path: Path) -> None:
     (tmp_path / "mannequin" / "b.png").unlink()
     with pytest.raises(ConfigError, match="no mannequin/ photo of b"):
         read_entries(cfg)
+
+
+def test_mannequin_files_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
+    for id in "abcd":
+        photo(tmp_path / "model" / f"{id}.jpg")
+        photo(tmp_path / "mannequin" / f"{id}.jpg")
+    lines = [{"id": id, "text": "a coat"} for id in "abcd"] + [{"id": "a", "text": "a long coat"}]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    splits = tmp_path / "splits.json"
+    cfg = config("fashion_mannequin", tmp_path, tmp_path / "cache")
+    splits.write_text(json.dumps({"train": ["a", "b"], "validation": ["c"], "test": ["d"]}))
+    entries = read_entries(cfg)
+    assert [e.split for e in entries] == ["train", "train", "val", "test"]
+    assert entries[0].captions == ("a coat", "a long coat")
+    for table, said in (
+        ({"train": ["a", "b", "c"], "test": ["d", "a"]}, "names a twice"),
+        ({"train": ["a", "b"], "holdout": ["c", "d"]}, "has the split holdout"),
+        ({"train": ["a", "b", "c"]}, "does not say where d belongs"),
+        (["a"], "must be an object of lists"),
+    ):
+        splits.write_text(json.dumps(table))
+        with pytest.raises(ConfigError, match=said):
+            read_entries(cfg)
+    splits.unlink()
+    photo(tmp_path / "model" / "b.png")
+    with pytest.raises(ConfigError, match="have one id, b: rename"):
+        read_entries(cfg)
+
+
+def test_hub_tables_keep_their_splits_and_class_names(tmp_path: Path) -> None:
+    kinds = datasets.Features(
+        {
+            "image": datasets.Image(), "text": datasets.Value("string"),
+            "category": datasets.ClassLabel(names=["shirt", "dress"]), "size": datasets.Value("int64"),
+        }
+    )  # fmt: skip
+    for split, count in (("train", 4), ("validation", 2)):
+        rows = [
+            {"image": Image.new("RGB", (8, 8), (k, 0, 0)), "text": f"{split} {k}", "category": k % 2, "size": k}
+            for k in range(count)
+        ]
+        datasets.Dataset.from_list(rows, features=kinds).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    entries = read_entries(config("hf", tmp_path, tmp_path / "cache"))
+    assert [(e.split, e.caption, e.category) for e in entries][3:] == [
+        ("train", "train 3", "dress"), ("val", "validation 0", "shirt"), ("val", "validation 1", "dress"),
+    ]  # fmt: skip
+    assert entries[1].attributes == {"category": "dress"}
+    splits = load_photos(config("hf", tmp_path, tmp_path.parent / "cache"))
+    assert {entry.split for entry in splits["test"].entries} == {"val"} and len(splits["test"]) == 2
+
+
+def test_hub_ids_may_name_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*args: object, **options: object) -> object:
+        asked.append((args, options))
+        raise ConnectionError("offline\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for root in ("owner/name@abc", "owner/name"):
+        with pytest.raises(ConfigError, match=f"data.root={root} cannot be loaded as a data set .offline.") as caught:
+            read_entries(DataConfig(name="hf", root=root))
+        assert "\n" not in str(caught.value)
+    assert asked == [(("owner/name",), {"revision": "abc"}), (("owner/name",), {"revision": None})]

@@ -13,6 +13,7 @@ from test_data_cache import Encoders, Pairs
 
 from lora_dae.config import ConfigError
 from lora_dae.data.module import PairDataModule
+from lora_dae.data.pair import replace_pixels
 from lora_dae.data.sampler import StepBatchSampler
 
 
@@ -191,6 +192,38 @@ def test_resuming_with_other_batches_is_refused_or_shared_exactly(tmp_path: Path
     doubled.batch_size = 8
     trainer(tmp_path, max_steps=5).fit(recorder, doubled, **load)
     assert recorder.seen == first_steps(2, dataset_size=21, batch_size=8, seed=5, start_step=3)
+
+
+def test_validation_batches_are_of_one_size_and_hold_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In squares as drawn; asked for as trained, the samples have two sizes in turn."""
+
+    class TwoSizes(Pairs):
+        def as_trained(self) -> TwoSizes:
+            self.trained = True
+            return self
+
+        def __getitem__(self, index: int) -> Any:
+            pair = super().__getitem__(index)
+            return replace_pixels(pair, image=pair.image[:4]) if index % 2 and hasattr(self, "trained") else pair
+
+    data = datamodule(tmp_path)
+    data.pairs["val"] = TwoSizes(9).as_trained()
+    data.setup()
+    for world_size in (1, 2):
+        seen: list[int] = []
+        for rank in range(world_size):
+            monkeypatch.setattr(data, "_rank", lambda rank=rank, world_size=world_size: (rank, world_size))
+            for batch in data.val_dataloader():
+                indices = batch["index"].tolist()
+                assert batch["latent_mean"].shape[2:] == ((1, 2) if indices[0] % 2 else (2, 2)) and len(indices) <= 4
+                seen += indices
+        assert sorted(seen) == list(range(9))
+    val = TwoSizes(9)
+    PairDataModule(
+        val, val, val, cache_dir=tmp_path, encode_images=Encoders().encode_images, encode_text=Encoders().encode_text,
+        vae="", text_encoder="", batch_size=2,
+    )  # fmt: skip
+    assert val.trained
 
 
 def test_ranks_share_the_validation_data_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+import webdataset as wds
 from conftest import write_photos
 
 from lora_dae.config import ConfigError, DataConfig
@@ -55,7 +56,6 @@ def test_object_storage_and_webdataset_read_the_same(written: Path) -> None:
     np.testing.assert_array_equal(far[9].image, near[9].image)
     assert far.fingerprint == near.fingerprint
 
-    wds = pytest.importorskip("webdataset")
     tars = [str(path) for path in sorted((written / "shards").glob("train-*.tar"))]
     samples = list(wds.WebDataset(tars, shardshuffle=False, empty_check=False))
     assert len(samples) == len(near)

@@ -40,9 +40,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def losses(run_dir: Path) -> list[float]:
+def losses(run_dir: Path, name: str = "train/loss") -> list[float]:
     with (run_dir / "csv" / "metrics.csv").open() as file:
-        return [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
 def test_buckets_and_all_caches_train_alike(tiny_backbone: Path, photos: Path, tmp_path: Path) -> None:
@@ -59,6 +59,9 @@ def test_buckets_and_all_caches_train_alike(tiny_backbone: Path, photos: Path, t
         assert (run_dir / "report.html").is_file()
     assert len(seen["disk"]) == 3 and seen["disk"] == seen["memory"]
     np.testing.assert_allclose(seen["off"], seen["disk"], rtol=5e-3)  # half precision on disk
+    validated = {cache: losses(tmp_path / cache, "val/loss") for cache in seen}  # in both sizes as well
+    assert validated["disk"] and validated["disk"] == validated["memory"]
+    np.testing.assert_allclose(validated["off"], validated["disk"], rtol=5e-3)
     plain = config(tiny_backbone, tmp_path / "plain", tmp_path / "cache", *(o for o in options if "weight" not in o))
     training.run(plain)
     assert losses(tmp_path / "plain") != seen["disk"]
@@ -74,6 +77,26 @@ def test_exported_pairs_are_trained_on(layout: str, tiny_backbone: Path, tmp_pat
     training.run(config(tiny_backbone, tmp_path / "run", cache, *options))
     assert (tmp_path / "run" / "adapter" / "source_input.safetensors").is_file()
     assert len(losses(tmp_path / "run")) == 3
+
+
+PAIRED = {"viton_hd": True, "dress_code": True, "webdataset": False, "hf": False, "deepfashion_multimodal": False,
+          "fashion_product": False, "fashion_gen": False}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that the tests of the layouts share."""
+    return tmp_path_factory.mktemp("rendered")
+
+
+@pytest.mark.parametrize("layout", PAIRED)
+def test_a_step_on_every_layout(layout: str, rendered: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    """conf/data/<layout>.yaml as it is decides whether the source photo steers."""
+    studio = config(tiny_backbone, tmp_path / "unused", rendered, "data.train_size=8", "data.val_size=4")
+    export(studio.data, layout, tmp_path / "data")
+    options = (f"data={layout}", f"data.root={tmp_path / 'data'}", *QUICK[:2], "trainer.max_steps=1")
+    trained = training.train(config(tiny_backbone, tmp_path / "run", tmp_path / "cache", *options))
+    assert (trained.run_dir / "adapter" / "source_input.safetensors").is_file() == PAIRED[layout]
 
 
 def test_buckets_that_the_backbone_cannot_take(tiny_backbone: Path, photos: Path, tmp_path: Path) -> None:

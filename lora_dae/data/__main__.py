@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -11,9 +12,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from lora_dae.config import ConfigError, DataConfig, check, conf_dir, from_dict, register
+from lora_dae.config import CaptionConfig, ConfigError, DataConfig, check, conf_dir, from_dict, register
 from lora_dae.data.captioner import PROMPT
 from lora_dae.data.export import LAYOUTS
+from lora_dae.data.masks import PARTS
+from lora_dae.data.sources import check_outside
 
 console = Console()
 
@@ -22,6 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     try:
         cfg = data_config(args.overrides)
+        check_outside(cfg, args.to, "--to")
         args.command(cfg, args)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -63,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prompt", default=PROMPT)
     command.add_argument("--per-minute", type=float, default=60.0, help="at most so many requests")
     command.set_defaults(command=_caption)
+    command = commands.add_parser("masks", help="let a segmentation model draw the garment masks that are missing")
+    command.add_argument("--to", type=Path, required=True, help="a folder beside the data, continued where it ends")
+    command.add_argument("--model", type=Path, required=True, help="a MediaPipe image segmenter, .tflite")
+    command.add_argument("--part", choices=PARTS, default="garment")
+    command.set_defaults(command=_masks)
     for command in commands.choices.values():
         command.add_argument("overrides", nargs="*", help="data=folder data.root=photos ...")
     return parser
@@ -103,6 +112,18 @@ def _caption(cfg: DataConfig, args: argparse.Namespace) -> None:
         f"data.captions.file={args.to}",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
+
+
+def _masks(cfg: DataConfig, args: argparse.Namespace) -> None:
+    from lora_dae.data.masks import fill_masks, mediapipe_segmenter
+    from lora_dae.data.sources import list_entries
+
+    segment = mediapipe_segmenter(args.model, args.part)
+    entries = list_entries(replace(cfg, captions=CaptionConfig(missing="drop")))  # captions do not matter here
+    count, empty = fill_masks(entries, args.to, segment, cfg.background)
+    console.print(f"{count} masks in {args.to}: train with data.masks={args.to}", soft_wrap=True, highlight=False)
+    if empty:
+        console.print(f"nothing found in {len(empty)} of them: {', '.join(empty[:5])}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

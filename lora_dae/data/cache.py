@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -93,13 +93,19 @@ class LatentCache(Dataset[dict[str, Tensor]]):
 
 
 class LivePairs(Dataset[dict[str, Tensor]]):
-    """The same batches without any cache: each is decoded and encoded when it is asked for (``data.cache=off``)."""
+    """The same batches without any cache: each is encoded when it is asked for (``data.cache=off``).
+
+    ``expect`` lets threads read and decode a batch while the one before it trains.
+    """
 
     def __init__(
         self, dataset: PairDataset, encode_images: EncodeImages, encode_text: EncodeText, masks: bool, views: bool
     ) -> None:
         self.dataset, self.encode_images, self.encode_text = dataset, encode_images, encode_text
         self.masks, self.views = masks and dataset.has_mask, views
+        self._parts = ["image"] + ["source"] * dataset.has_source + ["mask"] * self.masks
+        self._reader: ThreadPoolExecutor | None = None
+        self._coming: dict[tuple[int, ...], Future[tuple[list[Pair], list[str]]]] = {}
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -112,16 +118,30 @@ class LivePairs(Dataset[dict[str, Tensor]]):
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         return {name: value[0] for name, value in self.__getitems__([number]).items()}
 
-    def __getitems__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
-        passes, rows = np.divmod(np.asarray(numbers, dtype=np.int64), len(self))
+    def expect(self, numbers: Sequence[int]) -> None:
+        """Begins to read a batch that will be asked for."""
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1)
+        self._coming[tuple(numbers)] = self._reader.submit(self._read, numbers)
+
+    def _read(self, numbers: Sequence[int]) -> tuple[list[Pair], list[str]]:
+        """The pairs of a batch, decoded, and their captions."""
         pairs: list[Pair] = []
         captions: list[str] = []
-        for number, row in zip(passes.tolist(), rows.tolist(), strict=True):
-            pair = self.dataset[row]
+        for number in numbers:
+            pair = self.dataset[number % len(self)]
             texts = captions_of(pair, self.views)
-            view = choose_view(number, _offset(pair.id), len(texts), self.views and pair.mirror)
+            view = choose_view(number // len(self), _offset(pair.id), len(texts), self.views and pair.mirror)
             captions.append(texts[view % len(texts)])
             pairs.append(pair.mirrored() if view >= len(texts) else pair)
+        with ThreadPoolExecutor(DECODERS) as pool:  # a pair keeps what it has decoded
+            list(pool.map(lambda pair: [getattr(pair, part) for part in self._parts], pairs))
+        return pairs, captions
+
+    def __getitems__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        coming = self._coming.pop(tuple(numbers), None)
+        pairs, captions = self._read(numbers) if coming is None else coming.result()
+        rows = np.asarray(numbers, dtype=np.int64) % len(self)
         mean, std = self._encode(pairs, "image")
         batch = {"index": torch.from_numpy(rows), "latent_mean": mean, "latent_std": std}
         batch["text"] = self.encode_text(captions).detach().float().cpu()
@@ -134,8 +154,7 @@ class LivePairs(Dataset[dict[str, Tensor]]):
         return batch
 
     def _encode(self, pairs: list[Pair], part: str) -> tuple[Tensor, Tensor]:
-        pixels = next(decoded(lambda k: getattr(pairs[k], part), [range(len(pairs))]))
-        mean, std = self.encode_images(np.ascontiguousarray(pixels))
+        mean, std = self.encode_images(np.stack([getattr(pair, part) for pair in pairs]))
         return mean.detach().float().cpu(), std.detach().float().cpu()
 
 

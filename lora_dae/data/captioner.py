@@ -32,6 +32,7 @@ PROMPT = (
     "wears it how. No introduction."
 )
 LONGEST_SIDE = 768  # pixels that are sent
+LONGEST_ANSWER = 120  # tokens
 RETRIES = 5
 Describe = Callable[[Image.Image], str]
 
@@ -81,7 +82,12 @@ def endpoint_captioner(endpoint: str, model: str, prompt: str, per_minute: float
         photo.save(file, "JPEG", quality=90)
         picture = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
         content = [{"type": "text", "text": prompt}, {"type": "image_url", "image_url": {"url": picture}}]
-        body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 120, "temperature": 0}
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": LONGEST_ANSWER,
+            "temperature": 0,
+        }
         request = urllib.request.Request(
             f"{endpoint.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers, method="POST"
         )
@@ -107,26 +113,26 @@ def endpoint_captioner(endpoint: str, model: str, prompt: str, per_minute: float
 
 def transformers_captioner(model: str, prompt: str) -> Describe:
     """A local image-text-to-text model of transformers (folder or hub id), safetensors only, no remote code."""
+    import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
         processor: Any = AutoProcessor.from_pretrained(model)
-        network: Any = AutoModelForImageTextToText.from_pretrained(model, use_safetensors=True).eval()
+        network: Any = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", use_safetensors=True).eval()
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"--model {model} cannot be loaded as an image-text-to-text model ({reason}).") from error
-    chats = getattr(processor, "chat_template", None) is not None
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    chats = getattr(processor, "chat_template", None) is not None  # BLIP and its like only describe
+    content = [{"type": "image"}, {"type": "text", "text": prompt}]
+    asked = {}
+    if chats:
+        messages = [{"role": "user", "content": content}]
+        asked["text"] = processor.apply_chat_template(messages, add_generation_prompt=True)
 
     def describe(photo: Image.Image) -> str:
-        if chats:
-            content = [{"type": "image", "image": photo}, {"type": "text", "text": prompt}]
-            inputs = processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
-                return_tensors="pt",
-            )  # fmt: skip
-        else:  # BLIP and its like only describe
-            inputs = processor(images=photo, return_tensors="pt")
-        tokens = network.generate(**inputs, max_new_tokens=80, do_sample=False)[0]
+        inputs = processor(images=photo, return_tensors="pt", **asked).to(network.device, network.dtype)
+        tokens = network.generate(**inputs, max_new_tokens=LONGEST_ANSWER, do_sample=False)[0]
         given = inputs["input_ids"].shape[1] if chats else 0
         return processor.decode(tokens[given:], skip_special_tokens=True)
 

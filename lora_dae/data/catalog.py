@@ -13,6 +13,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from PIL import Image
 from rich.progress import track
 
 from lora_dae.config import ConfigError
-from lora_dae.data.decode import BadImageError, decode, open_image, remarks
+from lora_dae.data.decode import BadImageError, decode, open_image, remarks, upright_size
 from lora_dae.data.entry import Blob
 
 VERSION = 1  # raise it when examine() would answer otherwise
@@ -61,9 +62,7 @@ def examine(blob: Blob) -> Facts:
     try:
         small = decode(data, draft=64)  # the whole file is read, the pixels at a fraction
         photo = open_image(data)
-        remark = "; ".join(remarks(photo))
-        turned = photo.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # quarter turns
-        width, height = photo.size[::-1] if turned else photo.size
+        remark, (width, height) = "; ".join(remarks(photo)), upright_size(photo)
     except BadImageError as error:
         return Facts(digest, reason=str(error))
     red, green, blue = np.asarray(small, np.float32).reshape(-1, 3).mean(0)
@@ -84,7 +83,7 @@ class Catalog:
         self.examine = examine
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._open() as database:
+            with closing(self._open()) as database, database:
                 database.execute(
                     "CREATE TABLE IF NOT EXISTS files (name TEXT PRIMARY KEY, stamp TEXT, digest TEXT, width INT, "
                     "height INT, remark TEXT, reason TEXT, hash TEXT, red REAL, green REAL, blue REAL) WITHOUT ROWID"
@@ -104,29 +103,26 @@ class Catalog:
         with FileLock(self.path.with_suffix(".lock")):  # other processes wait, and then find it all known
             known = self._known(blobs, stamps)
             new = [i for i in range(len(blobs)) if i not in known]
-            database = self._open()
             batches: Iterable[int] = range(0, len(new), _BATCH)
             if len(new) > 4 * _BATCH:
                 batches = track(batches, description="Reading photos")
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
+            with ThreadPoolExecutor(os.cpu_count()) as pool, closing(self._open()) as database:
                 for start in batches:
                     batch = new[start : start + _BATCH]
                     found = pool.map(self.examine, [blobs[i] for i in batch])
                     known |= dict(zip(batch, found, strict=True))
-                    rows = [(blobs[i].name, stamps[i], *astuple(known[i])) for i in batch]
+                    # A file that was not there, or that the system would not give, is asked for again next time.
+                    rows = [(blobs[i].name, stamps[i], *astuple(known[i])) for i in batch if known[i].digest]
                     with database:  # what was read stays known if the program is killed now
                         marks = ", ".join("?" * 11)
                         database.executemany(f"INSERT OR REPLACE INTO files VALUES ({marks})", rows)
-            database.close()
         return [known[i] for i in range(len(blobs))]
 
     def _known(self, blobs: Sequence[Blob], stamps: list[str]) -> dict[int, Facts]:
-        database = self._open()
         query = f"SELECT {_COLUMNS} FROM files WHERE name = ? AND stamp = ?"
-        rows = (database.execute(query, (b.name, s)).fetchone() for b, s in zip(blobs, stamps, strict=True))
-        known = {i: Facts(*row) for i, row in enumerate(rows) if row is not None}
-        database.close()
-        return known
+        with closing(self._open()) as database:
+            rows = (database.execute(query, (b.name, s)).fetchone() for b, s in zip(blobs, stamps, strict=True))
+            return {i: Facts(*row) for i, row in enumerate(rows) if row is not None}
 
 
 def _stamp(blob: Blob) -> str:

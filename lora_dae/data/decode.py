@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageOps
@@ -30,7 +32,7 @@ def open_image(data: bytes) -> Image.Image:
         photo = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise BadImageError("is a decompression bomb (far more pixels than a photo has)") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # as in _reading
         raise BadImageError("cannot be read as an image") from error
     if photo.width * photo.height > MAX_PIXELS:
         raise BadImageError(f"has {photo.width}x{photo.height} pixels, above the limit of {MAX_PIXELS}")
@@ -43,16 +45,24 @@ def decode(data: bytes, draft: int | None = None, background: str = "white") -> 
     Raises BadImageError for what is no image, cut short, or has float pixels.
     """
     photo = open_image(data)
-    try:
+    with _reading():
         if draft is not None:
             photo.draft("RGB", (draft, draft))
         return upright_rgb(photo, background)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        if isinstance(error, BadImageError):
-            raise
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Pillow's readers raise whatever a broken file leads them to; all of it says the same."""
+    try:
+        yield
+    except BadImageError:
+        raise
+    except Exception as error:
         raise BadImageError(f"cannot be read as an image ({str(error) or type(error).__name__})") from error
 
 
+@_reading()
 def remarks(photo: Image.Image) -> list[str]:
     """What a person should know about a readable file: that it moves, has an alpha channel, and so on."""
     found = []
@@ -65,6 +75,13 @@ def remarks(photo: Image.Image) -> list[str]:
     if _foreign_profile(photo):
         found.append("color profile converted to sRGB")
     return found
+
+
+@_reading()
+def upright_size(photo: Image.Image) -> tuple[int, int]:
+    """(width, height) after the turn that EXIF asks for; of a photo that ``decode`` can read."""
+    quarter_turn = photo.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return (photo.height, photo.width) if quarter_turn else photo.size
 
 
 def upright_rgb(photo: Image.Image, background: str = "white") -> Image.Image:

@@ -6,7 +6,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import combinations, product
 
 import numpy as np
 from rich.console import Console
@@ -143,21 +142,17 @@ def _facts(pairs: PairDataset, index: int, pair: Pair) -> Facts:
 def _duplicates(found: Survey, splits: dict[str, PairDataset]) -> list[tuple[Item, Item]]:
     """Pairs of items of two splits that show the same photo, perhaps encoded or scaled anew.
 
-    Hashes within NEAR_BITS agree in at least one of NEAR_BITS + 1 pieces, so only items that share a piece are
-    compared; then their pixels decide.
+    Hashes and mean colors say which may be alike; then their bytes, or their pixels, decide.
     """
-    by_piece: dict[tuple[int, int], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    codes = [int(item.facts.hash, 16) for item in found.items]
-    width = -(-64 // (NEAR_BITS + 1))
-    for position, (item, code) in enumerate(zip(found.items, codes, strict=True)):
-        for piece in range(NEAR_BITS + 1):
-            by_piece[piece, (code >> piece * width) & ((1 << width) - 1)][item.split].append(position)
-    close: set[tuple[int, int]] = set()
-    for members in by_piece.values():
-        for one, other in combinations(members, 2):
-            for a, b in product(members[one], members[other]):
-                if (codes[a] ^ codes[b]).bit_count() <= NEAR_BITS and _alike(found.items[a], found.items[b]):
-                    close.add((min(a, b), max(a, b)))
+    codes = np.array([int(item.facts.hash, 16) for item in found.items], np.uint64)
+    colors = np.array([(item.facts.red, item.facts.green, item.facts.blue) for item in found.items], np.float32)
+    close: list[tuple[int, int]] = []
+    for split in found.splits[1:]:  # a split's items lie together: each is compared with those of the splits before
+        first = next(k for k, item in enumerate(found.items) if item.split == split)
+        for later in range(first, first + len(found.of(split))):
+            near = np.flatnonzero(np.bitwise_count(codes[:first] ^ codes[later]) <= NEAR_BITS)
+            alike = np.abs(colors[near] - colors[later]).max(axis=1, initial=0) < NEAR_LEVELS
+            close += [(int(earlier), later) for earlier in near[alike]]
     tiny: dict[int, np.ndarray] = {}
 
     def pixels(position: int) -> np.ndarray:
@@ -170,14 +165,10 @@ def _duplicates(found: Survey, splits: dict[str, PairDataset]) -> list[tuple[Ite
 
     same = []
     for a, b in sorted(close):
-        first, second = found.items[a], found.items[b]
-        if first.facts.digest == second.facts.digest or np.abs(pixels(a) - pixels(b)).mean() < NEAR_LEVELS:
-            same.append((first, second))
+        one, other = found.items[a], found.items[b]
+        if one.facts.digest == other.facts.digest or np.abs(pixels(a) - pixels(b)).mean() < NEAR_LEVELS:
+            same.append((one, other))
     return same
-
-
-def _alike(a: Item, b: Item) -> bool:
-    return max(abs(getattr(a.facts, c) - getattr(b.facts, c)) for c in ("red", "green", "blue")) < NEAR_LEVELS
 
 
 def _outliers(items: list[Item]) -> list[tuple[Item, str]]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import lightning
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from lora_dae.config import ConfigError
 from lora_dae.data.cache import EncodeImages, EncodeText, LatentCache, LivePairs, build_cache, captions_of
 from lora_dae.data.pair import PairDataset
-from lora_dae.data.sampler import StepBatchSampler
+from lora_dae.data.sampler import Announced, StepBatchSampler
 from lora_dae.data.store import RowStore
 
 Batch = dict[str, Tensor]
@@ -49,7 +51,7 @@ class PairDataModule(lightning.LightningDataModule):
         stores: dict[str, RowStore] | None = None,
     ) -> None:
         super().__init__()
-        self.pairs: dict[str, PairDataset] = {"train": train, "val": val, "test": test}
+        self.pairs: dict[str, PairDataset] = {"train": train, "val": _as_trained(val), "test": _as_trained(test)}
         self.caches: dict[str, LatentCache | LivePairs] = {}
         self.cache_dir = Path(cache_dir)
         self.encode_images = encode_images
@@ -87,7 +89,8 @@ class PairDataModule(lightning.LightningDataModule):
         sampler = StepBatchSampler(
             len(pairs), self.batch_size, self.seed, rank, world_size, start_step, groups=sizes, blocks=blocks
         )
-        return DataLoader(cache, batch_sampler=sampler, collate_fn=_as_is)
+        batches: Sampler[list[int]] = Announced(sampler, cache.expect) if isinstance(cache, LivePairs) else sampler
+        return DataLoader(cache, batch_sampler=batches, collate_fn=_as_is)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return self._in_order("val")
@@ -112,10 +115,14 @@ class PairDataModule(lightning.LightningDataModule):
         return self.batch_size * self._rank()[1] * accumulated
 
     def _in_order(self, name: str) -> DataLoader[Batch]:
-        """Every sample once, in order; rank r takes each world_size-th, so ranks may differ by one."""
+        """Every sample once, size by size and in order; rank r takes each world_size-th, so ranks may differ by one."""
         rank, world_size = self._rank()
-        share = range(rank, len(self.caches[name]), world_size)
-        return DataLoader(self.caches[name], batch_size=self.batch_size, sampler=list(share), collate_fn=_as_is)
+        cache = self.caches[name]
+        shards = getattr(self.pairs[name], "blocks", None) is not None  # all of one size, which none need be read for
+        sizes = [(0, 0)] * len(cache) if shards else cache.sizes
+        share = sorted(range(len(cache)), key=lambda index: sizes[index])[rank::world_size]
+        batches = [batch for _, part in groupby(share, lambda i: sizes[i]) for batch in _chunks(part, self.batch_size)]
+        return DataLoader(cache, batch_sampler=batches, collate_fn=_as_is)
 
     def _rank(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
@@ -137,6 +144,16 @@ class PairDataModule(lightning.LightningDataModule):
             description=f"Encoding {name}",
             quiet=self._rank()[0] > 0,
         )
+
+
+def _chunks(numbers: Iterable[int], size: int) -> list[list[int]]:
+    whole = list(numbers)
+    return [whole[k : k + size] for k in range(0, len(whole), size)]
+
+
+def _as_trained(dataset: PairDataset) -> PairDataset:
+    """A held-out split in the sizes of training, where it has others."""
+    return dataset.as_trained() if hasattr(dataset, "as_trained") else dataset
 
 
 def _as_is(batch: Any) -> Any:

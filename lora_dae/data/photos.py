@@ -82,12 +82,27 @@ class _Photo:
 
 
 class PhotoPairs:
-    """One split: entries whose files are known to be readable, as pairs."""
+    """One split: entries whose files are known to be readable, as pairs.
 
-    def __init__(self, entries: list[Entry], facts: list[dict[str, Facts]], fit: Fit, mirror: bool = False) -> None:
+    ``trained`` is how training fits photos, where this split, which is drawn and measured, goes another way.
+    """
+
+    def __init__(
+        self,
+        entries: list[Entry],
+        facts: list[dict[str, Facts]],
+        fit: Fit,
+        mirror: bool = False,
+        trained: Fit | None = None,
+    ) -> None:
         self.entries, self.facts, self.fit, self.mirror = entries, facts, fit, mirror
+        self.trained = trained or fit
         self.has_source = bool(entries) and entries[0].source is not None
         self.has_mask = bool(entries) and entries[0].mask is not None
+
+    def as_trained(self) -> PhotoPairs:
+        """The same photos in the sizes of training: what the validation loss is taken on."""
+        return PhotoPairs(self.entries, self.facts, self.trained, self.mirror)
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -118,3 +119,15 @@ class StepBatchSampler(Sampler[list[int]]):
         group = int(turns[at])
         earlier = low * self._size(group) // self._global
         return group, earlier + int((turns[:at] == group).sum())
+
+
+class Announced(Sampler[list[int]]):
+    """The batches of ``sampler``; ``expect`` is told each of them before the one that comes first is given out."""
+
+    def __init__(self, sampler: Sampler[list[int]], expect: Callable[[list[int]], None]) -> None:
+        self.sampler, self.expect = sampler, expect
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch, following in pairwise(self.sampler):
+            self.expect(following)
+            yield batch

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 
 from rich.console import Console
 
@@ -14,6 +15,7 @@ from lora_dae.data.captions import prepare_captions
 from lora_dae.data.catalog import BadFile, Catalog, Facts, check_bad
 from lora_dae.data.entry import Entry
 from lora_dae.data.formats import shards
+from lora_dae.data.masks import add_masks
 from lora_dae.data.pair import PairDataset
 from lora_dae.data.photos import Fit, PhotoPairs
 from lora_dae.data.splits import split_entries
@@ -37,8 +39,8 @@ def load_splits(cfg: DataConfig) -> dict[str, PairDataset]:
 
 def list_entries(cfg: DataConfig) -> list[Entry]:
     """What the source lists, as it lists it. Raises ConfigError, in one sentence, at what is wrong."""
-    layout = import_module(f"lora_dae.data.formats.{cfg.name}")
-    if not hasattr(layout, "read"):
+    layout = None if cfg.name == "studio" else import_module(f"lora_dae.data.formats.{cfg.name}")
+    if layout is None or not hasattr(layout, "read"):
         raise ConfigError(f"data={cfg.name} has no list of files to work on: do this with the data it was made of.")
     if licence_notice(cfg):
         _say_once(f"licence  {licence_notice(cfg)}")
@@ -54,7 +56,7 @@ def licence_notice(cfg: DataConfig) -> str | None:
 
 def read_entries(cfg: DataConfig) -> list[Entry]:
     """What the source lists, captions prepared, source and mask for all or none, ids that differ."""
-    entries = prepare_captions(list_entries(cfg), cfg)
+    entries = add_masks(prepare_captions(list_entries(cfg), cfg), cfg)
     for part in ("source", "mask"):
         _check_all_or_none(entries, part)
     if len({entry.id for entry in entries}) < len(entries):
@@ -70,6 +72,7 @@ def load_photos(cfg: DataConfig) -> dict[str, PhotoPairs]:
     more than ``data.max_bad_fraction`` of that raises ConfigError, as everything does that is wrong.
     """
     fit = Fit.of(cfg)
+    check_outside(cfg, Path(cfg.cache_dir), "data.cache_dir")
     usable = check_files(read_entries(cfg), cfg)
     splits = split_entries([entry for entry, _ in usable], cfg.val_fraction, cfg.test_fraction, cfg.seed)
     if not all(splits.values()):
@@ -81,7 +84,8 @@ def load_photos(cfg: DataConfig) -> dict[str, PhotoPairs]:
     facts = {entry.id: f for entry, f in usable}
     _tell([f["image"] for f in facts.values()], fit)
     splits["train"] = [entry for entry in splits["train"] for _ in range(entry.repeats)]
-    # Held-out images are compared with drawn ones, so they have the one size that is drawn.
+    # Held-out photos are compared with drawn ones, so they have the one size that is drawn; the validation loss is
+    # taken on them as they would be trained on.
     square = replace(fit, buckets=())
     return {
         name: PhotoPairs(
@@ -89,9 +93,19 @@ def load_photos(cfg: DataConfig) -> dict[str, PhotoPairs]:
             [facts[entry.id] for entry in part],
             fit if name == "train" else square,
             mirror=cfg.flip and name == "train",
+            trained=fit,
         )
         for name, part in splits.items()
     }
+
+
+def check_outside(cfg: DataConfig, path: Path, name: str) -> None:
+    """Nothing is ever written into the data folder: raises ConfigError if ``path`` lies in it."""
+    if cfg.root is None:
+        return
+    root = Path(cfg.root).expanduser()
+    if root.is_dir() and path.expanduser().resolve().is_relative_to(root.resolve()):
+        raise ConfigError(f"{name}={path} lies in data.root={cfg.root}, which is only read: choose another folder.")
 
 
 def check_files(entries: list[Entry], cfg: DataConfig) -> list[tuple[Entry, dict[str, Facts]]]:

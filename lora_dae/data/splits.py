@@ -14,9 +14,10 @@ def split_entries(entries: list[Entry], val_fraction: float, test_fraction: floa
 
     Ours go by a hash of (seed, group id), so that a group keeps its split when photos are added. A split that
     the hash would leave empty gets the group next in line, so three groups are enough; with fewer, a split
-    stays empty. A published train split without a validation split gives some of its groups to that.
+    stays empty. A published train split without a validation split gives some of its groups to that; a published
+    validation split without a test split is tested on.
     """
-    if any(entry.split for entry in entries):
+    if any(entry.split in ("val", "test") for entry in entries):
         return _published(entries, val_fraction, seed)
     place, groups = _in_order(entries, seed)
     tests = max(1, sum(place[group] < test_fraction for group in groups))
@@ -33,6 +34,8 @@ def split_entries(entries: list[Entry], val_fraction: float, test_fraction: floa
 
 def _published(entries: list[Entry], val_fraction: float, seed: int) -> dict[str, list[Entry]]:
     parts: dict[str, list[Entry]] = {name: [e for e in entries if (e.split or "train") == name] for name in SPLITS}
+    if not parts["test"]:
+        parts["val"], parts["test"] = [], parts["val"]
     if parts["val"]:
         return parts
     place, groups = _in_order(parts["train"], seed)

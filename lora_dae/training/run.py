@@ -147,6 +147,10 @@ class _WithoutSource:
     def __getitem__(self, index: int) -> Any:
         return replace_pixels(self.dataset[index], source=None)
 
+    def as_trained(self) -> PairDataset:
+        """As PhotoPairs has it."""
+        return _WithoutSource(self.dataset.as_trained() if hasattr(self.dataset, "as_trained") else self.dataset)
+
 
 def _without_source(dataset: PairDataset) -> PairDataset:
     return _WithoutSource(dataset) if dataset.has_source else dataset

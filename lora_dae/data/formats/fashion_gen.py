@@ -62,14 +62,18 @@ def _read_file(path: Path) -> list[Entry]:
     return entries
 
 
-@lru_cache(maxsize=8)
-def _open(path: Path) -> Any:
+def _library() -> Any:
     try:
         import h5py
     except ImportError as error:
-        raise ConfigError('data=fashion_gen reads HDF5: pip install "lora-dae[hdf5]".') from error
+        raise ConfigError('fashion_gen is HDF5: pip install "lora-dae[hdf5]".') from error
+    return h5py
+
+
+@lru_cache(maxsize=8)
+def _open(path: Path) -> Any:
     try:
-        return h5py.File(path, "r")
+        return _library().File(path, "r")
     except OSError as error:
         raise ConfigError(f"{path} cannot be opened as HDF5 ({error}): is the download complete?") from error
 
@@ -94,8 +98,7 @@ def _text(value: Any) -> str:
 
 def write(splits: Splits, root: Path) -> None:
     """Source photos and masks are not part of the layout; validation pairs go with the training pairs."""
-    import h5py
-
+    h5py = _library()
     root.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[Any]] = {"train": [], "validation": []}
     for number, (split, pair) in enumerate(every_pair(splits)):

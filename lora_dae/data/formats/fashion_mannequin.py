@@ -4,7 +4,8 @@
     model/<id>.jpg        the photo to learn
     mask/<id>.png         the garment in model/<id>.jpg, white on black; all ids or none
     captions.jsonl        {"id": "<id>", "text": "a woman wearing a red plaid shirt"} a line, and where known
-                          "category", "group_id" (one garment, several photos) and more attributes
+                          "category", "group_id" (one garment, several photos) and more attributes; more lines of
+                          one id are more captions
     splits.json           {"train": ["<id>", ...], "val": [...], "test": [...]}; without it a split by group_id
 
 Any image suffix will do. Ids are file names without suffix.
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from lora_dae.config import ConfigError, DataConfig
 from lora_dae.data.entry import Entry, FileBlob
-from lora_dae.data.formats.files import read_json, read_jsonl, root_of, walk_photos
+from lora_dae.data.formats.files import SPLIT_NAMES, read_json, read_jsonl, root_of, walk_photos
 from lora_dae.data.formats.writing import Splits, every_pair, needs_source, save_image, save_json, save_lines
 
 
@@ -30,22 +31,16 @@ def read(cfg: DataConfig) -> list[Entry]:
     if alone:
         lacking = "mannequin" if alone[0] in models else "model"
         raise ConfigError(f"{root} has no {lacking}/ photo of {alone[0]} ({len(alone)} such ids): add or remove them.")
-    known = dict(_captions(root / "captions.jsonl")) if (root / "captions.jsonl").is_file() else {}
-    split_of: dict[str, str] = {}
-    if (root / "splits.json").is_file():
-        split_of = {str(i): split for split, ids in read_json(root / "splits.json").items() for i in ids}
-        unplaced = next((i for i in models if i not in split_of), None)
-        if unplaced is not None:
-            raise ConfigError(f"{root / 'splits.json'} does not say where {unplaced} belongs: add it to a split.")
+    known, captions = _captions(root / "captions.jsonl") if (root / "captions.jsonl").is_file() else ({}, {})
+    split_of = _splits(root / "splits.json", set(models)) if (root / "splits.json").is_file() else {}
     entries = []
     for id, model in models.items():
         row = known.get(id, {})
-        text = row.get("text", "").strip()
         entries.append(
             Entry(
                 id=id,
                 group_id=row.get("group_id") or id,
-                captions=(text,) if text else (),
+                captions=tuple(captions.get(id, ())),
                 image=FileBlob(model),
                 where=f"{root} {id}",
                 source=FileBlob(mannequins[id]),
@@ -74,13 +69,44 @@ def write(splits: Splits, root: Path) -> None:
 
 
 def _by_id(folder: Path) -> dict[str, Path]:
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in walk_photos(folder)}
+    found: dict[str, Path] = {}
+    for path in walk_photos(folder):
+        id = path.relative_to(folder).with_suffix("").as_posix()
+        if id in found:
+            raise ConfigError(f"{path} and {found[id].name} have one id, {id}: rename or remove one of them.")
+        found[id] = path
+    return found
 
 
-def _captions(path: Path) -> list[tuple[str, dict[str, str]]]:
-    rows = []
+def _captions(path: Path) -> tuple[dict[str, dict[str, str]], dict[str, list[str]]]:
+    """What each id's first line says, and its different texts in order."""
+    known: dict[str, dict[str, str]] = {}
+    texts: dict[str, list[str]] = {}
     for number, row in read_jsonl(path):
         if "id" not in row:
             raise ConfigError(f"{path} line {number} has no id: every line names its photo.")
-        rows.append((str(row["id"]), {k: str(v) for k, v in row.items() if v is not None}))
-    return rows
+        words = {k: str(v).strip() for k, v in row.items() if v is not None}
+        known.setdefault(words["id"], words)
+        said = texts.setdefault(words["id"], [])
+        if words.get("text") and words["text"] not in said:
+            said.append(words["text"])
+    return known, texts
+
+
+def _splits(path: Path, ids: set[str]) -> dict[str, str]:
+    """id -> split; every one of ``ids`` is in exactly one."""
+    table = read_json(path)
+    if not isinstance(table, dict) or not all(isinstance(row, list) for row in table.values()):
+        raise ConfigError(f'{path} must be an object of lists like {{"train": ["<id>"], "val": [], "test": []}}.')
+    split_of: dict[str, str] = {}
+    for split, members in table.items():
+        if split not in SPLIT_NAMES:
+            raise ConfigError(f"{path} has the split {split}: use train, val and test.")
+        for id in map(str, members):
+            if id in split_of:
+                raise ConfigError(f"{path} names {id} twice: a photo belongs to one split.")
+            split_of[id] = SPLIT_NAMES[split]
+    unplaced = sorted(ids - split_of.keys())
+    if unplaced:
+        raise ConfigError(f"{path} does not say where {unplaced[0]} belongs: add it to a split.")
+    return split_of

@@ -25,7 +25,7 @@ COLUMNS = (
 
 def read(cfg: DataConfig) -> list[Entry]:
     root = root_of(cfg)
-    lines = read_text(root / "styles.csv").splitlines()
+    lines = read_text(root / "styles.csv").split("\n")  # titles may hold other line separators
     if not lines or tuple(lines[0].strip().split(",")) != COLUMNS:
         raise ConfigError(f"{root / 'styles.csv'} must begin with the line {','.join(COLUMNS)}.")
     entries = []

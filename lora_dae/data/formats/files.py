@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import unicodedata
@@ -14,6 +15,8 @@ from typing import Any
 from lora_dae.config import ConfigError, DataConfig
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+# How publishers call their splits, and how we do.
+SPLIT_NAMES = {"train": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val", "test": "test"}
 Row = tuple[int, dict[str, Any]]  # line number, columns
 
 
@@ -60,15 +63,24 @@ def read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def read_csv(path: Path) -> Iterator[Row]:
-    reader = csv.DictReader(read_text(path).splitlines())
+    """Rows with the number of their last line. Quoted fields may hold line breaks."""
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     for row in reader:
         yield reader.line_num, row
 
 
 def walk_photos(root: Path) -> list[Path]:
-    """Every photo at any depth, sorted; links are followed, but no folder is entered twice."""
-    photos, entered = [], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    """Every photo at any depth, sorted; links are followed, but no folder is entered twice.
+
+    None where there is no such folder; ConfigError for one that may not be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"{error.filename} cannot be read ({error.strerror}): allow it, or take it out.") from error
+
+    photos: list[Path] = []
+    entered = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse) if root.is_dir() else ():
         stat = os.stat(folder)
         if (stat.st_dev, stat.st_ino) in entered:
             subfolders.clear()  # a link that leads back

@@ -3,6 +3,7 @@
 * ``metadata.jsonl`` or ``metadata.csv`` (Hugging Face imagefolder): ``file_name`` and ``text``, and where there is
   more to say ``captions`` (a list), ``category``, ``group_id``, ``source``, ``mask``, ``split`` and ``mirror``.
   Any other column becomes an attribute for caption templates. Files lie relative to the folder or its ``images/``.
+  It may also lie in folders named after the splits (``train/``, ``validation/`` or ``val/``, ``test/``).
 * no metadata: every photo ``x.jpg``, at any depth, has its caption beside it in ``x.txt`` or ``x.caption``.
 * folders named like ``10_red dress`` (kohya): its photos come ten times a pass; "red dress" is their caption where
   they have none of their own.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from lora_dae.config import ConfigError, DataConfig
 from lora_dae.data.entry import Entry, FileBlob
 from lora_dae.data.formats.files import (
     PHOTO_SUFFIXES,
+    SPLIT_NAMES,
     Row,
     find,
     read_csv,
@@ -40,13 +43,19 @@ REPEATS = re.compile(r"(\d+)_(.+)")
 def read(cfg: DataConfig) -> list[Entry]:
     """What the folder lists, in its own order; raises ConfigError for a wrong table or a missing caption."""
     root = root_of(cfg)
-    for name, rows in (("metadata.jsonl", read_jsonl), ("metadata.csv", read_csv)):
-        if (root / name).is_file():
-            entries = _from_metadata(root, name, list(rows(root / name)), cfg)
-            if not entries:
-                raise ConfigError(f"{root / name} lists no photos: add one line for each.")
-            return entries
-    return _from_sidecars(root, cfg)
+    tables = _tables(root) or [table for split in SPLIT_NAMES for table in _tables(root, split)]
+    if not tables:
+        return _from_sidecars(root, cfg)
+    entries = [entry for table, split in tables for entry in _from_metadata(root, table, split, cfg)]
+    if not entries:
+        raise ConfigError(f"{tables[0][0]} lists no photos: add one line for each.")
+    return entries
+
+
+def _tables(root: Path, split: str = "") -> list[tuple[Path, str]]:
+    """The metadata of ``root/split``, jsonl before csv, with that split's name; empty where there is none."""
+    found = (root / split / name for name in ("metadata.jsonl", "metadata.csv"))
+    return [(path, split) for path in found if path.is_file()][:1]
 
 
 def may_lack_caption(cfg: DataConfig) -> bool:
@@ -54,40 +63,45 @@ def may_lack_caption(cfg: DataConfig) -> bool:
     return cfg.captions.missing != "error" or cfg.captions.template is not None or cfg.captions.file is not None
 
 
-def _from_metadata(root: Path, name: str, rows: list[Row], cfg: DataConfig) -> list[Entry]:
+def _from_metadata(root: Path, table: Path, folder: str, cfg: DataConfig) -> list[Entry]:
+    """The lines of ``table``, whose files lie in ``root/folder``; ids are relative to ``root``."""
     entries: list[Entry] = []
     seen: set[str] = set()
+    rows: Iterator[Row] = (read_jsonl if table.suffix == ".jsonl" else read_csv)(table)
     for number, row in rows:
-        where = f"{root / name} line {number}"
+        where = f"{table} line {number}"
         text = {column: _word(row.get(column)) for column in COLUMNS}
         file_name, captions = text["file_name"], _captions(row)
         lacking = "file_name" if not file_name else "text" if not captions and not may_lack_caption(cfg) else None
         if lacking:
             have = ", ".join(str(key) for key in row) or "nothing"
             raise ConfigError(f"{where} has no {lacking} (it has {have}): every line needs file_name and text.")
+        at = root / folder
         source, mask = (
-            FileBlob(_locate(root, text[part])) if text[part] else _sibling(root, part, file_name) for part in SIBLINGS
+            FileBlob(_locate(at, text[part])) if text[part] else _sibling(at, part, file_name) for part in SIBLINGS
         )
-        if text["split"] not in ("", "train", "val", "validation", "test"):
-            raise ConfigError(f"{where} has the split {text['split']}: use train, val or test.")
+        split = text["split"] or folder
+        if split and split not in SPLIT_NAMES:
+            raise ConfigError(f"{where} has the split {split}: use train, val or test.")
+        name = f"{folder}/{file_name}" if folder else file_name
         entries.append(
             Entry(
                 # A photo may be listed more than once, with other captions.
-                id=f"{file_name}#{number}" if file_name in seen else file_name,
+                id=f"{name}#{number}" if name in seen else name,
                 # Photos of one garment share its source photo, and must not be split over train and test.
-                group_id=text["group_id"] or text["source"] or file_name,
+                group_id=text["group_id"] or text["source"] or name,
                 captions=captions,
-                image=FileBlob(_locate(root, file_name)),
+                image=FileBlob(_locate(at, file_name)),
                 where=where,
                 source=source,
                 mask=mask,
                 category=text["category"] or None,
                 attributes={str(k): _word(v) for k, v in row.items() if k not in COLUMNS and _word(v)},
-                split={"": None, "validation": "val"}.get(text["split"], text["split"]),
+                split=SPLIT_NAMES.get(split),
                 mirror=text["mirror"].lower() not in ("false", "no", "0"),
             )
         )
-        seen.add(file_name)
+        seen.add(name)
     return entries
 
 
@@ -157,11 +171,13 @@ def _locate(root: Path, name: str) -> Path:
 def _sibling(root: Path, part: str, name: str) -> FileBlob | None:
     """``source/x.jpg`` or ``mask/x.png`` of the photo ``x.jpg`` or ``images/x.jpg``."""
     relative = Path(name)
+    if not (root / part).is_dir():
+        return None
     if relative.parts[0] == "images":
         relative = relative.relative_to("images")
     for suffix in dict.fromkeys((relative.suffix, ".png", *PHOTO_SUFFIXES)):
-        found = root / part / relative.with_suffix(suffix)
-        if found.is_file():
+        found = find(root / part, str(relative.with_suffix(suffix)))
+        if found is not None:
             return FileBlob(found)
     return None
 

@@ -14,27 +14,24 @@ from typing import Any
 
 from lora_dae.config import ConfigError, DataConfig
 from lora_dae.data.entry import Entry, RowBlob
+from lora_dae.data.formats.files import SPLIT_NAMES
 from lora_dae.data.formats.writing import Splits
 
 NOTICE = "check the licence on the data set's card"
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "description")
 SOURCE_COLUMNS = ("source", "conditioning_image")
-SPLIT_NAMES = {"train": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val", "test": "test"}
 
 
 def read(cfg: DataConfig) -> list[Entry]:
     tables = _load(cfg.root or "")
-    named = {name: SPLIT_NAMES.get(name) for name in tables}
-    publishes = len(tables) > 1 and "test" in named.values()
     entries = []
     for name, table in tables.items():
-        entries += _from_table(cfg.root or "", name, table, named[name] if publishes else None)
+        entries += _from_table(cfg.root or "", name, table, SPLIT_NAMES.get(name, "train"))
     return entries
 
 
-def _from_table(root: str, name: str, table: Any, split: str | None) -> list[Entry]:
-    import datasets
-
+def _from_table(root: str, name: str, table: Any, split: str) -> list[Entry]:
+    datasets = _library()
     pictures = [column for column, kind in table.features.items() if isinstance(kind, datasets.Image)]
     if not pictures:
         raise ConfigError(f"data.root={root} has no column of images (it has {', '.join(table.features)}).")
@@ -45,10 +42,12 @@ def _from_table(root: str, name: str, table: Any, split: str | None) -> list[Ent
     image = next(column for column in pictures if column not in (source, mask))
     caption = next((column for column in CAPTION_COLUMNS if column in table.features), None)
     words = table.select_columns([column for column in table.features if column not in pictures])
+    classes = {c: kind.names for c, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
     version = table._fingerprint
     entries = []
     for row, values in enumerate(words):
         where = f"{root} {name} row {row}"
+        values |= {c: names[values[c]] for c, names in classes.items() if values[c] is not None and values[c] >= 0}
 
         def blob(column: str | None, row: int = row, table: Any = table, where: str = where) -> RowBlob | None:
             return (
@@ -68,7 +67,7 @@ def _from_table(root: str, name: str, table: Any, split: str | None) -> list[Ent
                 where=where,
                 source=blob(source),
                 mask=blob(mask),
-                category=values.get("category"),
+                category=values["category"] if isinstance(values.get("category"), str) else None,
                 attributes={k: v for k, v in values.items() if isinstance(v, str) and v and k not in _OWN},
                 split=split,
             )
@@ -86,11 +85,16 @@ def _bytes(table: Any, row: int, column: str) -> bytes:
     return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
 
-def _load(root: str) -> dict[str, Any]:
+def _library() -> Any:
     try:
         import datasets
     except ImportError as error:
         raise ConfigError('data=hf needs the datasets library: pip install "lora-dae[hf]".') from error
+    return datasets
+
+
+def _load(root: str) -> dict[str, Any]:
+    datasets = _library()
     path = Path(root).expanduser()
     try:
         if path.suffix == ".parquet" or path.is_dir():
@@ -115,8 +119,7 @@ def _load(root: str) -> dict[str, Any]:
 
 def write(splits: Splits, root: Path) -> None:
     """<split>-00000-of-00001.parquet with image, source and mask as they are shown on the hub."""
-    import datasets
-
+    datasets = _library()
     root.mkdir(parents=True, exist_ok=True)
     for split, pairs in splits.items():
         kinds: dict[str, Any] = {name: datasets.Value("string") for name in ("id", "group_id", "text", "category")}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from lora_dae.data.decode import open_image
 from lora_dae.data.entry import RowBlob, pixels_as_file
 
 
@@ -23,10 +22,9 @@ def mask_of_classes(path: Path, classes: Iterable[int]) -> RowBlob:
 def _load(path: Path, classes: tuple[int, ...]) -> bytes:
     data = path.read_bytes()
     try:
-        with Image.open(io.BytesIO(data)) as labels:
-            values = np.asarray(labels)  # of a palette image: the indices
-    except (OSError, SyntaxError, ValueError):
-        return data  # decoding it says what is wrong
+        values = np.asarray(open_image(data))  # of a palette image: the indices
+    except Exception:  # whatever a broken file leads to: decoding it says what is wrong
+        return data
     if values.ndim == 3:
         values = values[..., 0]
     return pixels_as_file(np.repeat(np.isin(values, classes)[..., None].astype(np.uint8) * 255, 3, axis=2))

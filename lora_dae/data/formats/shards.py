@@ -21,7 +21,6 @@ import json
 import tarfile
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -34,6 +33,7 @@ from PIL import Image
 from lora_dae.config import ConfigError, DataConfig
 from lora_dae.data.captions import prepare_captions
 from lora_dae.data.catalog import Facts, examine
+from lora_dae.data.decode import open_image
 from lora_dae.data.entry import Entry, RowBlob
 from lora_dae.data.formats.writing import Splits
 from lora_dae.data.pair import Pair, PairDataset
@@ -86,7 +86,7 @@ class ShardPairs:
 
     def _read_index(self, shard: int) -> PhotoPairs:
         file = f"{self.root}/{self.files[shard]}"
-        lines = _read(file.removesuffix(".tar") + ".index.jsonl").decode().split("\n")
+        lines = read_range(file.removesuffix(".tar") + ".index.jsonl").decode().split("\n")
         rows = [json.loads(line) for line in lines if line]
         entries = prepare_captions([_entry(file, row) for row in rows], self.cfg)
         if len(entries) != len(rows):
@@ -99,7 +99,7 @@ def load(cfg: DataConfig) -> dict[str, PairDataset]:
     """The splits; reads ``index.json`` alone. Raises ConfigError if it is missing or of another version."""
     root = (cfg.root or "").rstrip("/")
     try:
-        index = json.loads(_read(f"{root}/index.json"))
+        index = json.loads(read_range(f"{root}/index.json"))
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
             f"data.root={root} has no readable index.json ({error}): is it a folder of shards?"
@@ -108,10 +108,7 @@ def load(cfg: DataConfig) -> dict[str, PairDataset]:
         raise ConfigError(f"{root}/index.json is of format {index.get('format')}, this program reads {FORMAT}.")
     fit = Fit.of(cfg)
     splits = {
-        name: ShardPairs(
-            root, split, cfg, fit if name == "train" else replace(fit, buckets=()), cfg.flip and name == "train"
-        )
-        for name, split in index["splits"].items()
+        name: ShardPairs(root, split, cfg, fit, cfg.flip and name == "train") for name, split in index["splits"].items()
     }
     lacking = [name for name in ("train", "val", "test") if not len(splits.get(name, ()))]
     if lacking:
@@ -165,8 +162,8 @@ def _files(pairs: PairDataset, index: int, pair: Pair) -> Iterator[tuple[str, by
     for part in PARTS:
         if isinstance(pairs, PhotoPairs) and getattr(pairs.entries[index], part) is not None:
             data = getattr(pairs.entries[index], part).read()
-            with Image.open(io.BytesIO(data)) as photo:
-                yield part, data, {"JPEG": "jpg", "MPO": "jpg"}.get(photo.format or "", str(photo.format).lower())
+            kind = str(open_image(data).format)
+            yield part, data, {"JPEG": "jpg", "MPO": "jpg"}.get(kind, kind.lower())
         elif getattr(pair, part) is not None:
             file = io.BytesIO()
             Image.fromarray(np.asarray(getattr(pair, part))).save(file, "PNG")
@@ -184,7 +181,7 @@ def _put(tar: tarfile.TarFile, name: str, data: bytes) -> int:
 
 def _entry(file: str, row: dict[str, Any]) -> Entry:
     blobs: dict[str, Any] = {
-        part: RowBlob(f"{file} {row['id']} {part}", place[2], partial(_read, file, place[0], place[1]))
+        part: RowBlob(f"{file} {row['id']} {part}", place[2], partial(read_range, file, place[0], place[1]))
         for part, place in row["parts"].items()
     }
     return Entry(
@@ -198,7 +195,8 @@ def _entry(file: str, row: dict[str, Any]) -> Entry:
     )
 
 
-def _read(url: str, offset: int = 0, size: int = -1) -> bytes:
+def read_range(url: str, offset: int = 0, size: int = -1) -> bytes:
+    """Bytes of a file on disk or in an object store; all of it by default. Raises OSError."""
     with fsspec.open(url, "rb") as file:
         file.seek(offset)
         return file.read(size)

@@ -1,0 +1,116 @@
+"""WebDataset tars that others wrote: files of one name but for the suffix are one record.
+
+    train-000000.tar    0001.jpg, 0001.txt (or .json with "text" or "caption"), 0002.jpg, ...
+    more parts          0001.source.jpg, 0001.mask.png; in .json also captions, category, group_id and attributes
+
+``data.root`` is a tar, or a folder of them on disk or in an object store that fsspec knows (``s3://...``). A tar
+belongs to the split that the first word of its name says. Headers and words are read once at the start; for sets whose
+list does not fit into memory, ``python -m lora_dae.data shards`` makes shards with an index (``data=shards``).
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import fsspec
+
+from lora_dae.config import ConfigError, DataConfig
+from lora_dae.data.entry import Entry, RowBlob
+from lora_dae.data.formats.files import PHOTO_SUFFIXES, SPLIT_NAMES
+from lora_dae.data.formats.shards import read_range, write
+
+__all__ = ["read", "write"]  # shards are WebDataset tars with an index beside them
+WORDS = ("text", "caption", "captions")
+OWN = (*WORDS, "id", "group_id", "category", "attributes")
+Member = tuple[int, int]  # where in the tar it begins, bytes
+
+
+def read(cfg: DataConfig) -> list[Entry]:
+    """All records with a photo; raises ConfigError for tars that cannot be read."""
+    root = (cfg.root or "").rstrip("/")
+    try:
+        files, folder = fsspec.core.url_to_fs(root)
+        tars = [folder] if folder.endswith(".tar") else sorted(files.glob(f"{folder}/**/*.tar"))
+        entries = [entry for tar in tars for entry in _entries(files, tar)]
+    except (OSError, tarfile.TarError, ImportError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"data.root={root} cannot be read as WebDataset tars ({error}).") from error
+    if not entries:
+        raise ConfigError(f"data.root={root} holds no .tar with photos: give a folder of WebDataset tars, or one.")
+    return entries
+
+
+def _entries(files: Any, tar: str) -> Iterator[Entry]:
+    url, version = files.unstrip_protocol(tar), str(files.ukey(tar))
+    name = tar.rpartition("/")[2]
+    split = SPLIT_NAMES.get(name.replace("_", "-").split("-")[0])
+
+    def blob(member: Member | None, part: str) -> RowBlob | None:
+        return None if member is None else RowBlob(part, version, partial(read_range, url, *member))
+
+    for key, parts, spoken in _records(files, tar):
+        where = f"{tar} {key}"
+        words = _words(spoken.get("json", b"{}"), f"{where}.json")
+        texts = [spoken.get("txt", b"").decode("utf-8-sig", errors="replace")]
+        for column in WORDS:
+            value = words.get(column)
+            texts += value if isinstance(value, list) else [value]
+        image = blob(_photo(parts, ""), f"{where} image")
+        if image is None:
+            continue
+        given = words.get("attributes")
+        known = {**words, **(given if isinstance(given, dict) else {})}
+        yield Entry(
+            id=str(words.get("id") or f"{name}/{key}"),
+            group_id=str(words.get("group_id") or words.get("id") or f"{name}/{key}"),
+            captions=tuple(dict.fromkeys(t.strip() for t in texts if isinstance(t, str) and t.strip())),
+            image=image,
+            where=where,
+            source=blob(_photo(parts, "source."), f"{where} source"),
+            mask=blob(_photo(parts, "mask."), f"{where} mask"),
+            category=words["category"] if isinstance(words.get("category"), str) else None,
+            attributes={k: v for k, v in known.items() if k not in OWN and isinstance(v, str) and v},
+            split=split,
+        )
+
+
+def _words(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        words = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where} is not JSON ({error}): write that tar anew.") from error
+    if not isinstance(words, dict):
+        raise ConfigError(f'{where} must be an object like {{"text": ...}}: write that tar anew.')
+    return words
+
+
+def _records(files: Any, tar: str) -> Iterator[tuple[str, dict[str, Member], dict[str, bytes]]]:
+    """(name without suffixes, suffix -> member, suffix -> words) of each run of files of one name."""
+    key, parts, spoken = "", dict[str, Member](), dict[str, bytes]()
+    with files.open(tar, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        for member in archive:
+            folder, _, base = member.name.rpartition("/")
+            stem, _, suffix = base.partition(".")
+            content = archive.extractfile(member)
+            if content is None or not stem:  # a folder or link
+                continue
+            name, suffix = f"{folder}/{stem}".lstrip("/"), suffix.lower()
+            if name != key:
+                if parts:
+                    yield key, parts, spoken
+                key, parts, spoken = name, {}, {}
+            if suffix in ("json", "txt"):
+                spoken[suffix] = content.read()
+            else:
+                parts[suffix] = (member.offset_data, member.size)
+    if parts:
+        yield key, parts, spoken
+
+
+def _photo(parts: dict[str, Member], prefix: str) -> Member | None:
+    return next((parts[prefix + s[1:]] for s in PHOTO_SUFFIXES if prefix + s[1:] in parts), None)
