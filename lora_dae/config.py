@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 PLACEMENTS = ("prediction", "direction", "none")
 CONDITIONINGS = ("source", "none")
 SCHEDULERS = ("ddim", "ddpm", "dpm++", "unipc", "pndm", "euler", "heun", "lms")
-TARGET_GROUPS = ("cross_attention", "self_attention", "feed_forward", "conv", "conv_in", "conv_out")
+UNET_GROUPS = ("cross_attention", "self_attention", "feed_forward", "conv", "conv_in", "conv_out")
+TARGET_GROUPS = (*UNET_GROUPS, "text_encoder")
 SOURCES = (
     "studio", "folder", "fashion_mannequin", "viton_hd", "dress_code", "deepfashion_multimodal", "fashion_product",
     "fashion_gen", "hf", "shards",
@@ -42,7 +43,7 @@ class BackboneConfig:
     vae_path: str | None = None  # another VAE (SDXL's fp16-fix, TAESD); None = the backbone's own
     prediction_type: str = "auto"  # auto (as the backbone says) | epsilon | v_prediction
     zero_terminal_snr: bool | None = None  # None = as the backbone says
-    weights: str = "fp32"  # of the frozen UNet: fp32 | bf16 | fp16; what trains stays fp32
+    weights: str = "fp32"  # of the frozen UNet: fp32 | bf16 | fp16 | int8 (GPU, torchao); what trains stays fp32
     gradient_checkpointing: bool = False
     attention: str = "auto"  # auto (measured at start) | plain | sdpa
     text_chunks: int = 1  # captions of up to 75 tokens a chunk; above 1 plain pipelines need prompt_embeds
@@ -92,7 +93,7 @@ class DataConfig:
 class AdapterConfig:
     """LoRA by PEFT: which groups of layers, at which rank."""
 
-    targets: list[str] = field(default_factory=lambda: ["cross_attention", "conv"])
+    targets: list[str] = field(default_factory=lambda: ["cross_attention", "conv"])  # of TARGET_GROUPS
     rank: int = 16
     alpha: float | None = None  # None = rank (scale 1)
     conv_rank: int | None = None  # None = rank
@@ -105,6 +106,11 @@ class AdapterConfig:
     init_from: str | None = None  # start from this LoRA file (kohya's or diffusers' layout)
     allow_partial: bool = False  # leave out layers of init_from that do not train here
     full_finetune: bool = False  # train every UNet weight instead of an adapter (a baseline)
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether the text encoders train, so that captions are encoded in every step."""
+        return "text_encoder" in self.targets
 
 
 @dataclass
@@ -244,10 +250,15 @@ def check(cfg: Config) -> None:
     _one_of("tracking.logger", cfg.tracking.logger, LOGGERS)
     _one_of("evaluation.features", cfg.evaluation.features, ("effnet", "inception"))
     _one_of("backbone.prediction_type", cfg.backbone.prediction_type, ("auto", "epsilon", "v_prediction"))
-    _one_of("backbone.weights", cfg.backbone.weights, ("fp32", "bf16", "fp16"))
+    _one_of("backbone.weights", cfg.backbone.weights, ("fp32", "bf16", "fp16", "int8"))
     _one_of("export.dtype", cfg.export.dtype, ("fp32", "fp16", "bf16"))
     for group in cfg.adapter.targets:
         _one_of("adapter.targets", group, TARGET_GROUPS)
+    if cfg.adapter.trains_text and (cfg.adapter.full_finetune or cfg.adapter.targets == ["text_encoder"]):
+        raise ConfigError(
+            "adapter.targets has text_encoder without LoRA in the UNet: add a group of the UNet such as "
+            "cross_attention, or leave text_encoder out."
+        )
     if cfg.data.name == "studio":
         _one_of("data.difficulty", cfg.data.difficulty, DIFFICULTIES)
     elif cfg.data.root is None:
@@ -296,6 +307,8 @@ def check(cfg: Config) -> None:
     }.items():
         if not 0 <= share < 1:
             raise ConfigError(f"{name}={share} is not in [0, 1): give a share such as 0.1.")
+    if cfg.backbone.weights == "int8" and (cfg.adapter.full_finetune or cfg.adapter.use_dora):
+        raise ConfigError("backbone.weights=int8 is for plain LoRA: leave adapter=full and adapter.use_dora out.")
     if cfg.adapter.init_from is not None and cfg.adapter.full_finetune:
         raise ConfigError("adapter.init_from starts an adapter, but adapter.full_finetune=true trains none: drop one.")
     if cfg.enhancement.placement == "direction" and cfg.sampling.scheduler != "ddim":

@@ -64,7 +64,10 @@ def load_run(run_dir: Path, device: str | torch.device = "cpu", weights: str | N
     ``weights`` (fp32, bf16 or fp16) instead of the run's own ``backbone.weights``.
     """
     cfg = read_config(run_dir)
-    backbone = load_backbone(replace(cfg.backbone, weights=weights or cfg.backbone.weights), device)
+    if weights is None and cfg.backbone.weights == "int8" and torch.device(device).type == "cpu":
+        weights = "bf16"  # quantized for the memory of a GPU
+    cfg = replace(cfg, backbone=replace(cfg.backbone, weights=weights or cfg.backbone.weights))
+    backbone = load_backbone(cfg.backbone, device)
     adapter = run_dir / "adapter"
     if (adapter / "unet").is_dir():
         unet = UNet2DConditionModel.from_pretrained(adapter / "unet", torch_dtype=torch.float32, use_safetensors=True)
@@ -76,7 +79,7 @@ def load_run(run_dir: Path, device: str | torch.device = "cpu", weights: str | N
         if (adapter / SOURCE_FILE).is_file():
             load_source_input(backbone.unet, adapter)
         if (adapter / FILE_NAME).is_file():
-            load_adapter(backbone.unet, adapter)
+            load_adapter(backbone.unet, adapter, backbone.text_encoders)
     backbone.unet.to(device).requires_grad_(False).eval()
     module = None
     if (adapter / ENHANCEMENT_FILE).is_file():

@@ -7,10 +7,11 @@ from typing import Any
 
 import lightning
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_dae.adapter.inject import trainable_parameters
 from lora_dae.backbone.load import Backbone
+from lora_dae.backbone.tokens import unpack_tokens
 from lora_dae.config import Config
 from lora_dae.enhancement.gates import EnhancementModule
 from lora_dae.training.objective import adapter_loss, draw, fixed_draws, step_generator
@@ -39,9 +40,13 @@ class LoraDae(lightning.LightningModule):
         null_text: Tensor,
         stage: str,
     ) -> None:
+        """``null_text`` (L, D): the empty caption; its packed tokens (tokens.py) where the text encoders train."""
         super().__init__()
         self.unet = backbone.unet
         self.enhancement = enhancement
+        self.live_text = backbone if cfg.adapter.trains_text else None
+        if self.live_text is not None:
+            self.text_encoders = nn.ModuleDict(backbone.text_encoders)
         self.cfg = cfg
         self.noise_scheduler = backbone.scheduler
         self.register_buffer("null_text", null_text, persistent=False)
@@ -63,15 +68,15 @@ class LoraDae(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         generator = step_generator(self.cfg.seed, self.global_step, self.global_rank, STAGES.index(self.stage))
         if self.stage == "adapter":
-            draws = draw(batch, self.num_train_timesteps, self.cfg.objective, generator)
-            losses = self._losses(batch, draws)
+            losses = self._losses(batch, draw(batch, self.num_train_timesteps, self.cfg.objective, generator))
             loss = losses.mean()
         else:
             assert self.enhancement is not None
             self.unet.eval()
             chain = draw_chain(batch, self.cfg.enhancement, generator)
+            batch, null_text = self._with_text(batch)
             loss, parts = chain_loss(
-                self.unet, self.noise_scheduler, self.enhancement, batch, self.null_text, chain  # type: ignore[arg-type]
+                self.unet, self.noise_scheduler, self.enhancement, batch, null_text, chain  # type: ignore[arg-type]
             )  # fmt: skip
             self.log("enhancement/power_gap", parts.power)
             self.log("enhancement/distribution", parts.distribution)
@@ -90,9 +95,18 @@ class LoraDae(lightning.LightningModule):
 
     def _losses(self, batch: Batch, draws: Any) -> Tensor:
         cfg = self.cfg.objective
+        batch, null_text = self._with_text(batch)
         return adapter_loss(
-            self.unet, self.noise_scheduler, batch, self.null_text, draws, cfg.min_snr_gamma, cfg.garment_weight  # type: ignore[arg-type]
+            self.unet, self.noise_scheduler, batch, null_text, draws, cfg.min_snr_gamma, cfg.garment_weight  # type: ignore[arg-type]
         )  # fmt: skip
+
+    def _with_text(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The batch with its captions' embeddings, and that of the empty caption: encoded now if the encoders train."""
+        if self.live_text is None:
+            return batch, self.null_text  # type: ignore[return-value]
+        tokens = unpack_tokens(torch.cat([batch["text"], self.null_text[None]]))  # type: ignore[index]
+        text = self.live_text.embed_tokens(tokens)
+        return {**batch, "text": text[:-1]}, text[-1]
 
     def configure_optimizers(self) -> Any:
         cfg = self.cfg.optimizer

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +18,12 @@ from lora_dae.adapter.initial import check_file, initialize
 from lora_dae.adapter.inject import inject, make_full_finetune, trainable_parameters
 from lora_dae.adapter.source_input import attach_source_input, save_source_input
 from lora_dae.adapter.table import adapter_table
+from lora_dae.adapter.text import inject_text
 from lora_dae.backbone.layout import inspect_backbone
 from lora_dae.backbone.load import Backbone, load_backbone
-from lora_dae.backbone.precision import choose_precision
+from lora_dae.backbone.precision import best_device, choose_precision
+from lora_dae.backbone.quantize import check_int8
+from lora_dae.backbone.tokens import pack_tokens
 from lora_dae.config import Config, ConfigError, check, from_dict, to_dict
 from lora_dae.data.buckets import parse_buckets
 from lora_dae.data.captions import long_captions
@@ -40,6 +41,7 @@ from lora_dae.training import callbacks, tracking
 from lora_dae.training.ema import EMACallback
 from lora_dae.training.module import LoraDae
 from lora_dae.training.plan import make_plan, print_plan
+from lora_dae.training.trainer import build_trainer, quiet
 
 console = Console()
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -79,10 +81,11 @@ def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Tr
     folder = inspect_backbone(cfg.backbone, cfg.data.resolution)
     for bucket in parse_buckets(cfg.data.buckets, cfg.data.resolution, cfg.data.bucket_step):
         folder.check_bucket(bucket)
+    check_int8(cfg.backbone.weights, best_device())
     if cfg.adapter.init_from is not None:
         check_file(cfg.adapter.init_from)
     tracking.check_tracking(cfg.tracking)
-    _quiet()
+    quiet()
     splits = load_splits(cfg.data)
     check_source(cfg, splits["train"])
     check_mask(cfg, splits["train"])
@@ -184,7 +187,7 @@ class Training:
         if cfg.enhancement.enabled and cfg.enhancement.placement != "none":
             e = cfg.enhancement
             self.enhancement = EnhancementModule(e.levels, e.hidden, e.max_log_gain)
-        probe = _trainer(cfg, run_dir, "32-true", self.steps, [], False)
+        probe = build_trainer(cfg, run_dir, "32-true", self.steps, [], False)
         self.rank = probe.global_rank
         self.device = probe.strategy.root_device
         backbone.vae.to(self.device)  # they fill the cache
@@ -202,20 +205,27 @@ class Training:
             make_full_finetune(backbone.unet)
         else:
             inject(backbone.unet, cfg.adapter)
+            if cfg.adapter.trains_text:
+                inject_text(backbone.text_encoders, cfg.adapter)
             if cfg.adapter.init_from is not None:
-                started = initialize(backbone.unet, cfg.adapter.init_from, cfg.adapter.allow_partial)
+                encoders = backbone.text_encoders
+                started = initialize(backbone.unet, cfg.adapter.init_from, cfg.adapter.allow_partial, encoders)
                 if self.rank == 0:
                     console.print(started, highlight=False)
         if cfg.conditioning == "source":
             attach_source_input(backbone.unet)
-        null = backbone.encode_text([""])[0]
+        null = self._encode_text([""])[0].to(self.device)
         if self.rank == 0:
             too_long = long_captions(self.data.captions("train"), backbone.tokenizer, backbone.text_chunks)
             if too_long:
                 console.print(too_long, soft_wrap=True, highlight=False)
         if self.rank == 0:  # before the stages take turns in what requires a gradient
-            extra = {} if self.enhancement is None else {"enhancement": self.enhancement}
-            console.print(adapter_table(backbone.unet, extra))  # type: ignore[arg-type]
+            extra: dict[str, Any] = dict(backbone.text_encoders) if cfg.adapter.trains_text else {}
+            if self.enhancement is not None:
+                extra["enhancement"] = self.enhancement
+            console.print(adapter_table(backbone.unet, extra))
+            if cfg.adapter.trains_text:
+                console.print("the text encoder trains: captions are encoded anew in every step, none is cached")
             console.print(f"{self.device}, {self.precision}, {attention} attention", highlight=False)
         self.module = LoraDae(backbone, cfg, self.enhancement, null, "adapter")
         self.loggers: list[Any] = []
@@ -227,12 +237,19 @@ class Training:
         return PairDataModule(
             self.splits["train"], self.splits["val"], self.splits["test"],
             cache_dir=Path(self.cfg.data.cache_dir) / "latents", encode_images=self._encode_images,
-            encode_text=self.backbone.encode_text,
+            encode_text=self._encode_text,
             vae=f"{self.backbone.folder.fingerprint('vae')}-{self.precision}",
-            text_encoder=f"{self.backbone.folder.fingerprint(*TEXT_PARTS)}-{self.backbone.text_chunks}",
+            text_encoder=f"{self.backbone.folder.fingerprint(*TEXT_PARTS)}-{self.backbone.text_chunks}"
+            + ("-tokens" if self.cfg.adapter.trains_text else ""),
             batch_size=batch_size, seed=self.cfg.seed, cache=self.cfg.data.cache,
             masks=self.cfg.objective.garment_weight != 1, stores=self.stores,
         )  # fmt: skip
+
+    def _encode_text(self, captions: list[str]) -> torch.Tensor:
+        """What a batch has of a caption: its embedding, or its tokens while the text encoders train."""
+        if self.cfg.adapter.trains_text:
+            return pack_tokens(self.backbone.tokenize(captions))
+        return self.backbone.encode_text(captions)
 
     def _encode_images(self, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """In the training precision: on a CPU with bfloat16 this halves the wait before the first step."""
@@ -245,7 +262,7 @@ class Training:
         if self.device.type != "cpu":  # everything is cached before the first step, so their memory is free for it
             if self.rank == 0:
                 self.data.prepare_data()
-            self.backbone.rest(self.device)
+            self.backbone.rest(self.device, text=not self.cfg.adapter.trains_text)
         if "enhancement" not in checkpoints:
             self._stage("adapter", self.steps, self.data, checkpoints.get("adapter"))
         if self.enhancement is not None:
@@ -269,8 +286,10 @@ class Training:
         loggers = self.loggers
         if stage == "enhancement":
             loggers = tracking.stage_loggers(loggers, self.run_dir, stage, self.steps)
-        trainer = _trainer(cfg, self.run_dir, self.precision, steps, extra, stage == "adapter", loggers)
+        trainer = build_trainer(cfg, self.run_dir, self.precision, steps, extra, stage == "adapter", loggers)
         self.module.unet.train(stage == "adapter")
+        if self.cfg.adapter.trains_text:
+            self.module.text_encoders.train(stage == "adapter")
         trainer.fit(self.module, datamodule=data, ckpt_path=checkpoint, weights_only=checkpoint is not None or None)
         if interrupt.interrupted:
             raise InterruptedRunError(
@@ -304,7 +323,8 @@ class Training:
         if self.cfg.adapter.full_finetune:
             save_merged(unet, folder / "unet")
         else:
-            save_adapter(unet, folder, {"backbone": self.cfg.backbone.name, "fingerprint": self.backbone.fingerprint})
+            facts = {"backbone": self.cfg.backbone.name, "fingerprint": self.backbone.fingerprint}
+            save_adapter(unet, folder, facts, self.backbone.text_encoders)
             if self.cfg.conditioning == "source":
                 save_source_input(unet, folder)
         if self.enhancement is not None:
@@ -334,60 +354,3 @@ class _WithoutSource:
 
 def _without_source(dataset: PairDataset) -> PairDataset:
     return _WithoutSource(dataset) if dataset.has_source else dataset
-
-
-def _trainer(
-    cfg: Config,
-    run_dir: Path,
-    precision: str,
-    steps: int,
-    extra: list[Any],
-    validate: bool,
-    loggers: Any = False,
-) -> lightning.Trainer:
-    """lightning.Trainer from ``trainer.*``, with what this project needs to be exact."""
-    options = {k: v for k, v in cfg.trainer.items() if k not in ("precision", "max_steps", "val_check_interval")}
-    every = min(int(cfg.trainer.get("val_check_interval") or steps), steps)
-    try:
-        return lightning.Trainer(
-            **{
-                **options,
-                "precision": precision,
-                "max_steps": steps,
-                "default_root_dir": run_dir,
-                "callbacks": extra,
-                "logger": loggers,
-                "enable_checkpointing": False,
-                "enable_model_summary": False,
-                "enable_progress_bar": bool(extra),
-                "use_distributed_sampler": False,
-                "num_sanity_val_steps": 0,
-                "check_val_every_n_epoch": None,
-                "val_check_interval": every,
-                # The enhancement's steps are few and long: each is logged.
-                "log_every_n_steps": options.get("log_every_n_steps", 50) if validate else 1,
-                "limit_val_batches": options.get("limit_val_batches", 1.0) if validate else 0,
-            }
-        )
-    except TypeError as error:
-        raise ConfigError(f"trainer.* does not fit lightning.Trainer: {error}.") from error
-
-
-def _quiet() -> None:
-    """Lightning's hints are for other set-ups; warnings that repeat what the console says are dropped."""
-    for name in (
-        "lightning.pytorch",
-        "lightning.fabric",
-        "lightning.pytorch.utilities.rank_zero",
-        "diffusers",
-    ):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for text in (
-        ".*does not have many workers.*",
-        ".*srun.*",
-        ".*LeafSpec.*",
-        ".*eval mode at the start.*",
-        ".*_pytree.*",
-        ".*weights_only.*",
-    ):
-        warnings.filterwarnings("ignore", text)

@@ -1,0 +1,69 @@
+"""lightning.Trainer with what this project needs to be exact, and without hints that are for other set-ups."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+
+from lora_dae.config import Config, ConfigError
+
+
+def build_trainer(
+    cfg: Config,
+    run_dir: Path,
+    precision: str,
+    steps: int,
+    extra: list[Any],
+    validate: bool,
+    loggers: Any = False,
+) -> lightning.Trainer:
+    """lightning.Trainer from ``trainer.*``, with what this project needs to be exact."""
+    options = {k: v for k, v in cfg.trainer.items() if k not in ("precision", "max_steps", "val_check_interval")}
+    every = min(int(cfg.trainer.get("val_check_interval") or steps), steps)
+    try:
+        return lightning.Trainer(
+            **{
+                **options,
+                "precision": precision,
+                "max_steps": steps,
+                "default_root_dir": run_dir,
+                "callbacks": extra,
+                "logger": loggers,
+                "enable_checkpointing": False,
+                "enable_model_summary": False,
+                "enable_progress_bar": bool(extra),
+                "use_distributed_sampler": False,
+                "num_sanity_val_steps": 0,
+                "check_val_every_n_epoch": None,
+                "val_check_interval": every,
+                # The enhancement's steps are few and long: each is logged.
+                "log_every_n_steps": options.get("log_every_n_steps", 50) if validate else 1,
+                "limit_val_batches": options.get("limit_val_batches", 1.0) if validate else 0,
+            }
+        )
+    except TypeError as error:
+        raise ConfigError(f"trainer.* does not fit lightning.Trainer: {error}.") from error
+
+
+def quiet() -> None:
+    """Lightning's hints are for other set-ups; warnings that repeat what the console says are dropped."""
+    for name in (
+        "lightning.pytorch",
+        "lightning.fabric",
+        "lightning.pytorch.utilities.rank_zero",
+        "diffusers",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for text in (
+        ".*does not have many workers.*",
+        ".*srun.*",
+        ".*LeafSpec.*",
+        ".*eval mode at the start.*",
+        ".*_pytree.*",
+        ".*weights_only.*",
+    ):
+        warnings.filterwarnings("ignore", text)
