@@ -43,7 +43,7 @@ class BackboneConfig:
     vae_path: str | None = None  # another VAE (SDXL's fp16-fix, TAESD); None = the backbone's own
     prediction_type: str = "auto"  # auto (as the backbone says) | epsilon | v_prediction
     zero_terminal_snr: bool | None = None  # None = as the backbone says
-    weights: str = "fp32"  # of the frozen UNet: fp32 | bf16 | fp16 | int8 (GPU, torchao); what trains stays fp32
+    weights: str = "fp32"  # of the frozen UNet: fp32 | bf16 | fp16; what trains stays fp32
     gradient_checkpointing: bool = False
     attention: str = "auto"  # auto (measured at start) | plain | sdpa
     text_chunks: int = 1  # captions of up to 75 tokens a chunk; above 1 plain pipelines need prompt_embeds
@@ -250,7 +250,7 @@ def check(cfg: Config) -> None:
     _one_of("tracking.logger", cfg.tracking.logger, LOGGERS)
     _one_of("evaluation.features", cfg.evaluation.features, ("effnet", "inception"))
     _one_of("backbone.prediction_type", cfg.backbone.prediction_type, ("auto", "epsilon", "v_prediction"))
-    _one_of("backbone.weights", cfg.backbone.weights, ("fp32", "bf16", "fp16", "int8"))
+    _one_of("backbone.weights", cfg.backbone.weights, ("fp32", "bf16", "fp16"))
     _one_of("export.dtype", cfg.export.dtype, ("fp32", "fp16", "bf16"))
     for group in cfg.adapter.targets:
         _one_of("adapter.targets", group, TARGET_GROUPS)
@@ -307,8 +307,6 @@ def check(cfg: Config) -> None:
     }.items():
         if not 0 <= share < 1:
             raise ConfigError(f"{name}={share} is not in [0, 1): give a share such as 0.1.")
-    if cfg.backbone.weights == "int8" and (cfg.adapter.full_finetune or cfg.adapter.use_dora):
-        raise ConfigError("backbone.weights=int8 is for plain LoRA: leave adapter=full and adapter.use_dora out.")
     if cfg.adapter.init_from is not None and cfg.adapter.full_finetune:
         raise ConfigError("adapter.init_from starts an adapter, but adapter.full_finetune=true trains none: drop one.")
     if cfg.enhancement.placement == "direction" and cfg.sampling.scheduler != "ddim":

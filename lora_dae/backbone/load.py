@@ -17,13 +17,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from lora_dae.backbone import pooled
 from lora_dae.backbone.layout import BackboneFolder, inspect_backbone
 from lora_dae.backbone.parts import load_part, load_scheduler, load_tokenizer
-from lora_dae.backbone.quantize import quantize
 from lora_dae.config import BackboneConfig, ConfigError
 
 ENCODE_BATCH_SIZE = 16
 ENCODE_PIXELS = 16 * 256 * 256  # at once: an SDXL VAE takes about 1.5 GB for a photo of 1024 x 1024
-# int8: what is not quantized
-WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
+WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -202,8 +200,6 @@ def load_backbone(cfg: BackboneConfig, device: str | torch.device = "cpu") -> Ba
     else:
         vae = load_part(AutoencoderKL, folder, "vae", device, fp32)
     unet = load_part(UNet2DConditionModel, folder, "unet", device, WEIGHTS[cfg.weights])
-    if cfg.weights == "int8":
-        quantize(unet)
     pooled.hook_into(unet, folder.vae_scale_factor)
     if cfg.gradient_checkpointing:
         unet.enable_gradient_checkpointing()  # not reentrant: LoRA's inputs need no gradient of their own

@@ -64,10 +64,7 @@ def load_run(run_dir: Path, device: str | torch.device = "cpu", weights: str | N
     ``weights`` (fp32, bf16 or fp16) instead of the run's own ``backbone.weights``.
     """
     cfg = read_config(run_dir)
-    if weights is None and cfg.backbone.weights == "int8" and torch.device(device).type == "cpu":
-        weights = "bf16"  # quantized for the memory of a GPU
-    cfg = replace(cfg, backbone=replace(cfg.backbone, weights=weights or cfg.backbone.weights))
-    backbone = load_backbone(cfg.backbone, device)
+    backbone = load_backbone(replace(cfg.backbone, weights=weights or cfg.backbone.weights), device)
     adapter = run_dir / "adapter"
     if (adapter / "unet").is_dir():
         unet = UNet2DConditionModel.from_pretrained(adapter / "unet", torch_dtype=torch.float32, use_safetensors=True)

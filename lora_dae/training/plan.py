@@ -94,9 +94,6 @@ def make_plan(cfg: Config) -> Plan:
             materialize(encoder, torch.float32)
         _step(unet, live, cfg, shapes, latents)
     step_peak = memory.peak
-    if cfg.backbone.weights == "int8":  # counted as bfloat16: a byte less for each weight of a frozen linear layer
-        frozen = [m.weight for m in unet.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
-        step_peak -= sum(weight.numel() for weight in frozen)
     sample = 2 * latents[1] * latents[2] * latents[3]
     arrays = (1 if shapes.vae["_class_name"] == "AutoencoderTiny" else 2) + int(has_source)
     text = 2 * shapes.text_length * int(shapes.unet["cross_attention_dim"])

@@ -21,8 +21,7 @@ from lora_dae.adapter.table import adapter_table
 from lora_dae.adapter.text import inject_text
 from lora_dae.backbone.layout import inspect_backbone
 from lora_dae.backbone.load import Backbone, load_backbone
-from lora_dae.backbone.precision import best_device, choose_precision
-from lora_dae.backbone.quantize import check_int8
+from lora_dae.backbone.precision import choose_precision
 from lora_dae.backbone.tokens import pack_tokens
 from lora_dae.config import Config, ConfigError, check, from_dict, to_dict
 from lora_dae.data.buckets import parse_buckets
@@ -81,7 +80,6 @@ def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Tr
     folder = inspect_backbone(cfg.backbone, cfg.data.resolution)
     for bucket in parse_buckets(cfg.data.buckets, cfg.data.resolution, cfg.data.bucket_step):
         folder.check_bucket(bucket)
-    check_int8(cfg.backbone.weights, best_device())
     if cfg.adapter.init_from is not None:
         check_file(cfg.adapter.init_from)
     tracking.check_tracking(cfg.tracking)
