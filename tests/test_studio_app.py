@@ -133,13 +133,13 @@ def test_serves_this_machine_alone_unless_told_otherwise(finished: Path, monkeyp
 @pytest.fixture(scope="module")
 def address(preview: Preview, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     pytest.importorskip("gradio", reason="gradio (extra app) is not installed: the page was NOT tested")
-    from lora_dae.studio_app.page import build_page
+    from lora_dae.studio_app.page import build_page, serve_page
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     page = build_page(preview)
-    page.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    serve_page(page, "127.0.0.1", port, wait=False)
     yield f"http://127.0.0.1:{port}"
     page.close()
 

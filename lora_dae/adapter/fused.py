@@ -129,12 +129,12 @@ class FusedConv2d(Conv2d):
     kept: dict[Any, tuple[Tensor, Tensor | None]] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        name, base = _plain_adapter(self, bool(args or kwargs)), self.base_layer
+        assert isinstance(base, nn.Conv2d)
         kept = _kept_weight(self, x, bool(args or kwargs))
         if kept is not None:
             with torch.autocast(x.device.type, enabled=False):
-                return F.conv2d(x.to(kept[0].dtype), *kept, self.base_layer.stride, self.base_layer.padding)
-        name, base = _plain_adapter(self, bool(args or kwargs)), self.base_layer
-        assert isinstance(base, nn.Conv2d)
+                return F.conv2d(x.to(kept[0].dtype), kept[0], kept[1], base.stride, base.padding)
         positions = x.shape[0] * x.shape[2] * x.shape[3] // (base.stride[0] * base.stride[1])
         if name is None or not merging_pays(positions, base.weight[0].numel(), base.out_channels):
             return super().forward(x, *args, **kwargs)

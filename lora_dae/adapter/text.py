@@ -97,7 +97,7 @@ def load_text(encoder: Any, weights: Mapping[str, Tensor], configuration: Mappin
     """Put weights named as in files (without component) into a plain encoder; everything is frozen afterwards."""
     inject_adapter_in_model(LoraConfig(**configuration), encoder, ADAPTER_NAME)
     own = {own_name(encoder, key): value for key, value in weights.items()}
-    result = set_peft_model_state_dict(encoder, own, ADAPTER_NAME)
+    result: Any = set_peft_model_state_dict(encoder, own, ADAPTER_NAME)
     assert not result.unexpected_keys, result.unexpected_keys  # checked by the caller
     fuse(encoder)
     encoder.requires_grad_(False)

@@ -37,20 +37,17 @@ def serve(request: PreviewRequest) -> None:
     """Serve until interrupted. Raises ConfigError without the extra, for a folder that is no run, for a taken port."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
     try:
-        import gradio
+        import gradio  # noqa: F401
     except ImportError as error:
         raise ConfigError("the preview page needs Gradio: pip install 'lora-dae[app]'.") from error
-    from lora_dae.studio_app.page import build_page
+    from lora_dae.studio_app.page import build_page, serve_page
     from lora_dae.studio_app.preview import Preview, newest_run
 
     run = newest_run(Path("runs")) if request.run is None else Path(request.run)
     preview = Preview.load(run)
     print(f"showing {preview.title} on http://{request.host}:{request.port} (Ctrl-C stops)", flush=True)
     try:
-        build_page(preview).launch(
-            server_name=request.host, server_port=request.port, share=False, quiet=True, footer_links=[],
-            theme=gradio.themes.Soft(font="system-ui", font_mono="monospace"), ssr_mode=False,
-        )  # fmt: skip
+        serve_page(build_page(preview), request.host, request.port)
     except OSError as error:
         raise ConfigError(
             f"port={request.port} of {request.host} cannot be served ({error}): choose another."

@@ -15,10 +15,12 @@ from lora_dae.sampling.sheet import image_grid
 from lora_dae.studio_app.preview import MAX_PROMPT, MAX_STEPS, MAX_STRENGTH, Preview
 
 KEPT = 24  # drawings in the gallery
+# Small pictures fill their frames, below their labels.
+_CSS = "#plain img, #chosen img, #real img { width: 100%; height: 100%; object-fit: contain; padding-top: 1.8rem; }"
 
 
 def build_page(preview: Preview) -> gr.Blocks:
-    """The Blocks of one preview; ``launch`` serves them."""
+    """The Blocks of one preview; ``serve_page`` serves them."""
     cfg = preview.run.cfg
     sampling = cfg.sampling
     sheets = tempfile.TemporaryDirectory(prefix="lora_dae_preview_")  # goes with the process
@@ -35,27 +37,31 @@ def build_page(preview: Preview) -> gr.Blocks:
                 )  # fmt: skip
                 strength = gr.Slider(
                     0, MAX_STRENGTH, cfg.enhancement.strength if preview.has_strength else 0, step=0.05,
-                    label="Strength of the enhancement" if preview.has_strength else "Strength (no enhancement here)",
+                    label="Strength" if preview.has_strength else "Strength (no enhancement here)",
                     interactive=preview.has_strength, elem_id="strength",
                 )  # fmt: skip
                 seed = gr.Number(sampling.seed, precision=0, minimum=0, maximum=2**31, label="Seed", elem_id="seed")
                 steps = gr.Slider(1, MAX_STEPS, sampling.num_inference_steps, step=1, label="Steps", elem_id="steps")
-                guidance = gr.Slider(0, 15, sampling.guidance_scale, step=0.1, label="Guidance by the prompt")
+                guidance = gr.Slider(0, 15, sampling.guidance_scale, step=0.1, label="Guidance: prompt")
                 by_source = gr.Slider(
-                    0, 15, sampling.source_guidance_scale, step=0.1, label="Guidance by the source",
+                    0, 15, sampling.source_guidance_scale, step=0.1, label="Guidance: source",
                     visible=preview.has_source,
                 )  # fmt: skip
                 button = gr.Button("Draw", variant="primary", elem_id="draw")
             with gr.Column(scale=3):
                 with gr.Row():
-                    shown = {"interactive": False, "format": "png", "buttons": ["download", "fullscreen"]}
-                    plain = gr.Image(label="Strength 0", elem_id="plain", **shown)
-                    chosen = gr.Image(label="Chosen strength", elem_id="chosen", **shown)
-                    real = gr.Image(label="Real photo (of the example)", elem_id="real", **shown)
+                    labels = {"plain": "Strength 0", "chosen": "Chosen strength", "real": "Real photo"}
+                    plain, chosen, real = (
+                        gr.Image(
+                            label=label, elem_id=name, interactive=False, format="png", height=340,
+                            buttons=["download", "fullscreen"],
+                        )
+                        for name, label in labels.items()
+                    )  # fmt: skip
                 download = gr.DownloadButton("Download side by side", interactive=False, elem_id="download")
                 gallery = gr.Gallery(
                     label="Drawn so far, newest first", columns=6, format="png", interactive=False, elem_id="gallery",
-                    buttons=["download", "fullscreen"],
+                    buttons=["download", "fullscreen"], fit_columns=False, object_fit="contain", height=300,
                 )  # fmt: skip
         history = gr.State([])
 
@@ -90,6 +96,17 @@ def build_page(preview: Preview) -> gr.Blocks:
         outputs = [plain, chosen, download, gallery, history]
         gr.on([button.click, prompt.submit], draw, inputs, outputs, concurrency_limit=1, concurrency_id="draw")
     return page
+
+
+def serve_page(page: gr.Blocks, host: str, port: int, wait: bool = True) -> None:
+    """Serve ``page``, and nothing beyond it: no link through others' servers, no fonts from elsewhere, no API page.
+
+    Without ``wait`` it returns while the page is served. Raises OSError if the port is taken.
+    """
+    page.launch(
+        server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=not wait, ssr_mode=False,
+        footer_links=[], css=_CSS, theme=gr.themes.Soft(font="system-ui", font_mono="monospace"),
+    )  # fmt: skip
 
 
 def _sheet(pictures: list[np.ndarray | None], labels: list[str], caption: str) -> Image.Image:
