@@ -31,7 +31,8 @@ METHODS: dict[str, dict[str, float]] = {
     "wavelet": {"low": 0.02, "high": 0.02},  # gains of our own: the paper tunes them per model
     "unsharp": {"amount": 0.5, "radius": 1.0},
 }
-TARGET_GROUPS = ("cross_attention", "self_attention", "feed_forward", "conv", "conv_in", "conv_out")
+UNET_GROUPS = ("cross_attention", "self_attention", "feed_forward", "conv", "conv_in", "conv_out")
+TARGET_GROUPS = (*UNET_GROUPS, "text_encoder")
 SOURCES = (
     "studio", "folder", "fashion_mannequin", "viton_hd", "dress_code", "deepfashion_multimodal", "fashion_product",
     "fashion_gen", "hf", "webdataset", "shards",
@@ -109,7 +110,7 @@ class AdapterConfig:
 
     kind: str = "lora"  # lora | loha | lokr | textual_inversion: the others to compare with
     words: int = 4  # textual_inversion: vectors in front of every caption
-    targets: list[str] = field(default_factory=lambda: ["cross_attention", "conv"])
+    targets: list[str] = field(default_factory=lambda: ["cross_attention", "conv"])  # of TARGET_GROUPS
     rank: int = 16
     alpha: float | None = None  # None = rank (scale 1)
     conv_rank: int | None = None  # None = rank
@@ -122,6 +123,11 @@ class AdapterConfig:
     init_from: str | None = None  # start from this LoRA file (kohya's or diffusers' layout)
     allow_partial: bool = False  # leave out layers of init_from that do not train here
     full_finetune: bool = False  # train every UNet weight instead of an adapter (a baseline)
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether the text encoders train, so that captions are encoded in every step."""
+        return "text_encoder" in self.targets
 
 
 @dataclass
@@ -281,6 +287,11 @@ def check(cfg: Config) -> None:
     _one_of("export.dtype", cfg.export.dtype, ("fp32", "fp16", "bf16"))
     for group in cfg.adapter.targets:
         _one_of("adapter.targets", group, TARGET_GROUPS)
+    if cfg.adapter.trains_text and (cfg.adapter.full_finetune or cfg.adapter.targets == ["text_encoder"]):
+        raise ConfigError(
+            "adapter.targets has text_encoder without LoRA in the UNet: add a group of the UNet such as "
+            "cross_attention, or leave text_encoder out."
+        )
     if cfg.data.name == "studio":
         _one_of("data.difficulty", cfg.data.difficulty, DIFFICULTIES)
     elif cfg.data.root is None:

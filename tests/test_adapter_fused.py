@@ -11,7 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from lora_dae.adapter import fused
-from lora_dae.adapter.fused import FusedConv2d, FusedLinear, fuse, merging_pays
+from lora_dae.adapter.fused import FusedConv2d, FusedLinear, fuse, merged_once, merging_pays
 from lora_dae.adapter.inject import inject, trainable_parameters
 from lora_dae.config import AdapterConfig
 
@@ -147,6 +147,62 @@ def test_a_whole_unet_predicts_the_same_with_either_kernel(family: str, options:
         names.append(list(trainable_parameters(unet)))
     assert names[0] == names[1]
     torch.testing.assert_close(predictions[1], predictions[0], rtol=1e-4, atol=1e-5)
+
+
+OPTIONS = [{}, {"use_dora": True}, {"use_rslora": True}, {"dropout": 0.5}]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_merged_once_predicts_the_same_and_leaves_no_trace(options: dict, family: str) -> None:
+    """Largest difference 1e-5 of the largest value while merged; afterwards every bit as before."""
+    unet = tiny_unet(family)
+    inject(unet, AdapterConfig(rank=2, alpha=3, **options))
+    randomize(unet)
+    unet.eval()
+    before, weights = predict(unet, family=family), copy.deepcopy(unet.state_dict())
+    with merged_once(unet):
+        merged = predict(unet, family=family)
+        again = predict(unet, family=family)
+    assert torch.equal(merged, again)
+    torch.testing.assert_close(merged, before, rtol=0, atol=1e-5 * float(before.abs().max()))
+    assert torch.equal(predict(unet, family=family), before)
+    assert all(torch.equal(value, weights[key]) for key, value in unet.state_dict().items())
+
+
+def test_merged_once_merges_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And merges anew in the next block, as the adapter has trained on by then."""
+    merges = []
+    original = fused._merge
+    monkeypatch.setattr(fused, "_merge", lambda *a: merges.append(1) or original(*a))
+    _, ours = pair(nn.Linear(6, 10), torch.float32)
+    x = torch.randn(40, 6)
+    ours.eval()
+    with torch.no_grad(), merged_once(ours):
+        first = [ours(x) for _ in range(3)]
+        with merged_once(ours):
+            first.append(ours(x))
+    assert len(merges) == 1 and all(torch.equal(y, first[0]) for y in first)
+    ours.layer.lora_B["default"].weight.data += 1
+    with torch.no_grad(), merged_once(ours):
+        assert not torch.allclose(ours(x), first[0])
+    assert len(merges) == 2
+
+
+def test_merged_once_lets_gradients_and_other_scales_through() -> None:
+    _, ours = pair(nn.Linear(6, 10), torch.float32)
+    x = torch.randn(40, 6)
+    ours.eval()
+    with merged_once(ours):
+        ours(x).sum().backward()
+        assert ours.layer.lora_A["default"].weight.grad is not None
+        with torch.no_grad():
+            whole = ours(x)
+            ours.layer.scale_layer(0.5)
+            half = ours(x)
+            ours.layer.unscale_layer()
+            base = ours.layer.base_layer(x)
+    torch.testing.assert_close(half - base, (whole - base) / 2)
 
 
 def test_a_disabled_adapter_leaves_the_backbone() -> None:

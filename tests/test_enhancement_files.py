@@ -31,7 +31,7 @@ def test_missing_foreign_and_broken_files_are_refused(saved, tmp_path):
         load_enhancement(tmp_path / "nowhere.safetensors")
     garbage = tmp_path / "garbage.safetensors"
     garbage.write_bytes(b"not safetensors at all")
-    with pytest.raises(ConfigError, match="not a safetensors file"):
+    with pytest.raises(ConfigError, match="not a readable safetensors file"):
         load_enhancement(garbage)
     adapter = tmp_path / "adapter.safetensors"
     save_file({"lora_A": torch.zeros(1)}, adapter)

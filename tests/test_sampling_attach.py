@@ -109,6 +109,19 @@ def test_detach_is_bit_exact(name: str, cls: Any, runs: dict[str, Path]) -> None
     assert lora_dae.detach(pipe) is pipe  # nothing more to undo
 
 
+@pytest.mark.parametrize(("name", "cls"), [("sd15", StableDiffusionPipeline), ("sdxl", StableDiffusionXLPipeline)])
+def test_merged_draws_the_same_and_detaches_exactly(name: str, cls: Any, runs: dict[str, Path]) -> None:
+    """Largest difference of pixels 1e-3 (of 1)."""
+    pipe = pipeline(cls, base_of(runs, name))
+    before = draw(pipe)
+    lora_dae.attach(pipe, runs[name] / "adapter", strength=0.6)
+    expected = draw(pipe)
+    lora_dae.attach(lora_dae.detach(pipe), runs[name] / "adapter", strength=0.6, merged=True)
+    np.testing.assert_allclose(draw(pipe), expected, rtol=0, atol=1e-3)
+    assert np.array_equal(draw(pipe), draw(pipe))
+    assert np.array_equal(draw(lora_dae.detach(pipe)), before)
+
+
 def test_strength_per_call_and_swapped_schedulers(runs: dict[str, Path]) -> None:
     pipe = pipeline(StableDiffusionPipeline, base_of(runs, "sd15"))
     lora_dae.attach(pipe, runs["sd15"] / "adapter", strength=0.6)

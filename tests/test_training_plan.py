@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from adapter_models import tiny_unet
 from compose import config
+from conftest import write_photos
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_dae.adapter.inject import inject, trainable_parameters
-from lora_dae.config import AdapterConfig, Config
+from lora_dae.cli import typed
+from lora_dae.config import AdapterConfig, Config, conf_dir, register
 from lora_dae.training import plan as planning
 from lora_dae.training import run as training
 from lora_dae.training.memory import PeakMemory, materialize
@@ -80,6 +86,72 @@ def test_what_saves_memory_is_seen_to(tiny_backbone: Path, tmp_path: Path) -> No
     assert numbers(tiny_backbone, tmp_path, "data.batch_size=2").step_peak < usual
     mixed = ("backbone.weights=bf16", "trainer.precision=bf16-mixed")
     assert numbers(tiny_backbone, tmp_path, *mixed).step_peak < usual
+
+
+def test_text_encoder_that_trains(tiny_backbone: Path, tmp_path: Path) -> None:
+    """Its adapter is counted by r (in + out), its memory is the step's, and only tokens are cached."""
+    plain = numbers(tiny_backbone, tmp_path)
+    both = numbers(tiny_backbone, tmp_path, "adapter.targets=[cross_attention,conv,text_encoder]", "adapter.rank=16")
+    assert both.trainable - plain.trainable == 2 * 16 * (4 * 2 * 32 + 2 * (32 + 64))  # two layers of width 32
+    encoder = load_file(tiny_backbone / "text_encoder" / "model.safetensors")
+    size = sum(4 * tensor.numel() for tensor in encoder.values())
+    assert both.step_peak - plain.step_peak > size and plain.resting - both.resting == size
+    assert plain.cache - both.cache == 24 * 2 * (16 * 32 - 16 * 2)
+    assert "text_encoder" in both.table and "text_encoder" not in plain.table
+
+
+def test_largest_named_bucket_counts(tiny_backbone: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    write_photos(folder, 8)
+    photos = ("data=folder", f"data.root={folder}", "conditioning=none", "data.val_fraction=0.25",
+              "data.test_fraction=0.25", "data.resolution=64")  # fmt: skip
+    square = numbers(tiny_backbone, tmp_path, *photos).step_peak
+    assert numbers(tiny_backbone, tmp_path, *photos, "data.buckets=[auto]").step_peak == square
+    assert numbers(tiny_backbone, tmp_path, *photos, "data.buckets=[64x64,64x96]").step_peak > square
+
+
+EXPERIMENTS = ("sd15_rank16", "sd15_rank16_paired", "sd21_rank16", "sdxl_rank16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_memory_in_the_experiments_first_lines(experiment: str, tmp_path: Path) -> None:
+    """What their comment promises is what the plan counts, and it fits a card of 24 GB."""
+    written = export_pairs(tmp_path / "pairs")
+    overrides = (
+        f"experiment={experiment}",
+        f"data.root={written}",
+        "data.val_fraction=0.25",
+        "data.test_fraction=0.25",
+    )
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = typed(compose("train", [f"run_dir={tmp_path}", f"data.cache_dir={tmp_path / 'cache'}", *overrides]))
+    plan = planning.make_plan(cfg)
+    head = (conf_dir() / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8")
+    promised = re.search(r"one step holds ([\d.]+) GB", head)
+    assert promised is not None and plan.step_peak / 1e9 == pytest.approx(float(promised[1]), abs=0.06)
+    assert plan.step_peak < 20e9
+    assert ("source_input" in plan.table) == experiment.endswith("paired")
+
+
+def export_pairs(root: Path) -> Path:
+    """A folder of photos with a source column."""
+    write_photos(root, 8)
+    lines = [json.loads(line) for line in (root / "metadata.jsonl").read_text().splitlines()]
+    rows = [json.dumps({**line, "source": line["file_name"]}) for line in lines]
+    (root / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def test_paired_plan_has_the_source_input(tiny_backbone: Path, tmp_path: Path) -> None:
+    """Its channels train and are counted, as many as conv_in has weights."""
+    photos = ("data=folder", f"data.root={export_pairs(tmp_path / 'pairs')}", "data.val_fraction=0.25",
+              "data.test_fraction=0.25")  # fmt: skip
+    alone, paired = (numbers(tiny_backbone, tmp_path, *photos, f"conditioning={c}") for c in ("none", "source"))
+    assert paired.trainable - alone.trainable == 16 * 8 * 3 * 3
+    assert paired.step_peak > alone.step_peak and paired.cache > alone.cache
+    assert "source_input" in paired.table
 
 
 def test_loads_no_weight_and_writes_no_run(

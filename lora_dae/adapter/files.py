@@ -1,30 +1,34 @@
 """Adapter files: save, load, merge.
 
-The file is PEFT's raw state dict (``unet.<layer>.lora_A.weight``) with the adapter's configuration in the
-safetensors header, which plain ``pipe.load_lora_weights(folder)`` of diffusers reads. Two roads that look
-shorter lose weights silently: ``convert_state_dict_to_diffusers`` renames attention layers only, after which
-the loader (it looks at the first key alone) drops either them or the convolutions; and without the header
-alpha falls back to the rank.
+The file is PEFT's raw state dict (``unet.<layer>.lora_A.weight``, ``text_encoder.text_model.<layer>.lora_A.weight``)
+with the adapter's configuration in the safetensors header, which plain ``pipe.load_lora_weights(folder)`` of diffusers
+reads. Two roads that look shorter lose weights silently: ``convert_state_dict_to_diffusers`` renames attention layers
+only, after which the loader (it looks at the first key alone) drops either them or the convolutions; and without the
+header alpha falls back to the rank.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from lora_dae.adapter.atomic import load_tensors, save_tensors
+from lora_dae.adapter.atomic import atomic, load_tensors, save_tensors
 from lora_dae.adapter.fused import fuse
 from lora_dae.adapter.inject import ADAPTER_NAME, is_injected
+from lora_dae.adapter.peft_layout import read_configuration
 from lora_dae.adapter.source_input import SourceInput, detach_source_input
 from lora_dae.adapter.targets import base_layer
+from lora_dae.adapter.text import COMPONENTS, load_text, merge_text, own_name, text_state
 from lora_dae.backbone.family import family_of_width
 from lora_dae.config import ConfigError
 
@@ -32,45 +36,59 @@ FILE_NAME = LORA_WEIGHT_NAME_SAFE  # pytorch_lora_weights.safetensors: what diff
 _PREFIX = "unet."
 
 
-def save_adapter(unet: UNet2DConditionModel, path: str | Path, metadata: dict[str, str] | None = None) -> Path:
+def save_adapter(
+    unet: UNet2DConditionModel,
+    path: str | Path,
+    metadata: dict[str, str] | None = None,
+    encoders: Mapping[str, nn.Module] | None = None,
+) -> Path:
     """Write the LoRA weights to ``path`` (or FILE_NAME in it, if it is a folder); returns the file.
 
-    ``metadata`` goes into the header beside the adapter's configuration. Raises ConfigError if there is no
-    adapter.
+    Those of the UNet, and of such text ``encoders`` (by component) as carry an adapter. ``metadata`` goes into the
+    header beside the adapter's configuration. Raises ConfigError if the UNet has no adapter.
     """
     if not is_injected(unet):
         raise ConfigError("The UNet carries no adapter to save; a fully fine-tuned UNet is saved by save_merged.")
     state = get_peft_model_state_dict(unet, adapter_name=ADAPTER_NAME)
+    text, text_configuration = text_state(encoders or {})
     header = {
         **(metadata or {}),
         "format": "pt",
-        LORA_ADAPTER_METADATA_KEY: json.dumps(_configuration(unet, state), sort_keys=True),
+        LORA_ADAPTER_METADATA_KEY: json.dumps({**_configuration(unet, state), **text_configuration}, sort_keys=True),
     }
-    return save_tensors({_PREFIX + key: value for key, value in state.items()}, _file(path), header)
+    return save_tensors({**{_PREFIX + key: value for key, value in state.items()}, **text}, _file(path), header)
 
 
-def load_adapter(unet: UNet2DConditionModel, path: str | Path) -> dict[str, str]:
-    """Load a file of save_adapter (or a folder with one) into a plain UNet; returns its metadata.
+def load_adapter(
+    unet: UNet2DConditionModel, path: str | Path, encoders: Mapping[str, nn.Module] | None = None
+) -> dict[str, str]:
+    """Load a file of save_adapter (or a folder with one) into plain models; returns its metadata.
 
     Everything is frozen afterwards. Raises ConfigError if the file is missing, is no LoRA file of this
-    layout, or belongs to another backbone.
+    layout, has weights of a text encoder that is not among ``encoders``, or belongs to another backbone.
     """
     file = _file(path)
     if is_injected(unet):
         raise ConfigError(f"The UNet already carries an adapter; load {file} into a fresh backbone.")
     weights, header = _read(file)
-    _check(unet, file, weights)
-    configuration = json.loads(header[LORA_ADAPTER_METADATA_KEY])
+    encoders = encoders or {}
+    _check(unet, file, weights, encoders)
+    configuration = read_configuration(header, str(file))
+    _check_configuration(configuration, file)
     unet.load_lora_adapter(weights, prefix="unet", adapter_name=ADAPTER_NAME, metadata=configuration)
     fuse(unet)
     unet.requires_grad_(False)
+    for component, encoder in encoders.items():
+        own = _part(weights, component)
+        if own:
+            load_text(encoder, own, _part(configuration, component))
     return {key: value for key, value in header.items() if key not in ("format", LORA_ADAPTER_METADATA_KEY)}
 
 
-def check_adapter(unet: UNet2DConditionModel, path: str | Path) -> None:
-    """Raises ConfigError unless every weight of the file fits a layer of the UNet; loads nothing into it."""
+def check_adapter(unet: UNet2DConditionModel, path: str | Path, encoders: Mapping[str, nn.Module]) -> None:
+    """Raises ConfigError unless every weight of the file fits a layer of the models; loads nothing into them."""
     file = _file(path)
-    _check(unet, file, _read(file)[0])
+    _check(unet, file, _read(file)[0], encoders)
 
 
 def merged_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -84,8 +102,10 @@ def merged_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return merged
 
 
-def merge_in_place(unet: UNet2DConditionModel) -> None:
-    """What merged_unet does, without a second copy in memory."""
+def merge_in_place(unet: UNet2DConditionModel, encoders: Mapping[str, nn.Module] | None = None) -> None:
+    """What merged_unet does, without a second copy in memory; text ``encoders`` are merged alike."""
+    for encoder in (encoders or {}).values():
+        merge_text(encoder)
     source_input = detach_source_input(unet)
     if is_injected(unet):
         unet.fuse_lora(safe_fusing=True)
@@ -96,8 +116,10 @@ def merge_in_place(unet: UNet2DConditionModel) -> None:
 
 
 def save_merged(unet: UNet2DConditionModel, folder: str | Path) -> Path:
-    """Write merged_unet(unet) as a UNet folder of plain diffusers; saves a full fine-tuning too."""
-    merged_unet(unet).save_pretrained(folder)
+    """Write merged_unet(unet) as a UNet folder of plain diffusers, atomically; saves a full fine-tuning too."""
+    merged = merged_unet(unet)
+    with atomic(folder) as partial:
+        merged.save_pretrained(partial)
     return Path(folder)
 
 
@@ -124,7 +146,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     weights, header = load_tensors(file, f"give a run's {FILE_NAME}")
     if not any("lora" in key for key in weights):
         raise ConfigError(f"{file} holds no LoRA weights; give a run's {FILE_NAME}.")
-    is_raw = all(key.startswith(_PREFIX) and ".lora_" in key for key in weights)
+    is_raw = all(key.split(".")[0] in ("unet", *COMPONENTS) and ".lora_" in key for key in weights)
     if not is_raw or LORA_ADAPTER_METADATA_KEY not in header:
         raise ConfigError(
             f"{file} is a LoRA file of another layout; this project reads its own, others load with "
@@ -133,17 +155,25 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return weights, header
 
 
-def _check(unet: UNet2DConditionModel, file: Path, weights: dict[str, Tensor]) -> None:
-    """Every weight must fit its layer: diffusers would only warn, and then draw without it."""
-    layers = dict(unet.named_modules())
+def _check(
+    unet: UNet2DConditionModel, file: Path, weights: dict[str, Tensor], encoders: Mapping[str, nn.Module]
+) -> None:
+    """Every weight must be finite and fit its layer: diffusers would only warn, and then draw without it."""
+    modules = {component: dict(model.named_modules()) for component, model in {"unet": unet, **encoders}.items()}
     for key, tensor in weights.items():
-        name = _layer_of(key.removeprefix(_PREFIX))
-        if name not in layers:
+        component, _, rest = key.partition(".")
+        name = _layer_of(rest)
+        if component in encoders:
+            name = own_name(encoders[component], name)
+        if name not in modules.get(component, {}):
+            where = name if component == "unet" else f"{name} of the {component}"
             raise ConfigError(
-                f"The adapter in {file} adapts {name}, which this backbone does not have; load the backbone "
+                f"The adapter in {file} adapts {where}, which this backbone does not have; load the backbone "
                 "that it was trained on."
             )
-        weight = base_layer(layers[name]).weight
+        if not bool(tensor.isfinite().all()):
+            raise ConfigError(f"The adapter in {file} is not finite at {name}: it is damaged, or training diverged.")
+        weight = base_layer(modules[component][name]).weight
         assert isinstance(weight, Tensor)
         fits = True
         if ".lora_A." in key:
@@ -160,6 +190,21 @@ def _check(unet: UNet2DConditionModel, file: Path, weights: dict[str, Tensor]) -
                 f"The adapter in {file} does not fit {name} of this backbone (weight {tuple(weight.shape)}, "
                 f"adapter {tuple(tensor.shape)}); load the backbone that it was trained on."
             )
+
+
+def _check_configuration(configuration: Mapping[str, Any], file: Path) -> None:
+    for component in ("unet", *COMPONENTS):
+        own = _part(configuration, component)
+        try:
+            LoraConfig(**own)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"the header of {file} does not describe a LoRA ({error}): get it anew.") from error
+
+
+def _part(values: Mapping[str, Any], component: str) -> dict[str, Any]:
+    """What belongs to one component, without its prefix."""
+    prefix = f"{component}."
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
 
 
 def _layer_of(key: str) -> str:

@@ -9,10 +9,15 @@ layers; the same for convolutions):
 
 Parameters, names and files stay PEFT's. Layers with few positions (a time embedding) keep PEFT's order, which
 is the cheaper one there; so does every case that PEFT treats apart (dropout, DoRA, several adapters, merged).
+
+While a model only samples, ``merged_once`` keeps each W + s B A (or DoRA's rescaled one) from its first call on. The
+frozen weights are not touched, so leaving it is exact.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +39,44 @@ def fuse(model: nn.Module) -> int:
             continue
         count += 1
     return count
+
+
+@contextmanager
+def merged_once(model: nn.Module) -> Iterator[None]:
+    """A block in which the adapter does not change and no gradient is needed: fused layers merge once, not every call.
+
+    Costs one more copy of the adapted weights in the precision of the calls. May be nested.
+    """
+    layers = [m for m in model.modules() if isinstance(m, FusedLinear | FusedConv2d) and m.kept is None]
+    for layer in layers:
+        layer.kept = {}
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.kept = None
+
+
+def _kept_weight(layer: Any, x: Tensor, extra: bool) -> tuple[Tensor, Tensor | None] | None:
+    """(whole weight, bias) for an input like ``x``, kept since an earlier call; None outside of merged_once."""
+    if layer.kept is None or extra or torch.is_grad_enabled() or layer.disable_adapters or layer.merged:
+        return None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or layer.lora_bias[active[0]] or layer.training:
+        return None
+    name, dtype = active[0], _compute_dtype(x)
+    key = (name, layer.scaling[name], dtype, x.device)
+    if key not in layer.kept:
+        base, bias = layer.base_layer, layer.base_layer.bias
+        with torch.autocast(x.device.type, enabled=False):
+            if name in layer.lora_variant:  # DoRA
+                whole = layer.lora_variant[name].merge_safe(layer, name, base.weight.detach()).to(dtype)
+                layer._caches.clear()  # what PEFT would need to undo it
+            else:
+                a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+                whole = _merge(base.weight, a, b, layer.scaling[name], dtype)
+        layer.kept[key] = whole, None if bias is None else bias.to(dtype)
+    return layer.kept[key]
 
 
 def _is_plain(conv: nn.Module) -> bool:
@@ -65,7 +108,13 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 class FusedLinear(Linear):
     """PEFT's LoRA Linear in one product."""
 
+    kept: dict[Any, tuple[Tensor, Tensor | None]] | None = None  # see merged_once
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kept = _kept_weight(self, x, bool(args or kwargs))
+        if kept is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                return F.linear(x.to(kept[0].dtype), *kept)
         name, base = _plain_adapter(self, bool(args or kwargs)), self.base_layer
         assert isinstance(base, nn.Linear)
         if name is None or not merging_pays(x.numel() // x.shape[-1], base.in_features, base.out_features):
@@ -77,9 +126,15 @@ class FusedLinear(Linear):
 class FusedConv2d(Conv2d):
     """PEFT's LoRA Conv2d (A has the kernel, stride and padding, B is 1x1) in one convolution."""
 
+    kept: dict[Any, tuple[Tensor, Tensor | None]] | None = None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name, base = _plain_adapter(self, bool(args or kwargs)), self.base_layer
         assert isinstance(base, nn.Conv2d)
+        kept = _kept_weight(self, x, bool(args or kwargs))
+        if kept is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                return F.conv2d(x.to(kept[0].dtype), kept[0], kept[1], base.stride, base.padding)
         positions = x.shape[0] * x.shape[2] * x.shape[3] // (base.stride[0] * base.stride[1])
         if name is None or not merging_pays(positions, base.weight[0].numel(), base.out_channels):
             return super().forward(x, *args, **kwargs)

@@ -17,6 +17,7 @@ from lora_dae.adapter.inject import ADAPTER_NAME
 from lora_dae.adapter.kohya import from_kohya, known_names
 from lora_dae.adapter.peft_layout import from_peft, is_peft
 from lora_dae.adapter.targets import base_layer, group_layers
+from lora_dae.adapter.text import own_name
 from lora_dae.adapter.weights import LoraWeights, check_finite
 from lora_dae.backbone.family import family_of_width, unet_family
 from lora_dae.config import TARGET_GROUPS, ConfigError
@@ -35,11 +36,13 @@ def check_file(path: str | Path) -> Path:
     return file
 
 
-def read_lora(path: str | Path, unet: UNet2DConditionModel) -> dict[str, LoraWeights]:
-    """Layers by ``<component>.<module>`` of a LoRA file in kohya's or diffusers' layout.
+def read_lora(
+    path: str | Path, unet: UNet2DConditionModel, encoders: Mapping[str, Any] | None = None
+) -> dict[str, LoraWeights]:
+    """Layers by ``<component>.<module>``, as the models name them, of a LoRA file in kohya's or diffusers' layout.
 
-    Names that this UNet does not have stay as the file has them. Raises ConfigError if the file is damaged,
-    holds no LoRA, another kind of adapter, or values that are not finite.
+    Names that the UNet and the text ``encoders`` do not have stay as the file has them. Raises ConfigError if the
+    file is damaged, holds no LoRA, another kind of adapter, or values that are not finite.
     """
     file = check_file(path)
     tensors, header = load_tensors(file, "it is damaged, get it anew")
@@ -49,26 +52,42 @@ def read_lora(path: str | Path, unet: UNet2DConditionModel) -> dict[str, LoraWei
         layers = from_peft(tensors, header, str(file))
     else:
         family = unet_family({name: p.shape for name, p in unet.named_parameters()})
-        layers = from_kohya(tensors, known_names({"unet": unet}, family), str(file))
+        layers = from_kohya(tensors, known_names({"unet": unet, **(encoders or {})}, family), str(file))
     check_finite(layers, str(file))
+    for component, encoder in (encoders or {}).items():
+        prefix = f"{component}."
+        layers = {
+            prefix + own_name(encoder, name.removeprefix(prefix)) if name.startswith(prefix) else name: layer
+            for name, layer in layers.items()
+        }
     return layers
 
 
 @torch.no_grad()
-def initialize(unet: UNet2DConditionModel, path: str | Path, allow_partial: bool = False) -> str:
-    """Copy a LoRA file into the injected layers of ``unet``; returns the table of what matched.
+def initialize(
+    unet: UNet2DConditionModel,
+    path: str | Path,
+    allow_partial: bool = False,
+    encoders: Mapping[str, Any] | None = None,
+) -> str:
+    """Copy a LoRA file into the injected layers of UNet and text ``encoders``; returns the table of what matched.
 
-    The injected UNet then draws what the file draws: scales are worked into ``up``, and a file of lower rank
+    The injected models then draw what the file draws: scales are worked into ``up``, and a file of lower rank
     fills the first rows, the others staying fresh. Raises ConfigError for a LoRA of another family, a rank
     above the injected one, DoRA on one side only, and (unless ``allow_partial``) for any layer of the file
     that is not trained here.
     """
-    layers = read_lora(path, unet)
-    targets = {name: m for name, m in unet.named_modules() if isinstance(m, LoraLayer) and ADAPTER_NAME in m.r}
-    ours = {name.removeprefix("unet."): layer for name, layer in layers.items() if name.startswith("unet.")}
+    layers = read_lora(path, unet, encoders)
+    models = {"unet": unet, **(encoders or {})}
+    targets = {
+        f"{component}.{name}": module
+        for component, model in models.items()
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and ADAPTER_NAME in module.r
+    }
     _check_family(unet, {name.removeprefix("unet."): layer for name, layer in layers.items()}, path)
-    used = {name: layer for name, layer in ours.items() if name in targets}
-    unused = [name for name in layers if name.removeprefix("unet.") not in used]
+    used = {name: layer for name, layer in layers.items() if name in targets}
+    unused = [name for name in layers if name not in used]
     if not used:
         raise ConfigError(f"no layer of {path} is one that trains here ({unused[0]} first): change adapter.targets.")
     if unused and not allow_partial:
@@ -77,8 +96,10 @@ def initialize(unet: UNet2DConditionModel, path: str | Path, allow_partial: bool
             "group to adapter.targets, or leave them out with adapter.allow_partial=true."
         )
     for name, layer in used.items():
+        _check_shape(targets[name], layer, name, path)
         _fill(targets[name], layer, name, path)
-    return _table(unet, set(targets), used, len(unused), path)
+    groups = {f"unet.{name}": group for name, group in group_layers(unet)}
+    return _table({name: groups.get(name, "text_encoder") for name in targets}, used, len(unused), path)
 
 
 def _fill(target: Any, layer: LoraWeights, name: str, path: str | Path) -> None:
@@ -106,34 +127,36 @@ def _check_family(unet: UNet2DConditionModel, layers: Mapping[str, LoraWeights],
     modules = dict(unet.named_modules())
     for name, layer in layers.items():
         width = layer.down.shape[1]
-        known = base_layer(modules[name]) if name in modules else None
+        known = modules.get(name)
         attends = name.endswith(("attn2_to_k", "attn2.to_k"))
         if known is None and not attends:
             continue
-        weight = None if known is None else known.weight
         if attends and width != unet.config["cross_attention_dim"]:
             raise ConfigError(
                 f"{path} is a LoRA of another family: it attends to {family_of_width(width)}, this backbone to "
                 f"{family_of_width(unet.config['cross_attention_dim'])}."
             )
-        if isinstance(weight, torch.Tensor) and (
-            layer.down.shape[1:] != weight.shape[1:] or layer.up.shape[0] != weight.shape[0]
-        ):
-            raise ConfigError(
-                f"{path} does not fit {name} of this backbone (weight {tuple(weight.shape)}, adapter "
-                f"{tuple(layer.up.shape)} x {tuple(layer.down.shape)}): it is of another model."
-            )
+        if known is not None:
+            _check_shape(known, layer, name, path)
 
 
-def _table(
-    unet: UNet2DConditionModel, targets: set[str], used: Mapping[str, LoraWeights], unused: int, path: str | Path
-) -> str:
-    group_of = dict(group_layers(unet))
+def _check_shape(target: Any, layer: LoraWeights, name: str, path: str | Path) -> None:
+    weight = base_layer(target).weight
+    assert isinstance(weight, torch.Tensor)
+    if layer.down.shape[1:] != weight.shape[1:] or layer.up.shape[0] != weight.shape[0]:
+        raise ConfigError(
+            f"{path} does not fit {name} of this backbone (weight {tuple(weight.shape)}, adapter "
+            f"{tuple(layer.up.shape)} x {tuple(layer.down.shape)}): it is of another model."
+        )
+
+
+def _table(group_of: Mapping[str, str], used: Mapping[str, LoraWeights], unused: int, path: str | Path) -> str:
+    """``group_of``: every layer that trains here."""
     table = Table(title=f"Starting from {Path(path).name}")
     for column in ("group", "from the file", "fresh", "rank in the file"):
         table.add_column(column, justify="left" if column == "group" else "right")
     for group in TARGET_GROUPS:
-        mine = [name for name in targets if group_of.get(name) == group]
+        mine = [name for name, own in group_of.items() if own == group]
         if mine:
             found = [used[name] for name in mine if name in used]
             ranks = "/".join(str(rank) for rank in sorted({layer.rank for layer in found})) or "-"

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from lora_dae.adapter.text import model_name
 from lora_dae.adapter.weights import LoraWeights
 from lora_dae.config import ConfigError
 
@@ -29,7 +30,10 @@ def from_peft(tensors: Mapping[str, Tensor], header: Mapping[str, str], where: s
     for key, tensor in tensors.items():
         layer, part = _split(key, where)
         parts.setdefault(layer, {})[part] = tensor
-    settings = _settings(header)
+    settings: dict[str, dict[str, Any]] = {}  # a component that the header does not know has alpha = rank
+    for key, value in read_configuration(header, where).items():
+        component, _, name = key.partition(".")
+        settings.setdefault(component, {})[name] = value
     layers = {}
     for name, found in parts.items():
         if "down" not in found or "up" not in found:
@@ -58,8 +62,10 @@ def to_peft(layers: Mapping[str, LoraWeights]) -> tuple[dict[str, Tensor], dict[
             tensors[f"{component}.{module}.lora_B.weight"] = layer.up
             if layer.magnitude is not None:
                 shape = (1, -1, 1, 1) if layer.down.ndim == 4 else (-1,)
-                tensors[f"{component}.{module}.lora_magnitude_vector"] = layer.magnitude.reshape(shape)
-        configuration |= {f"{component}.{key}": value for key, value in _configuration(own).items()}
+                end = "lora_magnitude_vector" + ("" if component == "unet" else ".weight")  # see text.file_name
+                tensors[f"{component}.{module}.{end}"] = layer.magnitude.reshape(shape)
+        start = "^" if component == "unet" else ""
+        configuration |= {f"{component}.{key}": value for key, value in _configuration(own, start).items()}
     return tensors, {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(configuration, sort_keys=True)}
 
 
@@ -68,13 +74,17 @@ def is_peft(keys: list[str]) -> bool:
     return bool(keys) and all(key.split(".")[0] in COMPONENTS for key in keys)
 
 
-def _configuration(layers: Mapping[str, LoraWeights]) -> dict[str, Any]:
+def _configuration(layers: Mapping[str, LoraWeights], start: str) -> dict[str, Any]:
+    """PEFT's for these layers. A text encoder's names lose ``text_model.``: their ends (patterns without ``start``) are
+    what the encoders of transformers 4 and 5 have in common.
+    """
+    layers = {model_name(name): layer for name, layer in layers.items()}
     dora = {layer.magnitude is not None for layer in layers.values()}
     if len(dora) > 1:
         raise ConfigError("some layers have a DoRA magnitude and others have none, which PEFT cannot express.")
     rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
-    exact = {name: f"^{re.escape(name)}" for name in layers}  # PEFT matches patterns at the end of names
+    exact = {name: start + re.escape(name) for name in layers}  # PEFT matches patterns at the end of names
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
@@ -89,14 +99,12 @@ def _configuration(layers: Mapping[str, LoraWeights]) -> dict[str, Any]:
     }
 
 
-def _settings(header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Per component, what its header says; an absent one means alpha = rank, as in diffusers."""
-    values = json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
-    found: dict[str, dict[str, Any]] = {}
-    for key, value in values.items():
-        component, _, name = key.partition(".")
-        found.setdefault(component, {})[name] = value
-    return found
+def read_configuration(header: Mapping[str, str], where: str) -> dict[str, Any]:
+    """PEFT's settings in the header, {} without any; ConfigError if they are damaged."""
+    try:
+        return dict(json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}")))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"the header of {where} is damaged: get it anew, or export it again.") from error
 
 
 def _alpha(settings: dict[str, Any] | None, module: str, rank: int) -> float:

@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lora_dae.adapter.atomic import load_tensors, save_tensors
 from lora_dae.config import ConfigError
 
 FILE_NAME = "source_input.safetensors"
@@ -126,15 +125,13 @@ def detach_source_input(unet: UNet2DConditionModel) -> SourceInput | None:
 
 
 def save_source_input(unet: UNet2DConditionModel, path: str | Path, metadata: dict[str, str] | None = None) -> Path:
-    """Write the source channels to ``path`` (or FILE_NAME in it, if it is a folder); returns the file."""
+    """Write the source channels to ``path`` (or FILE_NAME in it, if it is a folder), atomically; returns the file."""
     source_input = get_source_input(unet)
     if source_input is None:
         raise ConfigError("The UNet has no source input to save; it was set up with conditioning=none.")
-    file = _file(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    weight = source_input.conv.weight.detach().cpu().contiguous()
-    save_file({_KEY: weight}, file, metadata={**(metadata or {}), "format": "pt", "kind": _KIND})
-    return file
+    return save_tensors(
+        {_KEY: source_input.conv.weight}, _file(path), {**(metadata or {}), "format": "pt", "kind": _KIND}
+    )
 
 
 def load_source_input(unet: UNet2DConditionModel, path: str | Path) -> dict[str, str]:
@@ -145,14 +142,12 @@ def load_source_input(unet: UNet2DConditionModel, path: str | Path) -> dict[str,
     file = _file(path)
     if not file.is_file():
         raise ConfigError(f"There is no source input at {file}; it is written by runs with conditioning=source.")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            weight = opened.get_tensor(_KEY) if metadata.get("kind") == _KIND else None
-    except SafetensorError as error:
-        raise ConfigError(f"{file} is not a readable safetensors file; give the {FILE_NAME} of a run.") from error
-    if weight is None:
+    tensors, metadata = load_tensors(file, f"give the {FILE_NAME} of a run")
+    weight = tensors.get(_KEY)
+    if metadata.get("kind") != _KIND or weight is None:
         raise ConfigError(f"{file} does not hold a source input; give the {FILE_NAME} of a run.")
+    if not bool(weight.isfinite().all()):
+        raise ConfigError(f"{file} holds weights that are not finite: it is damaged, or training diverged.")
     conv_in = getattr(unet.conv_in, "base_layer", unet.conv_in)
     if weight.shape != conv_in.weight.shape:
         raise ConfigError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 from lora_dae.adapter.inject import ADAPTER_NAME, adapted_layer, trainable_parameters
 from lora_dae.adapter.source_input import get_source_input
 from lora_dae.adapter.targets import group_layers
-from lora_dae.config import TARGET_GROUPS
+from lora_dae.config import UNET_GROUPS
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class TrainableRow:
 
 
 def adapter_rows(unet: UNet2DConditionModel, extra: Mapping[str, nn.Module]) -> list[TrainableRow]:
-    """Rows for target groups (``unet`` when all of it trains), ``source_input`` and each of ``extra``.
+    """Rows for the UNet's groups (``unet`` when all of it trains), ``source_input`` and each of ``extra``.
 
     Only what has requires_grad is counted, so the rows state what really trains.
     """
@@ -57,9 +58,11 @@ def adapter_rows(unet: UNet2DConditionModel, extra: Mapping[str, nn.Module]) -> 
             group = "unet"
         members.setdefault(group, {})[name] = parameter
 
-    order = [*TARGET_GROUPS, "unet", "source_input"]
+    order = [*UNET_GROUPS, "unet", "source_input"]
     rows = [row(group, members[group], ranks.get(group, set())) for group in order if group in members]
-    rows += [row(name, trainable_parameters(module), set()) for name, module in extra.items()]
+    for name, module in extra.items():
+        layers = [m for m in module.modules() if isinstance(m, LoraLayer) and ADAPTER_NAME in m.r]
+        rows.append(row(name, trainable_parameters(module), {layer.r[ADAPTER_NAME] for layer in layers}))
     return rows
 
 

@@ -6,6 +6,7 @@ self_attention            the same four of the attention that reads the image it
 feed_forward              ff.net.0.proj and ff.net.2 of the transformer blocks
 conv                      every convolution and linear inside ResNet, down- and up-sampling blocks
 conv_in, conv_out         the UNet's first and last convolution
+text_encoder              no layer of the UNet: see text.py
 ========================  ==========================================================================
 
 ``conv`` is kohya's definition (sd-scripts, ``networks/lora.py``: ``ResnetBlock2D``, ``Downsample2D`` and
@@ -25,7 +26,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from lora_dae.config import TARGET_GROUPS, ConfigError
+from lora_dae.config import UNET_GROUPS, ConfigError
 
 
 def select(unet: UNet2DConditionModel, groups: Iterable[str]) -> dict[str, str]:
@@ -34,9 +35,9 @@ def select(unet: UNet2DConditionModel, groups: Iterable[str]) -> dict[str, str]:
     Works on a plain UNet and on one that already carries an adapter. Raises ConfigError for an unknown group,
     for no group at all, and for a group that has no layer in this UNet.
     """
-    wanted = list(groups)
-    valid = ", ".join(TARGET_GROUPS)
-    unknown = [group for group in wanted if group not in TARGET_GROUPS]
+    wanted = [group for group in groups if group != "text_encoder"]
+    valid = ", ".join(UNET_GROUPS)
+    unknown = [group for group in wanted if group not in UNET_GROUPS]
     if unknown:
         raise ConfigError(f"adapter.targets names the unknown group {unknown[0]!r}; choose from {valid}.")
     if not wanted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class Backbone:
     fingerprint: str
     text_encoder_2: CLIPTextModelWithProjection | None = None  # SDXL
     tokenizer_2: CLIPTokenizer | None = None
-    visits: torch.device | None = None  # where VAE and text encoders go while they are used (see rest)
+    visits: torch.device | None = None  # where resting models go while they are used (see rest)
+    resting: list[Any] = field(default_factory=list)
     text_chunks: int = 1  # windows of the text encoder that a caption may fill
 
     @property
@@ -68,20 +69,26 @@ class Backbone:
         """Rows of a text embedding: the tokens, and for SDXL the pooled text (pooled.py)."""
         return self.tokenizer.model_max_length + int(self.text_encoder_2 is not None)
 
-    def text_encoders_to(self, device: torch.device) -> None:
-        for encoder in (self.text_encoder, self.text_encoder_2):
-            if encoder is not None:
-                encoder.to(device)  # type: ignore[arg-type]
+    @property
+    def text_encoders(self) -> dict[str, CLIPTextModel | CLIPTextModelWithProjection]:
+        """By component: ``text_encoder``, and ``text_encoder_2`` of SDXL."""
+        found = {"text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
+        return {name: encoder for name, encoder in found.items() if encoder is not None}
 
-    def rest(self, device: torch.device) -> None:
-        """VAE and text encoders leave ``device`` for the host, and come back only while they are used."""
+    def text_encoders_to(self, device: torch.device) -> None:
+        for encoder in self.text_encoders.values():
+            encoder.to(device)  # type: ignore[arg-type]
+
+    def rest(self, device: torch.device, text: bool = True) -> None:
+        """VAE and (``text``) text encoders leave ``device`` for the host, and come back only while they are used."""
         self.visits = device
-        self.vae.to("cpu")
-        self.text_encoders_to(torch.device("cpu"))
+        self.resting = [self.vae, *(self.text_encoders.values() if text else [])]
+        for model in self.resting:
+            model.to("cpu")
 
     @contextmanager
-    def _awake(self, *models: torch.nn.Module | None) -> Iterator[None]:
-        visitors = [model for model in models if model is not None and self.visits is not None]
+    def _awake(self, *models: torch.nn.Module) -> Iterator[None]:
+        visitors = [model for model in models if any(model is other for other in self.resting)]
         for model in visitors:
             model.to(self.visits)
         try:
@@ -112,48 +119,51 @@ class Backbone:
 
     @torch.no_grad()
     def encode_text(self, captions: list[str]) -> Tensor:
-        """Captions to what the UNet attends to, float32 (N, text_length, D).
+        """Captions to what the UNet attends to, float32 (N, text_length, D): embed_tokens(tokenize(captions))."""
+        with self._awake(*self.text_encoders.values()):
+            return self.embed_tokens(self.tokenize(captions).to(self.device))
 
-        As in diffusers' pipelines: padded and cut to the tokenizer's ``model_max_length``, no attention mask. SD 1.x
-        and 2.x: the last hidden states. SDXL: the last but one of both encoders, and the pooled text as the last
-        row (pooled.py); the empty caption is zeros where the model was trained so. With more ``text_chunks`` (one
-        encoder only) the tokens that one window leaves over fill further ones, each encoded by itself between the
-        marks of beginning and end: (N, text_length * text_chunks, D).
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """Captions to token numbers, int64 (N, E, L * text_chunks) on the CPU, E = text encoders.
+
+        As in diffusers' pipelines: padded and cut to the tokenizer's ``model_max_length`` L. With more
+        ``text_chunks`` (one encoder only) the tokens that one window leaves over fill further ones.
         """
-        if self.text_encoder_2 is None or self.tokenizer_2 is None:
-            with self._awake(self.text_encoder):
-                if self.text_chunks > 1:
-                    return self._encode_chunks(captions)
-                return self.text_encoder(self._tokens(self.tokenizer, captions))[0]
-        with self._awake(self.text_encoder, self.text_encoder_2):
-            first = self.text_encoder(self._tokens(self.tokenizer, captions), output_hidden_states=True)
-            second = self.text_encoder_2(self._tokens(self.tokenizer_2, captions), output_hidden_states=True)
+        if self.text_chunks > 1:
+            return self._windows(captions)[:, None]
+        tokenizers = [t for t in (self.tokenizer, self.tokenizer_2) if t is not None]
+        return torch.stack([_tokens(tokenizer, captions) for tokenizer in tokenizers], dim=1)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """What ``tokenize`` gave, on the encoders' device, to float32 (N, text_length, D); differentiable.
+
+        As in diffusers' pipelines, without an attention mask. SD 1.x and 2.x: the last hidden states. SDXL: the last
+        but one of both encoders, and the pooled text as the last row (pooled.py); the empty caption is zeros where
+        the model was trained so. Each of several windows is encoded by itself: (N, text_length * text_chunks, D).
+        """
+        if self.text_encoder_2 is None:
+            windows = tokens[:, 0].reshape(len(tokens) * self.text_chunks, -1)
+            return self.text_encoder(windows)[0].float().reshape(len(tokens), tokens.shape[2], -1)
+        first = self.text_encoder(tokens[:, 0], output_hidden_states=True)
+        second = self.text_encoder_2(tokens[:, 1], output_hidden_states=True)
         text = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        packed = pooled.pack(text, second.text_embeds)
+        packed = pooled.pack(text, second.text_embeds).float()
         if self.folder.zeros_for_empty:
-            packed[[not caption for caption in captions]] = 0
+            empty = (tokens == self.tokenize([""]).to(tokens.device)).all(dim=(1, 2))
+            packed = torch.where(empty[:, None, None], torch.zeros_like(packed), packed)
         return packed
 
-    def _tokens(self, tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-        tokens = tokenizer(
-            captions,
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return tokens.input_ids.to(self.device)
-
-    def _encode_chunks(self, captions: list[str]) -> Tensor:
+    def _windows(self, captions: list[str]) -> Tensor:
         length, tokenizer = self.tokenizer.model_max_length, self.tokenizer
         room = length - 2  # beside the two marks
         rows = []
         for words in tokenizer(captions, add_special_tokens=False, truncation=False, verbose=False).input_ids:
+            row: list[int] = []
             for chunk in range(self.text_chunks):
                 window = [tokenizer.bos_token_id, *words[chunk * room : (chunk + 1) * room], tokenizer.eos_token_id]
-                rows.append(window + [tokenizer.pad_token_id] * (length - len(window)))
-        encoded = self.text_encoder(torch.tensor(rows, device=self.device))[0]
-        return encoded.reshape(len(captions), self.text_chunks * length, -1)
+                row += window + [tokenizer.pad_token_id] * (length - len(window))
+            rows.append(row)
+        return torch.tensor(rows)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -208,6 +218,11 @@ def load_backbone(cfg: BackboneConfig, device: str | torch.device = "cpu") -> Ba
         tokenizer_2=tokenizer_2,
         text_chunks=cfg.text_chunks,
     )
+
+
+def _tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    length = tokenizer.model_max_length
+    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
 def encode_batch(pixels: int) -> int:

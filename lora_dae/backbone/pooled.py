@@ -5,8 +5,9 @@ more row of the text, padded with zeros, the pooled text goes through the cache,
 batches like everything else, and no caller differs between families. A hook in front of the UNet unpacks it.
 
 ``time_ids`` are (original height, width, crop top, left, target height, width), all that SDXL's training told it of
-a photo (Podell et al. 2023, section 2.2). Photos here fill their square, so original and target size are the
-image's own and the crop begins at the corner, as SDXL's pipeline draws by default.
+a photo (Podell et al. 2023, section 2.2). Training puts those of each photo beside the pooled text (``with_sizes``);
+where there are none, original and target size are the image's own and the crop begins at the corner, as SDXL's pipeline
+draws by default.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from diffusers.models import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional
 
+_SIZES = 6
+
 
 def pack(text: Tensor, pooled: Tensor) -> Tensor:
     """(N, L, D) and (N, P) with P <= D to (N, L + 1, D)."""
@@ -29,6 +32,13 @@ def pack(text: Tensor, pooled: Tensor) -> Tensor:
 def unpack(packed: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """(N, L + 1, D) to text (N, L, D) and pooled (N, width)."""
     return packed[:, :-1], packed[:, -1, :width]
+
+
+def with_sizes(packed: Tensor, sizes: Tensor, width: int) -> Tensor:
+    """(N, L + 1, D) with ``sizes`` (N, 6) beside the pooled text of ``width`` in the last row; D >= width + 6."""
+    packed = packed.clone()
+    packed[:, -1, width : width + _SIZES] = sizes.to(packed)
+    return packed
 
 
 def pooled_width(config: Any) -> int:
@@ -53,7 +63,9 @@ def _add(
     packed = args[2] if len(args) > 2 else kwargs["encoder_hidden_states"]
     text, pooled = unpack(packed, pooled_width(unet.config))
     height, width = (side * scale for side in sample.shape[2:])
-    sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=pooled.dtype, device=pooled.device)
+    own = torch.tensor([[height, width, 0, 0, height, width]], dtype=pooled.dtype, device=pooled.device)
+    given = packed[:, -1, pooled.shape[1] : pooled.shape[1] + _SIZES]
+    sizes = torch.where(given.any(dim=1, keepdim=True), given, own) if given.shape[1] == _SIZES else own
     added = {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), -1)}
     if len(args) > 2:
         return (*args[:2], text, *args[3:]), {**kwargs, "added_cond_kwargs": added}

@@ -70,6 +70,13 @@ def crop_box(size: Size, bucket: Size) -> tuple[float, float, float, float]:
     return left, top, left + kept_width, top + kept_height
 
 
+def origin_of(size: Size, bucket: Size) -> tuple[int, int, int, int]:
+    """``Pair.origin`` of a photo of ``size`` (width, height) in its bucket; the crop is centered, also if mirrored."""
+    left, top, right, bottom = crop_box(size, bucket)
+    scale = min(bucket[0] / (right - left), bucket[1] / (bottom - top))
+    return size[1], size[0], round(top * scale), round(left * scale)
+
+
 def fit_bucket(photo: Image.Image, bucket: Size) -> np.ndarray:
     """An RGB photo as uint8 (height, width, 3) of the bucket."""
     scaled = _scale(photo, bucket, Image.Resampling.LANCZOS)

@@ -44,9 +44,9 @@ class LatentCache(Dataset[dict[str, Tensor]]):
     """The encoded pairs of one split as a torch data set.
 
     An item holds ``index`` (int64 scalar), ``latent_mean`` and ``latent_std`` (C, h, w) float32, ``text``
-    (L, D) float32, for pairs ``source`` (C, h, w) float32 and where asked for ``mask`` (1, h, w) in [0, 1]. A list
-    of numbers given at once (``__getitems__``, which torch's DataLoader calls) comes back as one batch of the same
-    with a leading N; all of them must have the same size.
+    (L, D) float32, ``size_ids`` (6,) float32 (``Pair.size_ids``), for pairs ``source`` (C, h, w) float32 and where
+    asked for ``mask`` (1, h, w) in [0, 1]. A list of numbers given at once (``__getitems__``, which torch's DataLoader
+    calls) comes back as one batch of the same with a leading N; all of them must have the same size.
 
     Number i + k * len stands for sample i in pass k: passes go through its captions and, if it may be mirrored,
     both orientations in turn. Without ``views`` it is always the first caption, as it is.
@@ -57,6 +57,7 @@ class LatentCache(Dataset[dict[str, Tensor]]):
         self.ids = [record.id for record in records]
         self.captions = [record.captions[0] for record in records]
         self.sizes = [record.size for record in records]
+        self._size_ids = torch.tensor([record.size_ids for record in records], dtype=torch.float32)
         self._first = np.cumsum([0, *(len(record.captions) for record in records)])
         self._mirrors = np.array([record.mirror for record in records], dtype=bool)
         self._offset = np.array([_offset(id) for id in self.ids], dtype=np.int64)
@@ -84,6 +85,7 @@ class LatentCache(Dataset[dict[str, Tensor]]):
             "latent_mean": torch.from_numpy(self.images.read("mean", places)),
             "latent_std": torch.from_numpy(self.images.read("std", places)),
             "text": torch.from_numpy(self.texts.read("text", self._text[text])),
+            "size_ids": self._size_ids[rows],
         }
         if self._source is not None:
             batch["source"] = torch.from_numpy(self.images.read("mean", self._source[rows, turned]))
@@ -145,6 +147,7 @@ class LivePairs(Dataset[dict[str, Tensor]]):
         mean, std = self._encode(pairs, "image")
         batch = {"index": torch.from_numpy(rows), "latent_mean": mean, "latent_std": std}
         batch["text"] = self.encode_text(captions).detach().float().cpu()
+        batch["size_ids"] = torch.tensor([pair.size_ids for pair in pairs], dtype=torch.float32)
         if self.dataset.has_source:
             batch["source"] = self._encode(pairs, "source")[0]
         if self.masks:
@@ -184,13 +187,14 @@ class _Record:
     size: tuple[int, int]
     mirror: bool
     keys: dict[str, tuple[str, str]]
+    size_ids: tuple[int, ...]
 
     @classmethod
     def of(cls, pair: Pair, views: bool) -> _Record:
         mirror = views and pair.mirror
         turned = pair.mirrored() if mirror else pair
         keys = {part: (pair.key(part) or "", turned.key(part) or "") for part in ("image", "source", "mask")}
-        return cls(pair.id, captions_of(pair, views), pair.size, mirror, keys)
+        return cls(pair.id, captions_of(pair, views), pair.size, mirror, keys, pair.size_ids)
 
 
 def build_cache(

@@ -70,6 +70,7 @@ class Pair:
     ``attributes`` more known facts (name -> word), or None
     ``captions``   every caption that an epoch may choose from; empty means ``caption`` alone
     ``mirror``     whether training may mirror it: no where text or a logo would be reversed
+    ``origin``     (height, width) of the photo's file, (top, left) of the crop after scaling, or None if not known
     =============  ========================================================================================
 
     Image, source and mask have the same H and W, and went through the same crop. They may be given as
@@ -86,6 +87,7 @@ class Pair:
     attributes: dict[str, str] | None = None
     captions: tuple[str, ...] = ()
     mirror: bool = False
+    origin: tuple[int, int, int, int] | None = None
 
     def key(self, part: str) -> str | None:
         """Names the content of ``image``, ``source`` or ``mask``; None if there is none. Decodes nothing."""
@@ -99,6 +101,11 @@ class Pair:
         """(H, W) of its pixels. Decodes nothing."""
         height, width = self.__dict__["_image"].shape[:2]
         return height, width
+
+    @property
+    def size_ids(self) -> tuple[int, ...]:
+        """What SDXL is told of a photo: ``origin``, then the size that it is trained at. Unknown: drawn as it is."""
+        return (*(self.origin or (*self.size, 0, 0)), *self.size)
 
     def mirrored(self) -> Pair:
         """Image, source and mask, left and right exchanged."""

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from lora_dae.config import ConfigError, DataConfig
-from lora_dae.data.buckets import Size, choose_bucket, fit_bucket, fit_bucket_mask, parse_buckets
+from lora_dae.data.buckets import Size, choose_bucket, fit_bucket, fit_bucket_mask, origin_of, parse_buckets
 from lora_dae.data.catalog import Facts
 from lora_dae.data.decode import BadImageError, check_background, decode
 from lora_dae.data.entry import Blob, Entry
@@ -38,6 +38,11 @@ class Fit:
         if not self.buckets:
             return self.resolution, self.resolution
         return choose_bucket((facts.width, facts.height), list(self.buckets), self.resolution)
+
+    def origin(self, facts: Facts, size: Size) -> tuple[int, int, int, int] | None:
+        """``Pair.origin``; None for an oblong photo in a square, whose crop depends on its pixels."""
+        known = bool(self.buckets) or facts.width == facts.height
+        return origin_of((facts.width, facts.height), size) if known else None
 
 
 class _Photo:
@@ -131,6 +136,7 @@ class PhotoPairs:
             attributes=entry.attributes or None,
             captions=entry.captions,
             mirror=self.mirror and entry.mirror,
+            origin=self.fit.origin(facts["image"], size),
         )
 
     @cached_property

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
+from lora_dae.adapter.atomic import load_tensors, save_tensors
 from lora_dae.config import ConfigError
 from lora_dae.enhancement.module import EnhancementModule
 
@@ -15,10 +13,7 @@ VERSION = "2"  # 2: source texture and decoder stage
 
 
 def save_enhancement(module: EnhancementModule, path: str | Path) -> Path:
-    """Write ``module`` to ``path`` (a .safetensors file, folders are made); returns the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    """Write ``module`` to ``path`` (a .safetensors file), atomically, folders are made; returns the path."""
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -28,8 +23,7 @@ def save_enhancement(module: EnhancementModule, path: str | Path) -> Path:
         "source_channels": str(module.source_channels),
         "decoder": str(int(module.decoder is not None)),
     }
-    save_file(tensors, path, metadata=metadata)
-    return path
+    return save_tensors(module.state_dict(), path, metadata)
 
 
 def load_enhancement(path: str | Path) -> EnhancementModule:
@@ -37,12 +31,7 @@ def load_enhancement(path: str | Path) -> EnhancementModule:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"There is no enhancement file {path}; give the enhancement.safetensors of a run.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except SafetensorError as error:
-        raise ConfigError(f"{path} is not a safetensors file ({error}); give an enhancement.safetensors.") from error
+    tensors, metadata = load_tensors(path, "give the enhancement.safetensors of a run")
     if metadata.get("format") != FORMAT:
         raise ConfigError(
             f"{path} holds no enhancement module (format {metadata.get('format')!r}); "
@@ -61,4 +50,6 @@ def load_enhancement(path: str | Path) -> EnhancementModule:
         module.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{path} is damaged: its weights do not fit its description; save it again.") from error
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise ConfigError(f"{path} holds weights that are not finite: it is damaged, or training diverged.")
     return module

@@ -14,6 +14,7 @@ from lora_dae.adapter.atomic import atomic, save_tensors
 from lora_dae.adapter.files import merge_in_place
 from lora_dae.adapter.source_input import get_source_input
 from lora_dae.adapter.weights import DTYPES
+from lora_dae.backbone.load import Backbone
 from lora_dae.backbone.single_file import to_single_file
 from lora_dae.config import ConfigError
 from lora_dae.sampling.load import LoadedRun
@@ -22,14 +23,14 @@ FOLDER, FILE = "merged", "merged.safetensors"
 
 
 def write_merged_folder(run: LoadedRun, folder: Path, dtype: str) -> Path:
-    """``merged/``: the backbone's pipeline folder with the UNet replaced. Merges ``run``'s UNet in place.
+    """``merged/``: the backbone's pipeline folder with the adapter in its weights. Merges ``run``'s models in place.
 
     With a source input the UNet takes twice the channels, as InstructPix2Pix' does, and the index names that
     pipeline.
     """
     backbone = run.backbone
     has_source = get_source_input(backbone.unet) is not None
-    merge_in_place(backbone.unet)
+    merge_in_place(backbone.unet, backbone.text_encoders)
     parts: dict[str, Any] = {
         "unet": backbone.unet,
         "vae": backbone.vae,
@@ -37,7 +38,7 @@ def write_merged_folder(run: LoadedRun, folder: Path, dtype: str) -> Path:
         "text_encoder_2": backbone.text_encoder_2,
         "tokenizer": backbone.tokenizer,
         "tokenizer_2": backbone.tokenizer_2,
-        "scheduler": backbone.scheduler,
+        "scheduler": _scheduler(backbone),
     }
     name = "StableDiffusionXL" if backbone.text_encoder_2 is not None else "StableDiffusion"
     index: dict[str, Any] = {
@@ -62,8 +63,16 @@ def write_merged_folder(run: LoadedRun, folder: Path, dtype: str) -> Path:
     return target
 
 
+def _scheduler(backbone: Backbone) -> Any:
+    """The backbone's own, so that the folder draws as it; the one of training where that was told other numbers."""
+    folder, trained = backbone.folder, backbone.scheduler.config
+    own = getattr(diffusers, folder.scheduler_class).from_pretrained(folder.path / "scheduler")
+    zero_snr = bool(own.config.get("rescale_betas_zero_snr")) == bool(trained.get("rescale_betas_zero_snr"))
+    return own if zero_snr and own.config.prediction_type == trained.prediction_type else backbone.scheduler
+
+
 def write_merged_file(run: LoadedRun, folder: Path, dtype: str, family: str) -> Path:
-    """``merged.safetensors`` in the CompVis/SGM layout. Merges ``run``'s UNet in place.
+    """``merged.safetensors`` in the CompVis/SGM layout. Merges ``run``'s models in place.
 
     Raises ConfigError for an AutoencoderTiny, which that layout has no place for.
     """
@@ -72,7 +81,7 @@ def write_merged_file(run: LoadedRun, folder: Path, dtype: str, family: str) -> 
         raise ConfigError(
             f"a single file has no place for the {type(backbone.vae).__name__} of this backbone: use format=merged."
         )
-    merge_in_place(backbone.unet)
+    merge_in_place(backbone.unet, backbone.text_encoders)
     tensors = to_single_file(backbone.unet, backbone.vae, backbone.text_encoder, backbone.text_encoder_2, family)
     tensors = {
         name: tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from PIL import Image
 from torch import Tensor
 
 from lora_dae.adapter.files import FILE_NAME, check_adapter
+from lora_dae.adapter.fused import fuse, merged_once
 from lora_dae.adapter.source_input import FILE_NAME as SOURCE_FILE
 from lora_dae.adapter.source_input import detach_source_input, load_source_input
+from lora_dae.adapter.text import COMPONENTS
 from lora_dae.config import ConfigError
 from lora_dae.data.decode import upright_rgb
 from lora_dae.data.square import fit_square
@@ -46,15 +48,20 @@ class Attached:
     strength: float
     placement: str
     has_source: bool
+    merged: bool
 
 
-def attach(pipe: Any, adapter: str | Path, strength: float = 1.0, placement: str = "prediction") -> Any:
+def attach(
+    pipe: Any, adapter: str | Path, strength: float = 1.0, placement: str = "prediction", merged: bool = False
+) -> Any:
     """Load a run's ``adapter`` folder into a pipeline with a UNet, in place; returns the pipeline.
 
     LoRA, source input and enhancement, as far as the folder has them. Calls then take two more arguments:
     ``enhancement_strength`` (>= 0, instead of ``strength``) and, for runs with conditioning=source, ``source``: one
-    photo, or one per prompt. The source is guided together with the text, by ``guidance_scale``. Raises
-    ConfigError for a folder without an adapter, one of another backbone, and a pipeline that has one already.
+    photo, or one per prompt. The source is guided together with the text, by ``guidance_scale``. ``merged``: each call
+    adds the LoRA into a copy of the weights that it changes and takes its steps with that, faster by the LoRA's own
+    cost, and rounded differently. Raises ConfigError for a folder without an adapter, one of another backbone, and a
+    pipeline that has one already.
     """
     folder = Path(adapter)
     if getattr(pipe, "unet", None) is None or getattr(pipe, "scheduler", None) is None:
@@ -70,13 +77,15 @@ def attach(pipe: Any, adapter: str | Path, strength: float = 1.0, placement: str
     if module is not None:
         enhance_scheduler(pipe.scheduler, module, strength, placement)  # refuses what cannot be enhanced
         module.requires_grad_(False)
-    check_adapter(pipe.unet, folder / FILE_NAME)
+    check_adapter(pipe.unet, folder / FILE_NAME, _text_encoders(pipe))
     if files[SOURCE_FILE]:
         dtype, device = pipe.unet.dtype, pipe.unet.device
         load_source_input(pipe.unet, folder)
         pipe.unet.source_input.requires_grad_(False).to(device, dtype)
     pipe.load_lora_weights(folder, weight_name=FILE_NAME, adapter_name=_NAME)
-    pipe._lora_dae = Attached(module, strength, placement, files[SOURCE_FILE])
+    if merged:
+        fuse(pipe.unet)
+    pipe._lora_dae = Attached(module, strength, placement, files[SOURCE_FILE], merged)
     pipe.__class__ = _attached_class(type(pipe))  # type: ignore[arg-type]
     return pipe
 
@@ -89,6 +98,11 @@ def detach(pipe: Any) -> Any:
         detach_source_input(pipe.unet)  # type: ignore[attr-defined]
         pipe.unload_lora_weights()  # type: ignore[attr-defined]
     return pipe
+
+
+def _text_encoders(pipe: Any) -> dict[str, Any]:
+    found = {name: getattr(pipe, name, None) for name in COMPONENTS}
+    return {name: encoder for name, encoder in found.items() if encoder is not None}
 
 
 class _AttachedPipeline:
@@ -108,9 +122,10 @@ def _attached_class(plain: Any) -> type:
     ) -> Any:
         state: Attached = self._lora_dae
         strength = state.strength if enhancement_strength is None else enhancement_strength
+        once = merged_once(self.unet) if state.merged else nullcontext()
         photos = _photos(self, state, source, kwargs)
         latents = None if photos is None else _encode(self, photos)
-        with _enhanced(self, state, strength, latents), _refined(self, state, strength, photos):
+        with once, _enhanced(self, state, strength, latents), _refined(self, state, strength, photos):
             with _with_source(self, latents):
                 return plain.__call__(self, *args, **kwargs)
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_dae.adapter.fused import merged_once
 from lora_dae.backbone.load import Backbone
 from lora_dae.config import ConfigError, SamplingConfig
 from lora_dae.enhancement.hook import enhance_scheduler
@@ -62,14 +63,15 @@ class Drawer:
             raise ConfigError("this run was trained with conditioning=none: it takes captions alone.")
         indices = list(range(len(captions))) if indices is None else indices
         out = [np.zeros((0, self.resolution, self.resolution, 3), np.uint8)]
-        for k in range(0, len(captions), self.cfg.batch_size):
-            at = slice(k, k + self.cfg.batch_size)
-            some = None if sources is None else sources[at]
-            latents = self.latents(list(captions[at]), some, strength, list(indices[at]))
-            pixels = self._refined(self.backbone.decode(latents), some, strength).permute(0, 2, 3, 1)
-            out.append(self._method().picture((pixels * 255).round().to(torch.uint8).cpu().numpy()))
-            if on_batch is not None:
-                on_batch(len(latents))
+        with merged_once(self.backbone.unet):
+            for k in range(0, len(captions), self.cfg.batch_size):
+                at = slice(k, k + self.cfg.batch_size)
+                some = None if sources is None else sources[at]
+                latents = self.latents(list(captions[at]), some, strength, list(indices[at]))
+                pixels = self._refined(self.backbone.decode(latents), some, strength).permute(0, 2, 3, 1)
+                out.append(self._method().picture((pixels * 255).round().to(torch.uint8).cpu().numpy()))
+                if on_batch is not None:
+                    on_batch(len(latents))
         return np.concatenate(out)
 
     @torch.no_grad()

@@ -82,7 +82,7 @@ def load_run(run_dir: Path, device: str | torch.device = "cpu", weights: str | N
         if (adapter / SOURCE_FILE).is_file():
             load_source_input(backbone.unet, adapter)
         if (adapter / FILE_NAME).is_file():
-            load_adapter(backbone.unet, adapter)
+            load_adapter(backbone.unet, adapter, backbone.text_encoders)
         if (adapter / OTHER_FILE).is_file():
             load_other(backbone.unet, adapter, cfg.adapter)
         if (adapter / WORDS_FILE).is_file():

@@ -55,9 +55,13 @@ class Checkpoint(Callback):
         if trainer.global_step == self._saved:
             return
         partial = self.path.with_suffix(".partial")
-        trainer.save_checkpoint(partial)  # collective: every rank calls it
-        if trainer.is_global_zero:
-            partial.replace(self.path)
+        try:
+            trainer.save_checkpoint(partial)  # collective: every rank calls it
+            if trainer.is_global_zero:
+                partial.replace(self.path)
+        finally:
+            if trainer.is_global_zero:  # a full disk leaves the last good one and no half of the next
+                partial.unlink(missing_ok=True)
         self._saved = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -110,9 +114,11 @@ class SampleGrid(Callback):
         step = trainer.global_step
         if step % self.every_n_steps == 0 and step < trainer.max_steps and step != self._drawn:
             self._drawn = step  # batches whose gradients only accumulate come again with the same step
-            training = pl_module.unet.training
+            modes = {module: module.training for module in pl_module.modules()}
+            pl_module.eval()
             self.draw(step)
-            pl_module.unet.train(training)
+            for module, training in modes.items():
+                module.training = training
 
 
 class StepProgress(RichProgressBar):

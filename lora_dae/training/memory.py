@@ -48,6 +48,7 @@ class PeakMemory(TorchDispatchMode):
 def materialize(module: nn.Module, frozen: torch.dtype) -> None:
     """Give a module of the meta device weights on the CPU, in place: what is frozen as ``frozen``, the rest as it is.
 
+    Frozen convolutions get theirs in channels_last, as a run has them: which copies are made depends on it.
     Values are whatever the memory holds. Under FakeTensorMode the weights are fake. (Building a model under that mode
     in the first place would not do: ``Module.to`` then swaps tensors, which those that are watched do not allow.)
     """
@@ -55,7 +56,9 @@ def materialize(module: nn.Module, frozen: torch.dtype) -> None:
         for name, parameter in list(part._parameters.items()):
             if parameter is not None:
                 dtype = parameter.dtype if parameter.requires_grad else frozen
-                weight = torch.empty(parameter.shape, dtype=dtype, device="cpu")
+                last = parameter.ndim == 4 and not parameter.requires_grad
+                layout = torch.channels_last if last else torch.contiguous_format
+                weight = torch.empty(parameter.shape, dtype=dtype, device="cpu", memory_format=layout)
                 part._parameters[name] = nn.Parameter(weight, requires_grad=parameter.requires_grad)
         for name, buffer in list(part._buffers.items()):
             if buffer is not None:

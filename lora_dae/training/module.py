@@ -8,11 +8,12 @@ from typing import Any
 
 import lightning
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_dae.adapter.inject import trainable_parameters
 from lora_dae.adapter.words import LearnedWords
 from lora_dae.backbone.load import Backbone
+from lora_dae.backbone.tokens import unpack_tokens
 from lora_dae.config import Config
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.training.objective import adapter_loss, draw, fixed_draws, seeded
@@ -54,11 +55,15 @@ class LoraDae(lightning.LightningModule):
         photos: Photos | None = None,
         decode: Decode | None = None,
     ) -> None:
+        """``null_text`` (L, D): the empty caption; its packed tokens (tokens.py) where the text encoders train."""
         super().__init__()
         self.words, self.text = words, text
         self.photos, self.decode = photos, decode
         self.unet = backbone.unet
         self.enhancement = enhancement
+        self.live_text = backbone if cfg.adapter.trains_text else None
+        if self.live_text is not None:
+            self.text_encoders = nn.ModuleDict(backbone.text_encoders)
         self.cfg = cfg
         self.noise_scheduler = backbone.scheduler
         self.register_buffer("null_text", null_text, persistent=False)
@@ -95,9 +100,10 @@ class LoraDae(lightning.LightningModule):
             assert self.enhancement is not None and self.photos is not None and self.decode is not None
             self.unet.eval()
             shared = seeded(self.cfg.seed, SHARED, self._micro_step(batch_idx))
+            batch, null_text = self._with_text(batch)
             drawn = draw_paired(batch, self.noise_scheduler, self.cfg.enhancement, shared, generators, places)
             loss, told = paired_loss(
-                self.unet, self.noise_scheduler, self.enhancement, batch, self.null_text, drawn,  # type: ignore[arg-type]
+                self.unet, self.noise_scheduler, self.enhancement, batch, null_text, drawn,  # type: ignore[arg-type]
                 self.photos, self.decode, global_batch,
             )  # fmt: skip
             self.log_dict({f"enhancement/{name}": value for name, value in told.items()})
@@ -106,8 +112,9 @@ class LoraDae(lightning.LightningModule):
             self.unet.eval()
             shared = seeded(self.cfg.seed, SHARED, self._micro_step(batch_idx))
             chain = draw_chain(batch, self.cfg.enhancement, shared, generators)
+            batch, null_text = self._with_text(batch)
             loss, parts = chain_loss(
-                self.unet, self.noise_scheduler, self.enhancement, batch, self.null_text, chain, global_batch  # type: ignore[arg-type]
+                self.unet, self.noise_scheduler, self.enhancement, batch, null_text, chain, global_batch  # type: ignore[arg-type]
             )  # fmt: skip
             scale = self.trainer.world_size
             self.log("enhancement/power_gap", parts.power)
@@ -145,9 +152,18 @@ class LoraDae(lightning.LightningModule):
         cfg = self.cfg.objective
         if self.text is not None and "index" in batch:
             batch = {**batch, "text": self.text(batch["index"])}
+        batch, null_text = self._with_text(batch)
         return adapter_loss(
-            self.unet, self.noise_scheduler, batch, self.null_text, draws, cfg.min_snr_gamma, cfg.garment_weight  # type: ignore[arg-type]
+            self.unet, self.noise_scheduler, batch, null_text, draws, cfg.min_snr_gamma, cfg.garment_weight  # type: ignore[arg-type]
         )  # fmt: skip
+
+    def _with_text(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The batch with its captions' embeddings, and that of the empty caption: encoded now if the encoders train."""
+        if self.live_text is None:
+            return batch, self.null_text  # type: ignore[return-value]
+        tokens = unpack_tokens(torch.cat([batch["text"], self.null_text[None]]))  # type: ignore[index]
+        text = self.live_text.embed_tokens(tokens)
+        return {**batch, "text": text[:-1]}, text[-1]
 
     def configure_optimizers(self) -> Any:
         cfg = self.cfg.optimizer

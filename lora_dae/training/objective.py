@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_dae.backbone.pooled import pooled_width, with_sizes
 from lora_dae.config import ObjectiveConfig
 from lora_dae.diffusion import add_noise, alpha_sigma, min_snr_weight, snr, training_target
 
@@ -88,7 +89,8 @@ def adapter_loss(
     """Loss of each sample, float32 (B,): (weighted) squared error of the network's own target.
 
     Min-SNR weights of Hang et al. 2023; ``min_snr_gamma=0`` leaves them out. The source latents, where the
-    batch has them, enter as extra input channels (InstructPix2Pix, Brooks et al. 2023). Where the batch has a
+    batch has them, enter as extra input channels (InstructPix2Pix, Brooks et al. 2023). SDXL is told each photo's
+    ``size_ids`` (B, 6), also where its caption is dropped (Podell et al. 2023). Where the batch has a
     ``mask`` (B, 1, h, w) in [0, 1], the squared errors are averaged with weight ``garment_weight`` in it and 1
     elsewhere.
     """
@@ -96,6 +98,9 @@ def adapter_loss(
     alpha, sigma = alpha_sigma(scheduler, draws.timesteps, x0)
     noisy = add_noise(x0, draws.noise, alpha, sigma)
     text = torch.where(draws.drop_caption[:, None, None], null_text, batch["text"])
+    width = pooled_width(getattr(unet, "config", {}))
+    if width and "size_ids" in batch:
+        text = with_sizes(text, batch["size_ids"], width)
     if "source" in batch:
         source = torch.where(draws.drop_source[:, None, None, None], 0.0, batch["source"])
         noisy = torch.cat([noisy, source], dim=1)

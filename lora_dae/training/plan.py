@@ -18,20 +18,23 @@ from diffusers.models import AutoencoderKL, AutoencoderTiny, UNet2DConditionMode
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_dae.adapter.inject import inject, make_full_finetune, trainable_parameters
 from lora_dae.adapter.source_input import attach_source_input
 from lora_dae.adapter.table import adapter_table
+from lora_dae.adapter.text import inject_text
 from lora_dae.backbone import pooled
 from lora_dae.backbone.family import FAMILIES
 from lora_dae.backbone.hub import REPOSITORIES
 from lora_dae.backbone.layout import CONFIGS, inspect_backbone
 from lora_dae.backbone.load import WEIGHTS, encode_batch
 from lora_dae.config import Config
+from lora_dae.data.buckets import parse_buckets
 from lora_dae.data.sources import check_source, load_splits
-from lora_dae.enhancement.module import build_enhancement
 from lora_dae.training.memory import PeakMemory, materialize
 
 _HUB_CONFIGS = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
@@ -49,6 +52,7 @@ class Plan:
     adapter_file: int
     checkpoint: int
     encoding_peak: int  # while VAE and text encoders fill the cache
+    resting: int  # VAE and text encoders, which no step needs: beside it on a CPU, else on the host
     step_peak: int  # one training step
     table: str
 
@@ -60,8 +64,8 @@ class _Shapes:
     family: str
     unet: dict[str, Any]
     vae: dict[str, Any]
+    text: dict[str, dict[str, Any]]  # the text encoders' configs, by component
     text_length: int
-    text_parameters: int
 
 
 def make_plan(cfg: Config) -> Plan:
@@ -69,29 +73,41 @@ def make_plan(cfg: Config) -> Plan:
     shapes = _shapes(cfg)
     images, has_source = _images(cfg)
     latents = _latents_shape(cfg, shapes)
-    unet, extra = _meta_unet(cfg, shapes)
-    table = adapter_table(unet, extra)  # type: ignore[arg-type]
-    trainable = sum(p.numel() for p in trainable_parameters(unet).values())
-    enhancement = sum(p.numel() for m in extra.values() for p in m.parameters())
+    unet, vae, encoders = _meta_unet(cfg, shapes), _meta_vae(shapes), _meta_encoders(cfg, shapes)
+    live = encoders if cfg.adapter.trains_text else {}
+    trainable = sum(p.numel() for model in (unet, *live.values()) for p in trainable_parameters(model).values())
+    extra: dict[str, nn.Module] = dict(live)
+    enhancement = build_enhancement(cfg.enhancement, int(shapes.unet["out_channels"]), cfg.conditioning)
+    if enhancement is not None:
+        extra["enhancement"] = enhancement
+        trainable += sum(p.numel() for p in extra["enhancement"].parameters())
+    table = adapter_table(unet, extra)
+    text_size = 4 * sum(p.numel() for encoder in encoders.values() for p in encoder.parameters())
+    resting = 4 * sum(p.numel() for p in vae.parameters()) + (0 if live else text_size)
+    with FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory:
+        _encode(vae, cfg)
+    encoding_peak = memory.peak + text_size
     with FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory:
         materialize(unet, WEIGHTS[cfg.backbone.weights])
-        _step(unet, cfg, shapes, latents)
+        for encoder in live.values():
+            materialize(encoder, torch.float32)
+        _step(unet, live, cfg, shapes, latents)
     step_peak = memory.peak
-    with FakeTensorMode(allow_non_fake_inputs=True), PeakMemory() as memory:
-        _encode(cfg, shapes)
-    encoding_peak = memory.peak + 4 * shapes.text_parameters
     sample = 2 * latents[1] * latents[2] * latents[3]
     arrays = (1 if shapes.vae["_class_name"] == "AutoencoderTiny" else 2) + int(has_source)
     text = 2 * shapes.text_length * int(shapes.unet["cross_attention_dim"])
+    if live:  # tokens instead, two numbers for each
+        text = 2 * 2 * len(encoders) * (shapes.text_length - int(shapes.family == "sdxl"))
     return Plan(
         family=shapes.family,
-        trainable=trainable + enhancement,
+        trainable=trainable,
         steps=int(cfg.trainer.get("max_steps", 500)),
         images=images,
         cache=images * (arrays * sample + text),
-        adapter_file=4 * (trainable + enhancement),
-        checkpoint=4 * 4 * (trainable + enhancement),  # weights, Adam's two moments, moving average
+        adapter_file=4 * trainable,
+        checkpoint=4 * 4 * trainable,  # weights, Adam's two moments, moving average
         encoding_peak=encoding_peak,
+        resting=resting,
         step_peak=step_peak,
         table=table,
     )
@@ -114,6 +130,7 @@ def print_plan(cfg: Config, plan: Plan, console: Console) -> None:
         "adapter file": f"{_size(plan.adapter_file)} (checkpoint while training {_size(plan.checkpoint)})",
         "memory, encoding": f"{_size(plan.encoding_peak)} ({at_once} photos of {square} at once)",
         "memory, one step": f"{_size(plan.step_peak)} ({how})",
+        "memory, at rest": f"{_size(plan.resting)} (VAE, text encoder: beside the step on a CPU, else on the host)",
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -141,18 +158,9 @@ def _shapes(cfg: Config) -> _Shapes:
         family,
         _read(path / "unet" / "config.json"),
         _read(vae_path / "config.json"),
-        int(configs[0].get("max_position_embeddings", 77)) + int(family == "sdxl"),
-        sum(_text_parameters(c) for c in configs),
+        {encoder.name: config for encoder, config in zip(encoders, configs, strict=True)},
+        int(configs[0].get("max_position_embeddings", 77)) * cfg.backbone.text_chunks + int(family == "sdxl"),
     )
-
-
-def _text_parameters(config: dict[str, Any]) -> int:
-    """Of a CLIP text encoder: embeddings, then per layer four projections, two of the MLP and two norms."""
-    width, inner = int(config["hidden_size"]), int(config["intermediate_size"])
-    layer = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
-    embeddings = (int(config["vocab_size"]) + int(config.get("max_position_embeddings", 77))) * width
-    projection = width * int(config.get("projection_dim", 0)) if "WithProjection" in str(config["architectures"]) else 0
-    return embeddings + int(config["num_hidden_layers"]) * layer + 2 * width + projection
 
 
 def _images(cfg: Config) -> tuple[int, bool]:
@@ -166,12 +174,16 @@ def _images(cfg: Config) -> tuple[int, bool]:
 
 def _latents_shape(cfg: Config, shapes: _Shapes) -> tuple[int, int, int, int]:
     widths = shapes.vae.get("block_out_channels") or shapes.vae.get("encoder_block_out_channels") or [64] * 4
-    side = cfg.data.resolution // 2 ** (len(widths) - 1)
-    return cfg.data.batch_size, int(shapes.vae.get("latent_channels", 4)), side, side
+    factor = 2 ** (len(widths) - 1)
+    buckets = parse_buckets(cfg.data.buckets, cfg.data.resolution, cfg.data.bucket_step)
+    # Of buckets that were named the largest; of all (auto) a photo takes one of about the square's area.
+    named = buckets if cfg.data.buckets != ["auto"] else []
+    width, height = max(named, key=lambda b: b[0] * b[1], default=(cfg.data.resolution, cfg.data.resolution))
+    return cfg.data.batch_size, int(shapes.vae.get("latent_channels", 4)), height // factor, width // factor
 
 
-def _meta_unet(cfg: Config, shapes: _Shapes) -> tuple[UNet2DConditionModel, dict[str, torch.nn.Module]]:
-    """The UNet as Training sets it up, on the meta device, and what trains beside it."""
+def _meta_unet(cfg: Config, shapes: _Shapes) -> UNet2DConditionModel:
+    """The UNet as Training sets it up, on the meta device."""
     with torch.device("meta"):
         unet: UNet2DConditionModel = UNet2DConditionModel.from_config(shapes.unet)
     unet.requires_grad_(False)
@@ -186,32 +198,64 @@ def _meta_unet(cfg: Config, shapes: _Shapes) -> tuple[UNet2DConditionModel, dict
         inject(unet, cfg.adapter)
     if cfg.conditioning == "source":
         attach_source_input(unet)
-    extra: dict[str, torch.nn.Module] = {}
-    module = build_enhancement(cfg.enhancement, int(shapes.unet["out_channels"]), cfg.conditioning)
-    if module is not None:
-        extra["enhancement"] = module
-    return unet, extra
+    return unet
 
 
-def _step(unet: UNet2DConditionModel, cfg: Config, shapes: _Shapes, latents: tuple[int, int, int, int]) -> None:
-    """Forward, backward and the optimizer's memory, on zeros."""
-    kept = [torch.zeros_like(p) for p in trainable_parameters(unet).values() for _ in range(3)]  # Adam's two, average
+def _meta_vae(shapes: _Shapes) -> nn.Module:
+    vae_class: Any = AutoencoderTiny if shapes.vae["_class_name"] == "AutoencoderTiny" else AutoencoderKL
+    with torch.device("meta"):
+        return vae_class.from_config(shapes.vae).requires_grad_(False)
+
+
+def _meta_encoders(cfg: Config, shapes: _Shapes) -> dict[str, nn.Module]:
+    """The text encoders by component, with an adapter where they train."""
+    encoders: dict[str, nn.Module] = {}
+    for component, config in shapes.text.items():
+        kind: Any = CLIPTextModelWithProjection if component == "text_encoder_2" else CLIPTextModel
+        with torch.device("meta"):
+            encoders[component] = kind(CLIPTextConfig.from_dict(config)).requires_grad_(False)
+    if cfg.adapter.trains_text:
+        with torch.device("meta"):
+            inject_text(encoders, cfg.adapter)
+    return encoders
+
+
+def _step(
+    unet: UNet2DConditionModel,
+    encoders: dict[str, nn.Module],
+    cfg: Config,
+    shapes: _Shapes,
+    latents: tuple[int, int, int, int],
+) -> None:
+    """Forward, backward and the optimizer's memory, on zeros; of ``encoders`` too, if there are any."""
+    trained = [p for model in (unet, *encoders.values()) for p in trainable_parameters(model).values()]
+    kept = [torch.zeros_like(p) for p in trained for _ in range(3)]  # Adam's two, average
     batch = latents[0]
     x = torch.zeros(latents)
     if cfg.conditioning == "source":
         x = torch.cat([x, torch.zeros_like(x)], dim=1)
-    text = torch.zeros(batch, shapes.text_length, int(shapes.unet["cross_attention_dim"]))
+    x = x.contiguous(memory_format=torch.channels_last)
     with _autocast(cfg):
+        text = _text(encoders, cfg, shapes, batch)
         output = unet(x, torch.zeros(batch, dtype=torch.long), encoder_hidden_states=text, return_dict=False)[0]
         loss = (output.float() - torch.zeros_like(output, dtype=torch.float32)).square().mean()
     loss.backward()
     del kept
 
 
-def _encode(cfg: Config, shapes: _Shapes) -> None:
-    vae_class: Any = AutoencoderTiny if shapes.vae["_class_name"] == "AutoencoderTiny" else AutoencoderKL
-    with torch.device("meta"):
-        vae = vae_class.from_config(shapes.vae).requires_grad_(False)
+def _text(encoders: dict[str, nn.Module], cfg: Config, shapes: _Shapes, batch: int) -> Tensor:
+    """Embeddings as Backbone.embed_tokens gives them, of the batch and the empty caption; zeros without encoders."""
+    if not encoders:
+        return torch.zeros(batch, shapes.text_length, int(shapes.unet["cross_attention_dim"]))
+    pooled_row = int(shapes.family == "sdxl")
+    chunks = cfg.backbone.text_chunks
+    tokens = torch.zeros((batch + 1) * chunks, (shapes.text_length - pooled_row) // chunks, dtype=torch.long)
+    states = [encoder(tokens, output_hidden_states=True).hidden_states[-2] for encoder in encoders.values()]
+    text = torch.cat(states, dim=-1).float().reshape(batch + 1, shapes.text_length - pooled_row, -1)
+    return torch.cat([text, text[:, :pooled_row]], dim=1)[:batch]
+
+
+def _encode(vae: Any, cfg: Config) -> None:
     materialize(vae, torch.float32)
     photos = torch.zeros(encode_batch(cfg.data.resolution**2), 3, cfg.data.resolution, cfg.data.resolution)
     with torch.no_grad(), _autocast(cfg):

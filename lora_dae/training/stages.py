@@ -18,9 +18,11 @@ from lora_dae.adapter.inject import inject, make_full_finetune, trainable_parame
 from lora_dae.adapter.other import save_other
 from lora_dae.adapter.source_input import attach_source_input, save_source_input
 from lora_dae.adapter.table import adapter_table
+from lora_dae.adapter.text import inject_text
 from lora_dae.adapter.words import LearnedWords, encode_with_words, save_words
 from lora_dae.backbone.load import Backbone
 from lora_dae.backbone.precision import choose_precision
+from lora_dae.backbone.tokens import pack_tokens
 from lora_dae.config import Config, ConfigError, to_dict
 from lora_dae.data.captions import long_captions
 from lora_dae.data.module import PairDataModule
@@ -81,8 +83,11 @@ class Training:
             make_full_finetune(backbone.unet)
         else:
             inject(backbone.unet, cfg.adapter)
+            if cfg.adapter.trains_text:
+                inject_text(backbone.text_encoders, cfg.adapter)
             if cfg.adapter.init_from is not None:
-                started = initialize(backbone.unet, cfg.adapter.init_from, cfg.adapter.allow_partial)
+                encoders = backbone.text_encoders
+                started = initialize(backbone.unet, cfg.adapter.init_from, cfg.adapter.allow_partial, encoders)
                 if self.rank == 0:
                     console.print(started, highlight=False)
         if cfg.conditioning == "source":
@@ -91,14 +96,17 @@ class Training:
         if cfg.adapter.kind == "textual_inversion":
             self.words = LearnedWords(backbone, cfg.adapter.words)
             self.words.attach(backbone)
-        null = backbone.encode_text([""])[0]
+        null = self._encode_text([""])[0].to(self.device)
         if self.rank == 0:
             too_long = long_captions(self.data.captions("train"), backbone.tokenizer, backbone.text_chunks)
             if too_long:
                 console.print(too_long, soft_wrap=True, highlight=False)
         if self.rank == 0:  # before the stages take turns in what requires a gradient
-            extra = {"words": self.words, "enhancement": self.enhancement}
+            extra: dict[str, Any] = dict(backbone.text_encoders) if cfg.adapter.trains_text else {}
+            extra |= {"words": self.words, "enhancement": self.enhancement}
             console.print(adapter_table(backbone.unet, {k: v for k, v in extra.items() if v is not None}))
+            if cfg.adapter.trains_text:
+                console.print("the text encoder trains: captions are encoded anew in every step, none is cached")
             console.print(f"{self.device}, {self.precision}, {attention} attention", highlight=False)
         text = self._text_with_words()
         self.module = LoraDae(
@@ -113,12 +121,19 @@ class Training:
         return PairDataModule(
             self.splits["train"], self.splits["val"], self.splits["test"],
             cache_dir=Path(self.cfg.data.cache_dir) / "latents", encode_images=self._encode_images,
-            encode_text=self.backbone.encode_text,
+            encode_text=self._encode_text,
             vae=f"{self.backbone.folder.fingerprint('vae')}-{self.precision}",
-            text_encoder=f"{self.backbone.folder.fingerprint(*TEXT_PARTS)}-{self.backbone.text_chunks}",
+            text_encoder=f"{self.backbone.folder.fingerprint(*TEXT_PARTS)}-{self.backbone.text_chunks}"
+            + ("-tokens" if self.cfg.adapter.trains_text else ""),
             batch_size=batch_size, seed=self.cfg.seed, cache=self.cfg.data.cache,
             masks=self.cfg.objective.garment_weight != 1, stores=self.stores,
         )  # fmt: skip
+
+    def _encode_text(self, captions: list[str]) -> Tensor:
+        """What a batch has of a caption: its embedding, or its tokens while the text encoders train."""
+        if self.cfg.adapter.trains_text:
+            return pack_tokens(self.backbone.tokenize(captions))
+        return self.backbone.encode_text(captions)
 
     def _text_with_words(self) -> Callable[[Tensor], Tensor] | None:
         """What training encodes anew in every step: the captions of samples, by number, with the words as they are."""
@@ -153,7 +168,7 @@ class Training:
         if self.device.type != "cpu":  # everything is cached before the first step, so their memory is free for it
             if self.rank == 0:
                 self.data.prepare_data()
-            self.backbone.rest(self.device)
+            self.backbone.rest(self.device, text=not self.cfg.adapter.trains_text)
         planned = planned_stages(self.cfg, self.enhancement)
         names = [name for name, *_ in planned]
         reached = max((names.index(name) for name in checkpoints if name in names), default=0)
@@ -186,6 +201,8 @@ class Training:
             loggers = tracking.stage_loggers(loggers, self.run_dir, stage, before)
         trainer = build_trainer(cfg, self.run_dir, self.precision, steps, extra, stage == "adapter", loggers)
         self.module.unet.train(stage == "adapter")
+        if cfg.adapter.trains_text:
+            self.module.text_encoders.train(stage == "adapter")
         if self.rank == 0 and self.processes > 1:
             size = gradient_bytes(self.module)
             console.print(
@@ -243,7 +260,7 @@ class Training:
             if self.words is not None:
                 save_words(self.words, folder)
             elif self.cfg.adapter.kind == "lora":
-                save_adapter(unet, folder, origin)
+                save_adapter(unet, folder, origin, self.backbone.text_encoders)
             else:
                 save_other(unet, folder, self.cfg.adapter, origin)
             if self.cfg.conditioning == "source":

@@ -1,0 +1,162 @@
+"""``python -m benchmarks.adapter``: what a run costs on a pipeline of diffusers, against diffusers alone.
+
+Ratios within one process, interleaved repeats, medians. Models: the shipped studio backbone, and SD 1.5 of random
+weights at latents of 32 x 32 and 64 x 64 (``--models``; 5 GB of memory and minutes on a CPU).
+
+    attach       attach() (LoRA, source input, enhancement) / load_lora_weights() of the same file
+    diffusers    a sampling step with load_lora_weights() / without LoRA; fused: after fuse_lora()
+    unmerged     the same by attach(), strength 0; + enhancement at strength 1
+    merged       by attach(merged=True), the merging of each call included
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from rich.console import Console
+from rich.table import Table
+
+import lora_dae
+from lora_dae.adapter.files import save_adapter
+from lora_dae.adapter.inject import inject
+from lora_dae.backbone.layout import CONFIGS, STUDIO
+from lora_dae.config import AdapterConfig
+from lora_dae.enhancement.files import save_enhancement
+from lora_dae.enhancement.gates import EnhancementModule
+
+console = Console()
+MODELS = {"studio": 32, "sd15-32": 32, "sd15-64": 64}
+Variant = tuple[Callable[[], None], dict[str, Any], Callable[[], None]]  # prepare, arguments of the call, undo
+
+
+def build_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Without VAE and text encoder of its own for SD 1.5: latents and embeddings are given."""
+    torch.manual_seed(0)
+    if model == "studio":
+        pipe = StableDiffusionPipeline.from_pretrained(STUDIO, torch_dtype=dtype)
+    else:
+        with torch.device(device):
+            config = UNet2DConditionModel.load_config(CONFIGS / "sd1" / "unet")
+            unet = UNet2DConditionModel.from_config(config).to(dtype)
+        pipe = StableDiffusionPipeline(
+            vae=AutoencoderKL(block_out_channels=(4,) * 4, norm_num_groups=4), text_encoder=None, tokenizer=None,
+            unet=unet, scheduler=DDIMScheduler(steps_offset=1, clip_sample=False), safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.to(memory_format=torch.channels_last)
+    return pipe.to(device)
+
+
+def write_run(unet: UNet2DConditionModel, folder: Path) -> None:
+    """Adapter files of rank 16 as the default run has them, of random weights; the UNet stays as it was."""
+    inject(unet, AdapterConfig())
+    for name, parameter in unet.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    save_adapter(unet, folder)
+    unet.unload_lora()
+    unet.requires_grad_(False).eval()
+    module = EnhancementModule()
+    torch.nn.init.normal_(module.output.weight, std=0.1)
+    save_enhancement(module, folder / "enhancement.safetensors")
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(model: str, steps: int, repeats: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    pipe = build_pipeline(model, device, dtype)
+    side, channels = MODELS[model], pipe.unet.config.in_channels
+    text = torch.randn(2, 77 if model != "studio" else 32, pipe.unet.config.cross_attention_dim, device=device)
+    arguments = {
+        "prompt_embeds": text[:1].to(dtype), "negative_prompt_embeds": text[1:].to(dtype),
+        "latents": torch.randn(1, channels, side, side, device=device, dtype=dtype), "guidance_scale": 3.0,
+        "num_inference_steps": steps, "output_type": "latent",
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        write_run(pipe.unet, folder)
+
+        def attached(merged: bool) -> Callable[[], None]:
+            return lambda: lora_dae.attach(pipe, folder, merged=merged)
+
+        def plain_lora() -> None:
+            pipe.load_lora_weights(folder)
+
+        def fused_lora() -> None:
+            pipe.load_lora_weights(folder)
+            pipe.fuse_lora()
+
+        def unfuse() -> None:
+            pipe.unfuse_lora()
+            pipe.unload_lora_weights()
+
+        def detach() -> None:
+            lora_dae.detach(pipe)
+
+        off, on = {"enhancement_strength": 0.0}, {"enhancement_strength": 1.0}
+        variants: dict[str, Variant] = {
+            "plain": (lambda: None, {}, lambda: None),
+            "diffusers": (plain_lora, {}, pipe.unload_lora_weights),
+            "diffusers fused": (fused_lora, {}, unfuse),
+            "unmerged": (attached(False), off, detach),
+            "unmerged + enhancement": (attached(False), on, detach),
+            "merged": (attached(True), off, detach),
+            "merged + enhancement": (attached(True), on, detach),
+        }
+        times: dict[str, list[float]] = {name: [] for name in [*variants, "load", "attach"]}
+        for repeat in range(repeats + 1):  # the first one warms up
+            for name, (prepare, more, undo) in variants.items():
+                loading = seconds_of(prepare, device)
+                step = seconds_of(lambda more=more: pipe(**arguments, **more), device)  # type: ignore[misc]
+                undo()
+                if repeat:
+                    times[name].append(step / steps)
+                    if name in ("diffusers", "unmerged"):
+                        times["load" if name == "diffusers" else "attach"].append(loading)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    ratios = {f"{model}: {name} / plain": median[name] / median["plain"] for name in list(variants)[1:]}
+    return {
+        f"{model}: plain step, seconds": median["plain"],
+        **ratios,
+        f"{model}: attach / load_lora_weights": median["attach"] / median["load"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.adapter", description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["studio"])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("build/benchmarks_adapter.json"))
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    results: dict[str, float] = {}
+    for model in args.models:
+        results |= measure(model, args.steps, args.repeats, device, dtype)
+    table = Table("measured", "value")
+    for name, value in results.items():
+        table.add_row(name, f"{value:.3f}")
+    console.print(table)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The preview page in the browser: a finished run (or the frozen backbone) and a few sliders."""

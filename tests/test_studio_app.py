@@ -1,0 +1,184 @@
+"""The preview page: what it draws is what the run draws, and a headless browser can use it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compose import config
+from PIL import Image
+
+from lora_dae.config import ConfigError
+from lora_dae.enhancement.files import save_enhancement
+from lora_dae.enhancement.gates import EnhancementModule
+from lora_dae.sampling.load import load_run
+from lora_dae.studio_app import __main__ as command
+from lora_dae.studio_app.preview import Preview, newest_run
+from lora_dae.training import run as training
+
+CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
+# Screenshots land here when the variable is set, to be looked at.
+SCREENSHOTS = os.environ.get("LORA_DAE_SCREENSHOTS")
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on pairs, with an enhancement that visibly does something."""
+    root = tmp_path_factory.mktemp("preview")
+    training.run(
+        config(
+            tiny_backbone, root / "runs" / "one", root / "cache", "trainer.max_steps=2", "adapter.rank=2",
+            "evaluation.frozen=false", "evaluation.num_samples=2", "data.train_size=8",
+        )
+    )  # fmt: skip
+    module = EnhancementModule()
+    torch.manual_seed(0)
+    torch.nn.init.normal_(module.output.weight)
+    torch.nn.init.normal_(module.output.bias)
+    save_enhancement(module, root / "runs" / "one" / "adapter" / "enhancement.safetensors")
+    return root / "runs" / "one"
+
+
+@pytest.fixture(scope="module")
+def preview(finished: Path) -> Preview:
+    return Preview.load(finished)
+
+
+def test_draws_what_the_run_draws(preview: Preview, finished: Path) -> None:
+    pair = preview.example(1)
+    plain, chosen = preview.draw("a red dress", pair.source, 3, 2, 2.0, 1.5, 0.5)
+    run = load_run(finished)
+    run.cfg.sampling.seed, run.cfg.sampling.num_inference_steps = 3, 2
+    run.cfg.sampling.guidance_scale, run.cfg.sampling.source_guidance_scale = 2.0, 1.5
+    drawer = run.drawer(preview.bf16)
+    assert np.array_equal(plain, drawer.images(["a red dress"], pair.source[None], 0.0)[0])
+    assert np.array_equal(chosen, drawer.images(["a red dress"], pair.source[None], 0.5)[0])
+    assert not np.array_equal(plain, chosen)
+    assert np.array_equal(preview.draw("a red dress", pair.source, 3, 2, 2.0, 1.5, 0.0)[1], plain)
+    wide = np.full((40, 90, 3), 128, np.uint8)  # a photo of any size
+    assert preview.draw("a red dress", wide, 3, 2, 2.0, 1.5, 0.0)[0].shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": " "}, "write a caption"),
+        ({"steps": 0}, "steps go from 1"),
+        ({"strength": 3.0}, "the strength from 0"),
+        ({"guidance": -1.0}, "is negative"),
+    ],
+)
+def test_values_outside_the_page_are_refused(change: dict[str, Any], message: str, preview: Preview) -> None:
+    values = {"prompt": "a dress", "source": None, "seed": 0, "steps": 2, "guidance": 1.0, "source_guidance": 1.0,
+              "strength": 0.0, **change}  # fmt: skip
+    with pytest.raises(ConfigError, match=message):
+        preview.draw(**values)
+
+
+def test_newest_finished_run_is_taken(tmp_path: Path) -> None:
+    assert newest_run(tmp_path / "nowhere") is None
+    for age, name in enumerate(("new", "old")):
+        (tmp_path / name / "adapter").mkdir(parents=True)
+        (tmp_path / name / "config.yaml").touch()
+        os.utime(tmp_path / name / "adapter", (1000 - age, 1000 - age))
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "config.yaml").touch()
+    assert newest_run(tmp_path) == tmp_path / "new"
+
+
+def test_shipped_backbone_alone(tmp_path: Path) -> None:
+    """No run at all: it draws, and there is no strength to choose."""
+    preview = Preview.load(None, str(tmp_path))
+    assert not preview.has_strength and not preview.has_source and len(preview.examples) == 16
+    plain, chosen = preview.draw(preview.example(0).caption, None, 0, 1, 1.0, 1.0, 0.0)
+    assert plain.shape == (128, 128, 3) and np.array_equal(plain, chosen)
+
+
+@pytest.mark.parametrize(("words", "message"), [(["runs/x"], "no key=value"), (["prt=1"], "prt"), (["port=x"], "port")])
+def test_mistakes_on_the_command_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(words)
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and said.count("\n") == 1
+
+
+def test_without_gradio_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit):
+        command.main([])
+    assert "pip install 'lora-dae[app]'" in capsys.readouterr().err
+
+
+def test_serves_this_machine_alone_unless_told_otherwise(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradio = pytest.importorskip("gradio", reason="gradio (extra app) is not installed: the page was NOT tested")
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda self, **options: seen.append(options))
+    command.main([f"run={finished}"])
+    command.main([f"run={finished}", "host=0.0.0.0", "port=7999"])
+    assert [(o["server_name"], o["server_port"], o["share"]) for o in seen] == [
+        ("127.0.0.1", 7860, False), ("0.0.0.0", 7999, False),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def address(preview: Preview, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    pytest.importorskip("gradio", reason="gradio (extra app) is not installed: the page was NOT tested")
+    from lora_dae.studio_app.page import build_page, serve_page
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    page = build_page(preview)
+    serve_page(page, "127.0.0.1", port, wait=False)
+    yield f"http://127.0.0.1:{port}"
+    page.close()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: the preview page was NOT tested")
+def test_page_in_a_browser(address: str, preview: Preview, tmp_path: Path) -> None:
+    """An example comes up by itself; drawing fills three pictures and the gallery; the download is a real picture."""
+    reason = "playwright is not installed: the preview page was NOT tested"
+    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_context(viewport={"width": 1400, "height": 1000}, accept_downloads=True).new_page()
+        page.set_default_timeout(60_000)
+        foreign: list[str] = []
+        page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else foreign.append(r.url))
+        page.goto(address)
+        box = page.locator("#prompt textarea")
+        page.wait_for_function("document.querySelector('#prompt textarea')?.value.length > 0")
+        assert box.input_value() == preview.example(0).caption
+        page.wait_for_selector("#real img")
+        box.fill("a red dress")
+        steps = page.locator("#steps input[type=number]")
+        steps.fill("2")
+        steps.blur()
+        page.click("#draw")
+        page.wait_for_selector("#plain img")
+        page.wait_for_selector("#chosen img")
+        page.wait_for_selector("#gallery img")
+        sources = [page.locator(f"#{name} img").first.get_attribute("src") for name in ("plain", "chosen", "real")]
+        assert len(set(sources)) == 3
+        if SCREENSHOTS:
+            page.screenshot(path=f"{SCREENSHOTS}/preview.png", full_page=True)
+        with page.expect_download() as download:
+            page.click("#download")
+        download.value.save_as(tmp_path / "sheet.png")
+        with Image.open(tmp_path / "sheet.png") as sheet:
+            assert sheet.width > 3 * 64
+        box.fill("")
+        page.click("#draw")
+        page.get_by_text("write a caption").first.wait_for()
+        assert foreign == [], "the page asked other hosts"
+        browser.close()
