@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -42,6 +43,12 @@ def _one_sentence(command: Callable[[DictConfig], Any]) -> Callable[[DictConfig]
             return command(cfg)
         except (ConfigError, NonFiniteLossError) as error:
             print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            print(f"error: no room left to write {error.filename or 'a file'}: make some; earlier files stay.",
+                  file=sys.stderr)  # fmt: skip
             sys.exit(2)
         except InterruptedRunError as error:
             print(str(error), file=sys.stderr)

@@ -319,6 +319,8 @@ def check_evaluation(cfg: EvaluationConfig) -> None:
         raise ConfigError(f"evaluation.lpips={cfg.lpips} does not exist: give AlexNet's features as safetensors.")
     if cfg.num_samples < 2:
         raise ConfigError(f"evaluation.num_samples={cfg.num_samples} is below 2: give at least 2.")
+    if cfg.clean_fid and cfg.features == "inception":
+        raise ConfigError("evaluation.features=inception and clean_fid=true both give a metric called fid: drop one.")
     if cfg.bootstrap != 0 and cfg.bootstrap < 2:
         raise ConfigError(f"evaluation.bootstrap={cfg.bootstrap}: give e.g. 1000, or 0 for no intervals.")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from lora_dae.cli import _one_sentence
 from lora_dae.config import Config, ConfigError, EvaluationConfig, check, conf_dir, from_dict, to_dict
 from lora_dae.evaluation.command import EvaluateRequest, command_of, evaluate, folder_of, requested
 
@@ -54,6 +57,21 @@ def test_config_survives_its_yaml() -> None:
     cfg = Config(run_dir="somewhere")
     assert from_dict(to_dict(cfg)) == cfg
     check(cfg)
+
+
+def test_a_full_disk_is_one_sentence_and_other_errors_keep_their_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(number: int) -> None:
+        raise OSError(number, os.strerror(number), "runs/a/report.html")
+
+    with pytest.raises(SystemExit):
+        _one_sentence(lambda cfg: fails(errno.ENOSPC))(OmegaConf.create())
+    assert capsys.readouterr().err == (
+        "error: no room left to write runs/a/report.html: make some; earlier files stay.\n"
+    )
+    with pytest.raises(PermissionError):
+        _one_sentence(lambda cfg: fails(errno.EACCES))(OmegaConf.create())
 
 
 def _request(*words: str) -> EvaluateRequest:
@@ -102,6 +120,7 @@ def test_other_settings_than_the_runs_own_get_a_folder_of_their_own(tmp_path: Pa
         (("run=a", "split=train"), "split=train is unknown"),
         (("images=a", "reference=b", "bootstrap=1"), "bootstrap=1"),
         (("runs=[a,b]", "baseline=c"), "baseline=c is none of the methods"),
+        (("runs=[a,b]", "features=inception", "clean_fid=true"), "both give a metric called fid"),
         (("runs=[a,b]", "features=vgg"), "evaluation.features=vgg is unknown"),
     ],
 )

@@ -114,10 +114,21 @@ def test_judges_and_people_stand_on_the_page(methods: list[str], tmp_path: Path)
         "against_first": {"good | texture": {"verdict": "cannot tell"}}, "sees_texture": {"verdict": "cannot tell"},
     }  # fmt: skip
     protocol = {"bank": "2-abc", "prompt_version": "1", "prompts": 3, "resolution": "24 pixels wide"}
-    vqa = {"schema": 1, "baseline": "bad", "judges": {"j": entry}, "protocol": protocol}
-    win = {"a": "bad", "b": "good", "wins": 1, "losses": 9, "ties": 0, "share": 0.1, "low": 0.02, "high": 0.4}
+    vqa = {"schema": 2, "baseline": "bad", "judges": {"j": entry}, "protocol": protocol}
+    win = {
+        "a": "bad",
+        "b": "good",
+        "wins": 1,
+        "losses": 9,
+        "ties": 0,
+        "share": 0.1,
+        "low": 0.02,
+        "high": 0.4,
+        "p_holm": 0.01,
+        "verdict": "worse",
+    }
     people = {
-        "schema": 1, "raters": {"voted": 5, "excluded": []}, "opinion": {},
+        "schema": 2, "raters": {"voted": 5, "excluded": []}, "opinion": {},
         "questions": {"realism": {"win_rates": [win], "alpha": None}},
     }  # fmt: skip
     (tmp_path / "vqa.json").write_text(json.dumps(vqa))

@@ -197,6 +197,8 @@ def test_two_judges_a_table_and_controls(folders: list[str], tmp_path: Path, mon
     assert entry["sees_texture"]["difference"] > 0
     row = entry["pairs"]["questions"]["texture"]["win_rates"][0]
     assert (row["a"], row["wins"], row["losses"], row["ties"]) == ("flat", 0, 6, 0)
+    # Six prompts of one mind are 2 of 64 sign patterns; three questions make that 6 of 64.
+    assert row["p_holm"] == pytest.approx(6 / 64) and row["verdict"] == "cannot tell"
     other = result["judges"]["blind"]
     assert other["sees_texture"]["verdict"] == "cannot tell" and other["pairs"]["position_bias"] == 1
     assert other["reading"]["parse_failures"] == pytest.approx(1 / len({a for a in _ids(tmp_path / "out")}))
@@ -204,7 +206,7 @@ def test_two_judges_a_table_and_controls(folders: list[str], tmp_path: Path, mon
     text = (tmp_path / "out" / "vqa.md").read_text()
     assert "Warning: it does not see texture" in text and "parse failures" in text and "position bias 100.0%" in text
     saved = json.loads((tmp_path / "out" / "vqa.json").read_text())
-    assert saved["schema"] == 1 and saved["protocol"]["bank"].startswith("2-")
+    assert saved["schema"] == 2 and saved["protocol"]["bank"].startswith("2-")
 
 
 def _ids(output: Path) -> list[str]:

@@ -119,6 +119,7 @@ def compare_runs(request: CompareRequest, cfg: EvaluationConfig, console: Consol
     )
     protocol.not_available.update(add_infinity(methods, curves))
     table = ResultsTable(methods, protocol, references, curves)
+    console.print(table.rich())  # first: whatever becomes of the files, the numbers are there
     spectra = {name: observed.power.spectrum() for name, observed in seen.items()}
     power = real.observed(next(iter(seen.values())).on_garment).power
     plots = [plot_band_power(spectra, power.spectrum(), request.output / "plots" / "band_power.svg")]
@@ -137,7 +138,6 @@ def compare_runs(request: CompareRequest, cfg: EvaluationConfig, console: Consol
         plots=[*plots, *plot_sizes(curves, request.output / "plots")],
         sheets=sheets,
     )
-    console.print(table.rich())  # first: whatever becomes of the files, the numbers are there
     report = write_page(request.output, page)
     console.print(f"report   {report}", soft_wrap=True, highlight=False)
     return table

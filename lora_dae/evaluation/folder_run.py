@@ -62,6 +62,8 @@ def evaluate_folder(request: FolderRequest, cfg: EvaluationConfig, console: Cons
     """
     images, reference, train, warnings = _check(request, cfg)
     start_processes()
+    if dist.is_initialized() and dist.get_world_size() > min(len(images), len(reference)):
+        raise ConfigError(f"{dist.get_world_size()} processes are more than there are pictures: start fewer.")
     resolution = request.resolution or (images.size or (0, 0))[1]
     extractor = load_features(cfg.features).to(best_device())
     extras = load_extras(cfg, resolution, None)
@@ -115,6 +117,7 @@ def evaluate_folder(request: FolderRequest, cfg: EvaluationConfig, console: Cons
     curves = size_curves({name: seen}, real.features, extractors, request.seed)
     protocol.not_available.update(add_infinity(methods, curves))
     table = ResultsTable(methods, protocol, references, curves)
+    console.print(table.rich())  # first: whatever becomes of the files, the numbers are there
     spectra = {name: seen.power.spectrum(), **{row: other.power.spectrum() for row, (other, _) in others.items()}}
     plots = [plot_band_power(spectra, real.power.spectrum(), request.output / "plots" / "band_power.svg")]
     page = Page(
@@ -125,7 +128,6 @@ def evaluate_folder(request: FolderRequest, cfg: EvaluationConfig, console: Cons
         grids=_grids(request, name, images, reference, seen.values),
         plots=[*plots, *plot_sizes(curves, request.output / "plots")],
     )
-    console.print(table.rich())  # first: whatever becomes of the files, the numbers are there
     report = write_page(request.output, page)
     console.print(f"report   {report}", soft_wrap=True, highlight=False)
     return table

@@ -17,8 +17,8 @@ from lora_dae.evaluation.measure import Reference, evaluate_images
 from lora_dae.evaluation.pattern import pattern_distance
 from lora_dae.evaluation.table import MetricValue
 
-FLOOR = "real training photos (the floor of distances)"
-CEILING = "real, through the VAE (the ceiling of a latent model)"
+FLOOR = "real training photos"  # the floor of distances
+CEILING = "real, through the VAE"  # the ceiling of a latent model
 CONTROLS = {"real, blurred": blurred, "real, over-sharpened": over_sharpened}
 
 

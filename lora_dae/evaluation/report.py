@@ -100,7 +100,7 @@ def page_html(page: Page) -> str:
 def picture_uri(picture: np.ndarray) -> str:
     """A uint8 (H, W, 3) picture as a PNG data URI: every pixel as it is."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
+    Image.fromarray(picture).save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 

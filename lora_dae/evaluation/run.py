@@ -201,7 +201,7 @@ def evaluate_run(
         table, real, seen = measure_rows(cfg, rows, held_out, split, extras, run, training)
     if found := overlap(splits, split, len(held_out.pairs)):
         table.protocol.warnings.append(found)
-    output.mkdir(parents=True, exist_ok=True)
+    console.print(table.rich())  # first: whatever becomes of the files, the numbers are there
     grid = write_grid(rows, held_out, output / "samples" / "grid.png")
     page = Page(
         title=f"LoRA-DAE · {cfg.name}",
@@ -213,7 +213,6 @@ def evaluate_run(
         usage=usage(cfg),
         command=command or f"python evaluate.py run={run_dir}",
     )
-    console.print(table.rich())  # first: whatever becomes of the files, the numbers are there
     report = write_page(output, page)
     console.print(f"report   {report}", soft_wrap=True, highlight=False)
     return table, grid

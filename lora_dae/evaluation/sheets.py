@@ -11,7 +11,7 @@ from lora_dae.config import ConfigError
 from lora_dae.evaluation.report import Sheet
 from lora_dae.evaluation.table import MetricValue, format_value
 
-KNOWN = {"vqa.json": (1, 2), "report.json": (1,)}  # schemas that are understood
+KNOWN = {"vqa.json": 2, "report.json": 2}  # schemas that are understood
 
 
 def judges_sheets(folder: Path) -> list[Sheet]:
@@ -51,8 +51,9 @@ def people_sheets(folder: Path) -> list[Sheet]:
         rows = []
         for r in entry["win_rates"]:
             share = f"{r['share']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
-            said = "cannot tell" if r["low"] <= 0.5 <= r["high"] else ("better" if r["low"] > 0.5 else "worse")
-            rows.append([f"{r['a']} over {r['b']}", str(r["wins"]), str(r["losses"]), str(r["ties"]), share, said])
+            rows.append(
+                [f"{r['a']} over {r['b']}", str(r["wins"]), str(r["losses"]), str(r["ties"]), share, r["verdict"]]
+            )
         head = ["", "wins", "losses", "ties", "share of wins", ""]
         alpha = "n/a" if entry["alpha"] is None else f"{entry['alpha']:.3f}"
         sheets.append(Sheet(f"People: {question}", [*notes, f"Krippendorff's alpha {alpha}."], head, rows))
@@ -74,7 +75,7 @@ def _read(folder: Path, name: str, option: str) -> dict[str, Any]:
         result = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is no JSON ({error.msg}): write it anew.") from error
-    if not isinstance(result, dict) or result.get("schema") not in KNOWN[name]:
+    if not isinstance(result, dict) or result.get("schema") != KNOWN[name]:
         raise ConfigError(f"{path} is of another version of this program: write it anew.")
     return result
 

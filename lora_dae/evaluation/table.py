@@ -26,7 +26,7 @@ from lora_dae.evaluation.protocol import Protocol
 
 Better = Literal["lower", "higher"]
 SCHEMA = 2  # of metrics.json; 1 had no references and no curves
-REFERENCES = "What real photos get (for orientation; not compared)"
+REFERENCES = "What real photos get"
 ARROWS = {"lower": "↓", "higher": "↑", None: "→ 1"}
 BLOCKS = {
     "Distance to real photos": ("fd_", "kd_", "is_", "fid", "kid", "is", "cmmd"),

@@ -12,20 +12,26 @@ COLUMNS = ("row", "kind", "metric", "value", "low", "high", "better", "p_holm", 
 TEX_ARROWS = {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "→ 1": r"$\rightarrow 1$"}
 
 
-def csv_text(table: ResultsTable) -> str:
-    """One line for each row and metric; p and verdict against the baseline where they are compared."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(COLUMNS)
+def table_rows(table: ResultsTable) -> list[list[str | float | None]]:
+    """A row of ``COLUMNS`` for each row and metric; p and verdict against the baseline where they are compared."""
     corrected = table.corrected()
+    found: list[list[str | float | None]] = []
     for kind, rows in (("method", table.methods), ("reference", table.references)):
         for row, metrics in rows.items():
             for name, metric in metrics.items():
                 m = metric.as_dict()
                 p = corrected.get((row, name)) if kind == "method" else None
                 said = table.verdict(row, name) if kind == "method" else ""
-                cells = [m["value"], m["low"], m["high"], m["better"], p]
-                writer.writerow([row, kind, name, *("" if c is None else c for c in cells), said])
+                found.append([row, kind, name, m["value"], m["low"], m["high"], m["better"], p, said])
+    return found
+
+
+def csv_text(table: ResultsTable) -> str:
+    """``table_rows`` as CSV, what is not known left empty."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(["" if cell is None else cell for cell in row] for row in table_rows(table))
     return out.getvalue()
 
 

@@ -33,6 +33,7 @@ from lora_dae.enhancement.files import save_enhancement
 from lora_dae.enhancement.gates import EnhancementModule
 from lora_dae.evaluation.run import HeldOut, evaluate_run, row_name, write_grid
 from lora_dae.evaluation.table import ResultsTable
+from lora_dae.evaluation.table_files import COLUMNS, table_rows
 from lora_dae.export.command import export_beside, write_card
 from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.load import ENHANCEMENT_FILE, load_run, prepare_unet
@@ -131,6 +132,7 @@ def measure(cfg: Config, loggers: list[Any], device: torch.device, bf16: bool) -
             logger.offset = 0
     tracking.log_metrics(others, flat, last)
     tracking.log_image(others, "test/grid", grid, last)
+    tracking.log_table(others, "test/table", list(COLUMNS), table_rows(table))
     tracking.finish(loggers)
     write_card(run_dir, cfg, loaded.backbone.folder.family, run_dir / "adapter")
     return Result(run_dir, table)

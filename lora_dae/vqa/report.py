@@ -72,9 +72,10 @@ def _pairs(pairs: dict[str, Any]) -> list[str]:
     for question, entry in pairs["questions"].items():
         lines += ["", f"| {question} | wins | losses | ties | share of wins | |", "|---|---:|---:|---:|---:|---|"]
         for r in entry["win_rates"]:
-            said = "cannot tell" if r["low"] <= 0.5 <= r["high"] else ("better" if r["low"] > 0.5 else "worse")
             share = f"{r['share']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
-            lines.append(f"| {r['a']} over {r['b']} | {r['wins']} | {r['losses']} | {r['ties']} | {share} | {said} |")
+            lines.append(
+                f"| {r['a']} over {r['b']} | {r['wins']} | {r['losses']} | {r['ties']} | {share} | {r['verdict']} |"
+            )
     return lines
 
 
