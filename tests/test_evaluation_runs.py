@@ -106,6 +106,19 @@ def test_methods_are_compared_with_the_baseline(methods: list[str], tmp_path: Pa
     assert again["baseline"] == "bad" and again["methods"]["same"]["psnr"] == result["methods"]["same"]["psnr"]
 
 
+def test_who_drew_from_the_prompt_alone_is_not_measured_against_the_pairs_photo(
+    methods: list[str], tmp_path: Path
+) -> None:
+    """Modes never share a column: fidelity stays empty for it, distances between sets do not."""
+    items = [replace(i, source=None) for i in _items()]
+    write_pictures(tmp_path / "text", items, [i.real for i in items if i.real is not None])
+    result = _compare([methods[1], str(tmp_path / "text")], tmp_path / "out", "controls=false")
+    assert {"psnr", "lsd_garment", "fd_tiny"} <= set(result["methods"]["good"])
+    assert set(result["methods"]["text"]) == {"fd_tiny", "kd_tiny", "is_tiny"}
+    turned = _compare([str(tmp_path / "text"), methods[1]], tmp_path / "turned", "controls=false")
+    assert turned["methods"]["good"]["psnr"] == result["methods"]["good"]["psnr"] and turned["baseline"] == "text"
+
+
 def test_judges_and_people_stand_on_the_page(methods: list[str], tmp_path: Path) -> None:
     value = {"value": 0.5, "low": 0.4, "high": 0.6}
     reading = {"questions": 3, "strict": 1.0, "tolerant": 0.0, "parse_failures": 0.25, "unanswered": 0.0}

@@ -13,10 +13,11 @@ from lora_dae.backbone.load import load_backbone
 from lora_dae.backbone.precision import best_device
 from lora_dae.config import ConfigError, EvaluationConfig
 from lora_dae.data.pair import Pair
+from lora_dae.data.sources import load_splits
 from lora_dae.evaluation.examples import extremes, prompt_grid
 from lora_dae.evaluation.extras import load_extras
 from lora_dae.evaluation.features import load_features, stack_images
-from lora_dae.evaluation.heldout import HeldOut
+from lora_dae.evaluation.heldout import HeldOut, overlap, training_pairs
 from lora_dae.evaluation.measure import build_reference, measure_images
 from lora_dae.evaluation.observe import Observed
 from lora_dae.evaluation.pattern import pattern_distance
@@ -65,7 +66,7 @@ def compare_runs(request: CompareRequest, cfg: EvaluationConfig, console: Consol
     extras = load_extras(cfg, min(size[:2]), held_out.captions)
     extractor = load_features(cfg.features).to(best_device())
     extractors = (extractor, *extras.more)
-    paired = held_out.sources is not None
+    sources_given = held_out.sources is not None
     real = build_reference(stack_images([p.image for p in held_out.pairs]), held_out.masks, *extractors)
     classifier = studio_classifier(held_out.attributes)
     first = request.baseline or names[0]
@@ -81,7 +82,7 @@ def compare_runs(request: CompareRequest, cfg: EvaluationConfig, console: Consol
                 classifier=classifier,
                 bootstrap=cfg.bootstrap,
                 seed=request.seed,
-                paired=paired,
+                paired=sources_given and name in sets.from_source,
                 perceptual=extras.perceptual,
                 clip=extras.clip,
                 captions=held_out.captions,
@@ -89,13 +90,21 @@ def compare_runs(request: CompareRequest, cfg: EvaluationConfig, console: Consol
                 pattern=pattern_distance(extractor),
                 more=extras.more,
             )
-        references = {}
+        if sources_given:  # who drew from the prompt alone is not measured against the photo of the same pair
+            comparable = next(set(methods[n]) for n in methods if n in sets.from_source)
+            for name in set(methods) - sets.from_source:
+                methods[name] = {k: v for k, v in methods[name].items() if k in comparable}
+        references, leaked = {}, None
+        run = _first_run(request.runs)
+        splits = None if run is None else load_splits(read_config(run).data)
+        if splits is not None:
+            leaked = overlap(splits, request.split, len(held_out.pairs))
         if cfg.controls:
-            run = _first_run(request.runs)
+            backbone = None if run is None else load_backbone(read_config(run).backbone, best_device())
+            training = None if splits is None else training_pairs(splits["train"], held_out)
             references = reference_rows(
-                held_out, real, None, None if run is None else load_backbone(read_config(run).backbone, best_device()),
-                extractor, extras, classifier, cfg.bootstrap, request.seed,
-            )  # fmt: skip
+                held_out, real, training, backbone, extractor, extras, classifier, cfg.bootstrap, request.seed
+            )
     seeds = sorted({item.seed for item in sets.items if item.seed is not None})
     curves = size_curves(seen, real.features, extractors, request.seed)
     protocol = Protocol(
@@ -112,16 +121,17 @@ def compare_runs(request: CompareRequest, cfg: EvaluationConfig, console: Consol
         bootstrap=cfg.bootstrap,
         definitions=[*extras.definitions, *_settings(request.runs)],
         not_available=extras.not_available,
-        mode="source" if paired else "text",
+        mode="source" if sources_given else "text",
         resize="none: pictures and real photos have one size",
         files="PNG",
-        warnings=size_warnings(len(held_out.pairs), len(real), len(seeds)),
+        warnings=[*([leaked] if leaked else []), *size_warnings(len(held_out.pairs), len(real), len(seeds))],
     )
     protocol.not_available.update(add_infinity(methods, curves))
     table = ResultsTable(methods, protocol, references, curves)
     console.print(table.rich())  # first: whatever becomes of the files, the numbers are there
-    spectra = {name: observed.power.spectrum() for name, observed in seen.items()}
-    power = real.observed(next(iter(seen.values())).on_garment).power
+    on_garment = any(observed.on_garment for observed in seen.values())
+    spectra = {n: observed.power.spectrum() for n, observed in seen.items() if observed.on_garment == on_garment}
+    power = real.observed(on_garment).power
     plots = [plot_band_power(spectra, power.spectrum(), request.output / "plots" / "band_power.svg")]
     sources: list[np.ndarray | None] = [p.source for p in held_out.pairs]
     photos: list[np.ndarray | None] = [p.image for p in held_out.pairs]

@@ -46,6 +46,19 @@ class HeldOut:
         return found if len(found) == len(self.pairs) else None
 
 
+def training_pairs(train: PairDataset, held_out: HeldOut) -> HeldOut | None:
+    """As many training pairs, all different, as were held out and of their size; None where there are fewer."""
+    size = held_out.pairs[0].size
+    found = {}
+    for k in range(len(train)):
+        pair = train[k]
+        if pair.size == size:
+            found[pair.id] = pair
+        if len(found) == len(held_out.pairs):
+            return HeldOut(list(found.values()))
+    return None
+
+
 def overlap(splits: dict[str, PairDataset], split: str, count: int) -> str | None:
     """A warning when photos of the evaluated split are trained on as well, told by their content; else None."""
     known = set(_contents(splits["train"], len(splits["train"])))

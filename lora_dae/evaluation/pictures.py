@@ -43,10 +43,14 @@ class Item:
 
 @dataclass(frozen=True)
 class PictureSets:
-    """``methods[name][i]`` is the picture, uint8 (H, W, 3), of ``items[i]``."""
+    """``methods[name][i]`` is the picture, uint8 (H, W, 3), of ``items[i]``.
+
+    ``from_source``: the methods that were given the source photos; the others drew from the prompts alone.
+    """
 
     items: list[Item]
     methods: dict[str, list[np.ndarray]]
+    from_source: frozenset[str] = frozenset()
 
 
 def gather(specs: Sequence[str], split: str, count: int, console: Console) -> PictureSets:
@@ -70,19 +74,25 @@ def gather(specs: Sequence[str], split: str, count: int, console: Console) -> Pi
     folders = [_folder(path, strength) for _, path, strength in parsed]  # all paths are checked before one is drawn
     items: list[Item] = []
     methods: dict[str, list[np.ndarray]] = {}
+    from_source: set[str] = set()
     for name, folder, (_, path, strength) in zip(names, folders, parsed, strict=True):
         found = folder or draw_pictures(path, strength, split, count, console)
         own, images = read_pictures(found, count)
         if items:
             _same(items, own, name, names[0])
+            items = [
+                a if a.source is not None else replace(a, source=b.source) for a, b in zip(items, own, strict=True)
+            ]
         else:
             items = own
         methods[name] = images
+        if all(item.source is not None for item in own):
+            from_source.add(name)
     shapes = {image.shape for images in methods.values() for image in images}
     if len(shapes) > 1:
         sizes = ", ".join(f"{s[1]} x {s[0]}" for s in sorted(shapes))
         raise ConfigError(f"the pictures have different sizes ({sizes}): compare methods at one resolution.")
-    return PictureSets(items, methods)
+    return PictureSets(items, methods, frozenset(from_source))
 
 
 def parse_spec(spec: str) -> tuple[str, Path, float | None]:

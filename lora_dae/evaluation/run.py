@@ -18,12 +18,11 @@ from torch import Tensor
 from lora_dae.backbone.load import load_backbone
 from lora_dae.backbone.precision import best_device
 from lora_dae.config import Config, to_dict
-from lora_dae.data.pair import PairDataset
 from lora_dae.data.sources import load_splits
 from lora_dae.evaluation.examples import PictureGrid, extremes, prompt_grid
 from lora_dae.evaluation.extras import Extras, load_extras
 from lora_dae.evaluation.features import load_features, stack_images
-from lora_dae.evaluation.heldout import HeldOut, overlap
+from lora_dae.evaluation.heldout import HeldOut, overlap, training_pairs
 from lora_dae.evaluation.measure import Reference, build_reference, measure_images
 from lora_dae.evaluation.observe import Observed
 from lora_dae.evaluation.pattern import pattern_distance
@@ -140,19 +139,6 @@ def measure_rows(
     curves = size_curves({name: seen[name] for name in order}, real.features, (extractor, *extras.more), cfg.seed)
     protocol.not_available.update(add_infinity(methods, curves))
     return ResultsTable({name: methods[name] for name in order}, protocol, references, curves), real, seen
-
-
-def training_pairs(train: PairDataset, held_out: HeldOut) -> HeldOut | None:
-    """As many training pairs, all different, as were held out and of their size; None where there are fewer."""
-    size = held_out.pairs[0].size
-    found = {}
-    for k in range(len(train)):
-        pair = train[k]
-        if pair.size == size:
-            found[pair.id] = pair
-        if len(found) == len(held_out.pairs):
-            return HeldOut(list(found.values()))
-    return None
 
 
 def write_grid(rows: dict[str, np.ndarray], held_out: HeldOut, path: Path, count: int = GRID_ROWS) -> np.ndarray:

@@ -89,11 +89,12 @@ class EndpointJudge:
     def _whole(self, request: dict[str, Any]) -> Reply:
         done = self._client.chat.completions.create(**request)
         choices = getattr(done, "choices", None)
-        message = getattr(choices[0], "message", None) if choices else None
+        first = choices[0] if choices else None
+        message = getattr(first, "message", None)
         if message is None:
             raise JudgeFailedError(f"{self.name}: the endpoint's answer is no chat completion.")
         if "logprobs" in request:
-            return Reply(score_reply(self._first_token(choices[0])), *_tokens(done))
+            return Reply(score_reply(self._first_token(first)), *_tokens(done))
         return Reply(message.content or "", *_tokens(done))
 
     def _first_token(self, choice: Any) -> dict[str, float]:
