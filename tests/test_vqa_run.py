@@ -204,6 +204,7 @@ def test_two_judges_a_table_and_controls(folders: list[str], tmp_path: Path, mon
     assert other["reading"]["parse_failures"] == pytest.approx(1 / len({a for a in _ids(tmp_path / "out")}))
     assert result["agreement"]["texture (graded)"] < 0.5
     text = (tmp_path / "out" / "vqa.md").read_text()
+    assert "one judge alone" not in text
     assert "Warning: it does not see texture" in text and "parse failures" in text and "position bias 100.0%" in text
     saved = json.loads((tmp_path / "out" / "vqa.json").read_text())
     assert saved["schema"] == 2 and saved["protocol"]["bank"].startswith("2-")
@@ -242,6 +243,7 @@ def test_options_of_the_command_do_something(
     result = _ask(folders, tmp_path / "a", [judge], monkeypatch, "pairs=false", "controls=false", "num_samples=2")
     assert "pairs" not in result["judges"]["j"] and list(result["judges"]["j"]["scores"]) == ["flat", "sharp"]
     assert result["protocol"]["prompts"] == 2
+    assert "Warning: one judge alone" in (tmp_path / "a" / "vqa.md").read_text()
     bank = tmp_path / "bank.yaml"
     bank.write_text("version: mine\nquestions: [{id: a, about: look, kind: graded, text: 'Nice?'}]\n")
     result = _ask(folders, tmp_path / "b", [judge], monkeypatch, f"bank={bank}", "bootstrap=20")

@@ -35,6 +35,8 @@ def load_extras(cfg: EvaluationConfig, resolution: int, captions: list[str] | No
     more: list[FeatureExtractor] = []
     definitions: list[str] = []
     not_available: dict[str, str] = {}
+    if cfg.features == "inception":
+        definitions.append("fid, kid, is: torchmetrics' Inception with its antialiased resize, not clean-fid's")
     if resolution < MS_SSIM_SIDE:
         not_available["ms_ssim"] = f"needs {MS_SSIM_SIDE} pixels"
     if cfg.lpips is None:

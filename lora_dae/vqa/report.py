@@ -32,6 +32,8 @@ def write_markdown(result: dict[str, Any]) -> str:
                 lines += ["", f"**Warning: it does not see texture**: blurred real photos are no worse ({how})."]
         if "pairs" in entry:
             lines += ["", *_pairs(entry["pairs"])]
+    if len(result["judges"]) == 1:
+        lines += ["", "**Warning: one judge alone.** Judges favor their own kind: ask a second one of another family."]
     if result["agreement"]:
         lines += ["", "## Agreement between judges (Krippendorff's alpha)", "", "| subject | alpha |", "|---|---:|"]
         lines += [f"| {name} | {_number(alpha)} |" for name, alpha in result["agreement"].items()]
