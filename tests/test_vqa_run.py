@@ -282,7 +282,8 @@ def test_every_judge_of_conf_composes_and_is_checked() -> None:
     [
         ({"kind": "oracle"}, "kind=oracle"),
         ({"kind": "endpoint", "model": "m", "api_key": "sk"}, "do not belong into configs"),
-        ({"kind": "endpoint", "model": "m", "base_url": "http://me:pw@host/v1"}, "user or password"),
+        ({"kind": "endpoint", "model": "m", "base_url": "http://me:pw@host/v1"}, "password or a query"),
+        ({"kind": "endpoint", "model": "m", "base_url": "http://host/v1?key=pw"}, "password or a query"),
         ({"kind": "endpoint", "model": "m", "modle": 1}, "modle is unknown"),
         ({"kind": "endpoint", "model": "m", "timeout": 0}, "timeout=0"),
         ({"kind": "endpoint", "model": "m", "max_cost": 1.0}, "needs price_in"),

@@ -111,8 +111,8 @@ def judge_config(name: str, values: Any) -> JudgeConfig:
         raise ConfigError(f"{where}.kind={cfg.kind} is unknown: use one of {', '.join(KINDS)}.")
     if cfg.kind != "classifier" and not cfg.model:
         raise ConfigError(f"{where}.model is missing: name the model that {cfg.kind} should use.")
-    if cfg.base_url is not None and "@" in cfg.base_url:
-        raise ConfigError(f"{where}.base_url holds a user or password: keys come from the environment only.")
+    if cfg.base_url is not None and ("@" in cfg.base_url or "?" in cfg.base_url):
+        raise ConfigError(f"{where}.base_url holds a password or a query: keys come from the environment only.")
     for field_name in ("concurrency", "timeout", "max_tokens"):
         if getattr(cfg, field_name) <= 0:
             raise ConfigError(f"{where}.{field_name}={getattr(cfg, field_name)} must be above 0.")
