@@ -172,6 +172,10 @@ def _one(a: Path, b: Path) -> None:
         (_one, (), r"made holds 1 picture\(s\), a distance needs at least 2"),
         (lambda a, b: (b / "05.png").rename(b / "7.png"), ("paired=true",), r"made has 05 and reference=.* has not"),
         (lambda a, b: (a / "05.png").unlink(), ("paired=true",), r"real has 05 and images=.* has not"),
+        (
+            lambda a, b: Image.fromarray(_picture(7)).save(b / "05.bmp"), ("paired=true",),
+            r"real has two files called 05",
+        ),
         (lambda a, b: None, ("resolution=8",), "resolution=8 is below 16"),
         (lambda a, b: None, ("reference=nowhere",), "reference=nowhere is no folder"),
     ],

@@ -99,12 +99,15 @@ def check_pictures(images: PictureFolder, reference: PictureFolder, resolution: 
 
 def check_names(images: PictureFolder, reference: PictureFolder) -> PictureFolder:
     """For paired=true: the reference in the order of the images. Raises ConfigError where a name has no partner."""
+    for one in (images, reference):
+        twice = [stem for stem, count in Counter(file.stem for file in one.files).items() if count > 1]
+        if twice:
+            raise ConfigError(f"{one.where} has two files called {twice[0]}: with paired=true names must differ.")
     known = {file.stem: k for k, file in enumerate(reference.files)}
     stems = [file.stem for file in images.files]
-    for stem, folder, other in (
-        *((s, images, reference) for s in stems if s not in known),
-        *((s, reference, images) for s in known if s not in set(stems)),
-    ):
+    alone = [(s, images, reference) for s in stems if s not in known]
+    alone += [(s, reference, images) for s in sorted(set(known) - set(stems))]
+    for stem, folder, other in alone[:1]:
         raise ConfigError(
             f"{folder.where} has {stem} and {other.where} has not: with paired=true every picture needs a partner of "
             "its name in the other folder."
