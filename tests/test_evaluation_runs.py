@@ -72,7 +72,8 @@ def _items(n: int = 6, size: int = 24) -> list[Item]:
     rng = np.random.default_rng(0)
     mask = np.zeros((size, size), np.uint8)
     mask[4:20, 4:20] = 255
-    coarse = [rng.integers(0, 256, (6, 6, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1) for _ in range(2 * n)]
+    side = size // 4
+    coarse = [rng.integers(0, 256, (side, side, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1) for _ in range(2 * n)]
     noisy = [(0.7 * c + rng.integers(0, 70, c.shape)).astype(np.uint8) for c in coarse]
     return [Item(f"{i:04d}", f"a red shirt {i}", None, noisy[n + i], noisy[i], 7, mask) for i in range(n)]
 
