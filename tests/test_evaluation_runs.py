@@ -194,7 +194,7 @@ class _Split(list[Pair]):
     has_mask, has_source, fingerprint = False, False, ""
 
 
-def test_held_out_photos_that_are_trained_on_are_told() -> None:
+def test_held_out_photos_that_are_trained_on_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [p for p in _held_out(_items(6)).pairs]
     copy = Pair("other name", "g", "another caption", pairs[4].image.copy())
     assert overlap({"train": _Split(pairs[:3]), "test": _Split(pairs[3:])}, "test", 3) is None
@@ -202,3 +202,5 @@ def test_held_out_photos_that_are_trained_on_are_told() -> None:
     found = overlap(splits, "test", 3)
     assert found is not None and found.startswith("1 of the test photos are in the training split too")
     assert overlap(splits, "test", 1) is None  # the copy is not among those that are measured
+    monkeypatch.setattr("lora_dae.evaluation.heldout.MOST", 3)
+    assert "was not checked" in (overlap(splits, "test", 3) or "")
