@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 from compose import config
+from conftest import write_photos
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
 from test_evaluation_measure import TinyFeatures
 
-from lora_dae.config import ConfigError, conf_dir, to_dict
+from lora_dae.config import ConfigError, DataConfig, conf_dir, to_dict
+from lora_dae.data.formats import shards
 from lora_dae.data.pair import Pair
+from lora_dae.data.sources import load_photos, load_splits
 from lora_dae.evaluation import compare_runs, run
 from lora_dae.evaluation.command import EvaluateRequest, evaluate
 from lora_dae.evaluation.extras import Extras
@@ -204,3 +207,21 @@ def test_held_out_photos_that_are_trained_on_are_told(monkeypatch: pytest.Monkey
     assert overlap(splits, "test", 1) is None  # the copy is not among those that are measured
     monkeypatch.setattr("lora_dae.evaluation.heldout.MOST", 3)
     assert "was not checked" in (overlap(splits, "test", 3) or "")
+
+
+def test_copies_among_files_and_in_shards_are_told_in_any_size(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", 24)
+    cfg = DataConfig(name="folder", root=str(tmp_path / "photos"), resolution=32, cache_dir=str(tmp_path / "cache"))
+    splits = load_splits(cfg)
+    tested, trained = (splits[name][0].id for name in ("test", "train"))
+    assert overlap(splits, "test", 2) is None
+    files = {file.name: file for file in (tmp_path / "photos").rglob("*.png")}
+    files[trained].write_bytes(files[tested].read_bytes())
+    for found in (
+        load_splits(cfg),
+        load_splits(replace(cfg, buckets=["32x32", "40x24"])),  # there a photo is trained in another size
+    ):
+        assert "1 of the test photos" in (overlap(found, "test", len(found["test"])) or "")
+    shards.write(dict(load_photos(cfg)), tmp_path / "shards", per_shard=4)
+    packed = load_splits(DataConfig(name="shards", root=str(tmp_path / "shards"), resolution=32, cache_dir="unused"))
+    assert "1 of the test photos" in (overlap(packed, "test", len(packed["test"])) or "")
