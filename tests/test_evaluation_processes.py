@@ -54,12 +54,12 @@ def _numbers() -> dict[str, list[float]]:
     numbers = summarize(seen, real, meters.extractors, 50, 0, True)
     result = {name: [m.value, m.low or 0.0, m.high or 0.0] for name, m in numbers.items()}
     # torchmetrics' own class on our features, as a training would use it.
-    fid = FrechetInceptionDistance(feature=extractor, normalize=True).set_dtype(torch.float64)
+    fid = FrechetInceptionDistance(feature=extractor, normalize=True)
     for k in share(N):
         fid.update(photos[k : k + 1], real=True)
         fid.update(images[k : k + 1], real=False)
     assert fid.compute().item() == pytest.approx(
-        frechet_from_features(seen.features["tiny"].pooled, real.features["tiny"].pooled), rel=1e-4
+        frechet_from_features(seen.features["tiny"].pooled, real.features["tiny"].pooled), rel=1e-3
     )
     return result
 

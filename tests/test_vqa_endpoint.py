@@ -264,7 +264,9 @@ def test_the_shipped_config_reaches_a_server(server: Server, tmp_path: Path) -> 
         items = [Item(str(i), "a red shirt", {"color": "red"}, None, images[0], 1) for i in range(2)]
         write_pictures(tmp_path / name, items, images)
 
-    def first_option(request: dict[str, Any], number: int) -> tuple[int, str]:
+    def first_option(request: dict[str, Any], number: int) -> tuple[int, Any]:
+        if "logprobs" in request:  # conf/judge/vllm.yaml asks for VQAScore as well
+            return _told(Yes=0.5, No=0.25)
         schema = request["response_format"]["json_schema"]["schema"]
         return 200, json.dumps({"answer": schema["properties"]["answer"]["enum"][0]})
 
@@ -278,6 +280,7 @@ def test_the_shipped_config_reaches_a_server(server: Server, tmp_path: Path) -> 
     result = ask_judges(request, Console(quiet=True))
     vllm = result["judges"]["vllm"]
     assert vllm["reading"]["strict"] == 1 and vllm["scores"]["a"]["category"]["value"] == 1
+    assert vllm["scores"]["a"]["vqascore"]["value"] == pytest.approx(0.5)
     assert vllm["pairs"]["position_bias"] == 1
     assert "color" in result["judges"]["classifier"]["scores"]["b"]
     assert not any(SECRET in path.read_text() for path in (tmp_path / "out").glob("*.[jm]*"))

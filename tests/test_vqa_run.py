@@ -368,7 +368,7 @@ def test_vqascore_of_a_local_model_is_its_softmax(tiny_vlm: Path) -> None:
     numbers = {word: tokenizer.convert_tokens_to_ids(letter) for word, letter in (("yes", "Y"), ("no", "n"))}
     judge._answers = {number: word for word, number in numbers.items()}  # as if these letters were the words
     picture = np.full((28, 28, 3), 90, np.uint8)
-    inputs = judge.processor(images=[enlarged(picture)], text="<image>Is it red?\n", return_tensors="pt")
+    inputs = judge.processor(images=[enlarged(picture)], text="<image>Is it red?", return_tensors="pt")
     with torch.no_grad():
         probabilities = judge.model(**inputs).logits[0, -1].softmax(0)
     told = {word: probabilities[number].item() for word, number in numbers.items()}
