@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ def _one_sentence(command: Callable[[DictConfig], Any]) -> Callable[[DictConfig]
             interrupted = isinstance(error, InterruptedRunError)
             print(error if interrupted else f"error: {error}", file=sys.stderr)
             sys.exit(130 if interrupted else 2 if isinstance(error, NonFiniteLossError) else 1)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            print(f"error: no room left to write {error.filename or 'a file'}: make some; earlier files stay.",
+                  file=sys.stderr)  # fmt: skip
+            sys.exit(2)
         except InterruptedSweepError:
             print("stopped; the same command goes on", file=sys.stderr)
             sys.exit(130)
@@ -140,51 +147,12 @@ def search(cfg: DictConfig) -> None:
     report_if_any(Path(request.folder))
 
 
-@dataclass
-class EvaluateRequest:
-    run: str
-    strength: float | None
-    num_samples: int | None
-    seed: int | None
-    scheduler: str | None
-    num_inference_steps: int | None
-    guidance_scale: float | None
-    source_guidance_scale: float | None
-    method: str | None
-    split: str
-    lpips: str | None
-    dists: bool | None
-    clip: str | None
-    controls: bool | None
-
-
-def override_evaluation(cfg: Config, request: EvaluateRequest) -> Config:
-    """The run's config with the request's numbers of the evaluation, where given."""
-    names = ("num_samples", "lpips", "dists", "clip", "controls")
-    given = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
-    return replace(cfg, evaluation=replace(cfg.evaluation, **given))
-
-
 @hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
 @_one_sentence
 def evaluate(cfg: DictConfig) -> None:
-    """``python evaluate.py run=<dir>``: measure a finished run again."""
-    from lora_dae.backbone.precision import best_device, choose_precision
-    from lora_dae.config import check
-    from lora_dae.evaluation.run import evaluate_run
-    from lora_dae.sampling.command import override_sampling
-    from lora_dae.sampling.load import load_run, read_config
+    """``python evaluate.py run=<dir>``, ``images=<dir> reference=<dir>`` or ``runs=[<dir>,<dir>]``: measure."""
+    from lora_dae.evaluation.command import EvaluateRequest
+    from lora_dae.evaluation.command import evaluate as run_evaluation
 
-    request = EvaluateRequest(**OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-    if request.split not in ("test", "val"):
-        raise ConfigError(f"split={request.split} is unknown: use test or val.")
-    run_cfg = override_sampling(read_config(Path(request.run)), request)
-    if request.strength is not None:
-        run_cfg = replace(run_cfg, enhancement=replace(run_cfg.enhancement, strength=request.strength))
-    run_cfg = override_evaluation(run_cfg, request)
-    check(run_cfg)
-    device = best_device()
-    loaded = load_run(Path(request.run), device)
-    loaded.cfg = run_cfg
-    bf16 = choose_precision("auto", device) == "bf16-mixed"
-    evaluate_run(Path(request.run), console, split=request.split, run=loaded, bf16=bf16)
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    run_evaluation(EvaluateRequest(**values), console)

@@ -7,9 +7,9 @@ spans several fields; it runs before any weight is loaded.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
@@ -39,6 +39,7 @@ SOURCES = (
 )  # fmt: skip
 LOGGERS = ("wandb", "tensorboard", "csv", "none")
 DIFFICULTIES = ("aligned", "shifted", "reposed")
+Section = TypeVar("Section", bound=Any)
 
 
 class ConfigError(ValueError):
@@ -197,7 +198,10 @@ class EvaluationConfig:
     lpips: str | None = None  # safetensors of torchvision's AlexNet features; None = LPIPS is left out
     dists: bool = False  # needs torchvision and its VGG16 weights
     clip: str | None = None  # a CLIP model (folder or hub name) for CLIPScore; None = left out
-    controls: bool = False  # also measure the real photos blurred and over-sharpened
+    clean_fid: bool = False  # FID and KID by clean-fid, for final tables (needs `pip install lora-dae[fid]`)
+    dinov2: str | None = None  # a DINOv2 model (folder or hub name) for FD-DINOv2; None = left out
+    cmmd: str | None = None  # a CLIP vision model (folder or hub name) for CMMD; None = left out
+    controls: bool = True  # also real photos: training ones, through the VAE, blurred, over-sharpened
 
 
 @dataclass
@@ -266,6 +270,18 @@ def to_dict(cfg: Config) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(cfg))  # type: ignore[return-value]
 
 
+def overridden(section: Section, request: Any) -> Section:
+    """A part of the config with the request's values of the same names, where they are given (not None)."""
+    names = {f.name for f in fields(section)} & set(vars(request))
+    return replace(section, **{name: getattr(request, name) for name in names if getattr(request, name) is not None})
+
+
+def overridden_sampling(sampling: SamplingConfig, request: Any) -> SamplingConfig:
+    """``overridden``; another method comes with its published settings."""
+    given = overridden(sampling, request)
+    return given if request.method is None else replace(given, method_options={})
+
+
 def check(cfg: Config) -> None:
     """Every rule over the config alone; raises ConfigError before any weight is loaded."""
     _one_of("conditioning", cfg.conditioning, CONDITIONINGS)
@@ -281,7 +297,6 @@ def check(cfg: Config) -> None:
     _one_of("adapter.init", cfg.adapter.init, ("kaiming", "gaussian"))
     _one_of("adapter.kernel", cfg.adapter.kernel, ("fused", "peft"))
     _one_of("tracking.logger", cfg.tracking.logger, LOGGERS)
-    _one_of("evaluation.features", cfg.evaluation.features, ("effnet", "inception"))
     _one_of("backbone.prediction_type", cfg.backbone.prediction_type, ("auto", "epsilon", "v_prediction"))
     _one_of("backbone.weights", cfg.backbone.weights, ("fp32", "bf16", "fp16"))
     _one_of("export.dtype", cfg.export.dtype, ("fp32", "fp16", "bf16"))
@@ -296,12 +311,9 @@ def check(cfg: Config) -> None:
         _one_of("data.difficulty", cfg.data.difficulty, DIFFICULTIES)
     elif cfg.data.root is None:
         raise ConfigError(f"data={cfg.data.name} needs data.root: the folder of photos and captions.")
-    if cfg.evaluation.lpips is not None and not Path(cfg.evaluation.lpips).is_file():
-        raise ConfigError(
-            f"evaluation.lpips={cfg.evaluation.lpips} does not exist: give AlexNet's features as safetensors."
-        )
     if cfg.data.name in ("shards", "studio") and cfg.data.masks is not None:
         raise ConfigError(f"data={cfg.data.name} has the masks that it has: leave data.masks out.")
+    check_evaluation(cfg.evaluation)
     if cfg.data.name == "shards" and (cfg.data.buckets or cfg.data.max_images is not None):
         raise ConfigError(
             "data.buckets and data.max_images need the list of all photos, which shards do not have: leave them out."
@@ -326,7 +338,6 @@ def check(cfg: Config) -> None:
         "sampling.batch_size": (cfg.sampling.batch_size, 1),
         "sampling.guidance_scale": (cfg.sampling.guidance_scale, 0),
         "sampling.source_guidance_scale": (cfg.sampling.source_guidance_scale, 0),
-        "evaluation.num_samples": (cfg.evaluation.num_samples, 2),
         "optimizer.learning_rate": (cfg.optimizer.learning_rate, 0),
         "objective.garment_weight": (cfg.objective.garment_weight, 0),
         "objective.prior_weight": (cfg.objective.prior_weight, 0),
@@ -373,6 +384,19 @@ def check(cfg: Config) -> None:
         )
     if int(cfg.trainer.get("max_steps", 1)) < 1:
         raise ConfigError(f"trainer.max_steps={cfg.trainer['max_steps']} is below 1: give at least 1.")
+
+
+def check_evaluation(cfg: EvaluationConfig) -> None:
+    """The rules over ``evaluation`` alone; raises ConfigError."""
+    _one_of("evaluation.features", cfg.features, ("effnet", "inception"))
+    if cfg.lpips is not None and not Path(cfg.lpips).is_file():
+        raise ConfigError(f"evaluation.lpips={cfg.lpips} does not exist: give AlexNet's features as safetensors.")
+    if cfg.num_samples < 2:
+        raise ConfigError(f"evaluation.num_samples={cfg.num_samples} is below 2: give at least 2.")
+    if cfg.clean_fid and cfg.features == "inception":
+        raise ConfigError("evaluation.features=inception and clean_fid=true both give a metric called fid: drop one.")
+    if cfg.bootstrap != 0 and cfg.bootstrap < 2:
+        raise ConfigError(f"evaluation.bootstrap={cfg.bootstrap}: give e.g. 1000, or 0 for no intervals.")
 
 
 def _one_of(name: str, value: str, options: tuple[str, ...]) -> None:

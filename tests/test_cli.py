@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +11,11 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from rich.console import Console
 
-from lora_dae.cli import EvaluateRequest, override_evaluation
-from lora_dae.config import Config, EvaluationConfig, check, conf_dir, from_dict, to_dict
+from lora_dae.cli import _one_sentence
+from lora_dae.config import Config, ConfigError, EvaluationConfig, check, conf_dir, from_dict, to_dict
+from lora_dae.evaluation.command import EvaluateRequest, command_of, evaluate, folder_of, requested
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,15 +59,78 @@ def test_config_survives_its_yaml() -> None:
     check(cfg)
 
 
-def test_evaluating_again_overrides_what_is_given_and_keeps_the_rest() -> None:
-    options = ["run=x", "lpips=weights.safetensors", "clip=folder", "controls=true", "dists=true", "num_samples=7"]
+def test_a_full_disk_is_one_sentence_and_other_errors_keep_their_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(number: int) -> None:
+        raise OSError(number, os.strerror(number), "runs/a/report.html")
+
+    with pytest.raises(SystemExit):
+        _one_sentence(lambda cfg: fails(errno.ENOSPC))(OmegaConf.create())
+    assert capsys.readouterr().err == (
+        "error: no room left to write runs/a/report.html: make some; earlier files stay.\n"
+    )
+    with pytest.raises(PermissionError):
+        _one_sentence(lambda cfg: fails(errno.EACCES))(OmegaConf.create())
+
+
+def _request(*words: str) -> EvaluateRequest:
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        given, nothing = (
-            EvaluateRequest(**OmegaConf.to_container(compose("evaluate", words)))  # type: ignore[arg-type]
-            for words in (options, options[:1])
-        )
+        return EvaluateRequest(**OmegaConf.to_container(compose("evaluate", list(words))))  # type: ignore[arg-type]
+
+
+def test_evaluating_again_overrides_what_is_given_and_keeps_the_rest() -> None:
+    options = ["run=x", "lpips=weights.safetensors", "clip=folder", "controls=false", "dists=true", "num_samples=7"]
+    options += ["clean_fid=true", "dinov2=dino", "cmmd=clip", "frozen=false", "bootstrap=9", "features=inception"]
     cfg = Config(run_dir="x", evaluation=EvaluationConfig(bootstrap=33, clip="own"))
-    assert override_evaluation(cfg, nothing) == cfg
-    changed = override_evaluation(cfg, given).evaluation
-    expected = EvaluationConfig(7, bootstrap=33, lpips="weights.safetensors", dists=True, clip="folder", controls=True)
-    assert changed == expected
+    assert requested(cfg, _request("run=x")) == cfg
+    changed = requested(cfg, _request(*options, "guidance_scale=1.4", "seed=5", "strength=0.5"))
+    assert changed.evaluation == EvaluationConfig(
+        7, "inception", False, 9, "weights.safetensors", True, "folder", True, "dino", "clip", False
+    )
+    assert (changed.sampling.guidance_scale, changed.sampling.seed, changed.enhancement.strength) == (1.4, 5, 0.5)
+    assert changed.sampling.scheduler == cfg.sampling.scheduler
+
+
+def test_other_settings_than_the_runs_own_get_a_folder_of_their_own(tmp_path: Path) -> None:
+    cfg = Config(run_dir="x")
+
+    def folder(*words: str) -> Path:
+        request = _request("run=x", *words)
+        return folder_of(tmp_path, cfg, requested(cfg, request), request.split)
+
+    assert folder() == folder(f"guidance_scale={cfg.sampling.guidance_scale}") == tmp_path
+    assert folder("guidance_scale=1.4") == tmp_path / "evaluations" / "guidance_scale=1.4"
+    assert folder("split=val", "seed=3").name == "split=val,seed=3"
+    assert folder("lpips=some/where/alex.safetensors").name == "lpips=alex"  # no path becomes folders
+    long = [f"{key}={'x' * 60}" for key in ("dinov2", "cmmd")]
+    assert folder(*long) != folder(*long[:1], "cmmd=other") and len(folder(*long).name) < 120
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "give one of run="),
+        (("run=a", "images=b"), "not run and images together"),
+        (("images=a",), "images= needs reference="),
+        (("run=a", "reference=b"), "reference belongs to images=, not to run="),
+        (("images=a", "reference=b", "strength=1"), "strength belongs to run=, not to images="),
+        (("images=a", "reference=b", "clip=c"), "clip needs prompts"),
+        (("runs=[a,b]", "paired=true"), "paired belongs to images="),
+        (("run=a", "split=train"), "split=train is unknown"),
+        (("images=a", "reference=b", "bootstrap=1"), "bootstrap=1"),
+        (("runs=[a,b]", "baseline=c"), "baseline=c is none of the methods"),
+        (("runs=[a,b]", "features=inception", "clean_fid=true"), "both give a metric called fid"),
+        (("runs=[a,b]", "features=vgg"), "evaluation.features=vgg is unknown"),
+    ],
+)
+def test_requests_that_do_not_fit_are_one_sentence(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        evaluate(_request(*words), Console(quiet=True))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_printed_command_makes_the_same_request() -> None:
+    words = ["runs=[runs/a,b=runs/c@0]", "baseline=b", "controls=false", "bootstrap=50"]
+    request = _request("runs=[runs/a,'b=runs/c@0']", *words[1:])
+    assert command_of(request) == "python evaluate.py 'runs=[runs/a,b=runs/c@0]' baseline=b bootstrap=50 controls=false"

@@ -11,7 +11,7 @@ from scipy.stats import permutation_test
 from lora_dae.config import ConfigError
 from lora_dae.evaluation.agreement import krippendorff_alpha
 from lora_dae.evaluation.compare import compare_paired, holm, sign_flip_p
-from lora_dae.evaluation.preference import Vote, davidson, strengths, win_rates
+from lora_dae.evaluation.preference import Vote, davidson, judged_win_rates, strengths, win_rates
 
 NAN = math.nan
 # Krippendorff 2011, section C: four observers, twelve units, missing values.
@@ -135,3 +135,31 @@ def test_win_rates_count_a_tie_as_half() -> None:
     (row,) = win_rates(votes, ["a", "b", "c"])
     assert (row.a, row.b, row.wins, row.losses, row.ties, row.share) == ("a", "b", 2, 1, 1, 0.625)
     assert row.low < 0.625 < row.high
+
+
+def test_a_verdict_on_votes_counts_prompts_and_raters_and_not_clicks() -> None:
+    """Forty clicks of one rater on one of two prompts are no forty witnesses."""
+    many = [Vote(r, p, "a", "b", "a") for r in range(12) for p in range(12)]
+    (row,) = judged_win_rates({"q": many}, ["a", "b"])["q"]
+    assert row["verdict"] == "better" and row["p_holm"] == pytest.approx(2 / 2**12)
+    (row,) = judged_win_rates({"q": many}, ["b", "a"])["q"]
+    assert row["verdict"] == "worse"
+    few = [Vote(r, p, "a", "b", "a") for r in range(40) for p in range(2)]
+    (row,) = judged_win_rates({"q": few}, ["a", "b"])["q"]
+    assert row["low"] > 0.9 and row["verdict"] == "cannot tell" and row["p_holm"] == 0.5
+    split = [Vote(r, p, "a", "b", ("a", "b")[(r + p) % 2]) for r in range(12) for p in range(12)]
+    (row,) = judged_win_rates({"q": split}, ["a", "b"])["q"]
+    assert row["verdict"] == "cannot tell"
+    both = judged_win_rates({"q": many, "r": split}, ["a", "b"])
+    assert both["q"][0]["p_holm"] == pytest.approx(2 * 2 / 2**12)  # two tests
+
+
+def test_verdicts_on_votes_hold_their_level() -> None:
+    """Raters with opinions of their own on each prompt, none on the whole: at most about 5 % are told apart."""
+    rng = np.random.default_rng(0)
+    told = 0
+    for _ in range(60):
+        taste = rng.normal(0, 2, 12)  # of each prompt: votes on one prompt go together
+        votes = [Vote(r, p, "a", "b", "a" if rng.normal() + taste[p] > 0 else "b") for r in range(8) for p in range(12)]
+        told += judged_win_rates({"q": votes}, ["a", "b"])["q"][0]["verdict"] != "cannot tell"
+    assert told <= 8

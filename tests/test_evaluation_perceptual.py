@@ -255,31 +255,37 @@ def test_options_add_their_metrics_and_rows_and_say_what_cannot_be_had(
     def table(*overrides: str) -> ResultsTable:
         cfg = config(tmp_path, tmp_path / "run", tmp_path / "cache", *overrides)
         check(cfg)
-        return run.measure_rows(cfg, rows, held_out, "test", run.load_extras(cfg, held_out.captions))[0]
+        extras = run.load_extras(cfg.evaluation, cfg.data.resolution, held_out.captions)
+        return run.measure_rows(cfg, rows, held_out, "test", extras)[0]
 
     with pytest.raises(ConfigError, match="evaluation.lpips=nowhere does not exist"):
         table("evaluation.lpips=nowhere")
-    plain = table()
+    plain = table("evaluation.controls=false")
     asked = table(
-        f"evaluation.lpips={alexnet_file}", f"evaluation.clip={clip_folder}", "evaluation.controls=true",
-        "evaluation.dists=true",
+        f"evaluation.lpips={alexnet_file}", f"evaluation.clip={clip_folder}", "evaluation.dists=true",
+        "evaluation.clean_fid=true", f"evaluation.dinov2={tmp_path}", f"evaluation.cmmd={tmp_path}",
     )  # fmt: skip
     assert set(plain.methods) == set(rows) and "clip_score" not in plain.methods["strength 0"]
-    assert plain.protocol.not_available.keys() == {"ms_ssim", "lpips_alex"}
+    assert plain.references == {}
+    assert plain.protocol.not_available.keys() == {"ms_ssim", "lpips_alex", "fd_tiny_inf"}
+    for name in ("fd_dinov2", "cmmd"):
+        assert "cannot be loaded" in asked.protocol.not_available[name]
+    if importlib.util.find_spec("cleanfid") is None:
+        assert "pip install 'lora-dae[fid]'" in asked.protocol.not_available["fid, kid"]
     assert "lpips_alex not available: evaluation.lpips names no weights" in plain.markdown()
-    assert list(asked.methods)[2:] == ["real, blurred", "real, over-sharpened"]
+    assert list(asked.references) == ["real, blurred", "real, over-sharpened"]
     own, other = asked.methods["strength 0"], asked.methods["frozen backbone"]
-    assert own["lpips_alex"].value == 0 < asked.methods["real, blurred"]["lpips_alex"].value
+    assert own["lpips_alex"].value == 0 < asked.references["real, blurred"]["lpips_alex"].value
     assert "lpips_alex" not in other  # it saw no source, so there is no photo that it should agree with
-    assert own["color_garment"].value == 0 < asked.methods["real, over-sharpened"]["color_garment"].value
+    assert own["color_garment"].value == 0 < asked.references["real, over-sharpened"]["color_garment"].value
     assert own["gradient_garment"].value == 0 and own["edge_f1_garment"].value == 1
     for name in ("real, blurred", "real, over-sharpened"):
-        assert asked.methods[name]["gradient_garment"].value > own["gradient_garment"].value
+        assert asked.references[name]["gradient_garment"].value > own["gradient_garment"].value
     assert "clip score: 2.5 max(cos, 0)" in asked.protocol.line() and own["clip_score"].value >= 0
     if importlib.util.find_spec("torchvision") is None:
         assert "torchvision" in asked.protocol.not_available["dists"]
     blocks = asked.blocks()
-    assert blocks["Edges and color of the garment"] == ["gradient_garment", "edge_f1_garment", "color_garment"]
+    assert blocks["Edges, color and pattern of the garment"] == ["gradient_garment", "edge_f1_garment", "color_garment"]
     assert {"psnr", "ssim", "lpips_alex"} <= set(blocks["Fidelity to the real photo"]) and "Other" not in blocks
 
 

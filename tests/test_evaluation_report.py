@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from markupsafe import escape
 from PIL import Image
 from rich.console import Console
 
 from lora_dae.config import ConfigError
 from lora_dae.evaluation import plots
-from lora_dae.evaluation.report import write_report
+from lora_dae.evaluation.examples import PictureGrid, PictureRow, extremes
+from lora_dae.evaluation.report import Page, Sheet, page_html, write_page
 from lora_dae.evaluation.table import MetricValue, Protocol, ResultsTable, format_value, load_table
+from lora_dae.evaluation.table_files import csv_text, latex
 from lora_dae.sampling.sheet import image_grid
 
 PROTOCOL = Protocol(
@@ -119,34 +126,109 @@ class _Page(HTMLParser):
         assert self.open.pop() == tag
 
 
+def _page(table: ResultsTable, **options: Any) -> Page:
+    return Page("A <tricky> title", table, "python evaluate.py run=x", **options)
+
+
 def test_report_is_one_file_with_everything_in_it(table: ResultsTable, tmp_path: Path) -> None:
-    picture = tmp_path / "a.png"
-    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(picture)
     plot = plots.plot_band_power({"strength 0": torch.ones(8) * 0.7}, torch.ones(8), tmp_path / "power.svg")
-    pictures = [("a 'red' dress & a <hat>", picture)]
-    path = write_report(
-        tmp_path, "A <tricky> title", {"adapter": "3.1 MB"}, table, pictures, [plot], "name: <b>", "sample()"
-    )
-    html = path.read_text(encoding="utf-8")
-    page = _Page()
-    page.feed(html)
-    assert page.open == []
-    assert len(page.addresses) == 2 and all(a.startswith("data:image/") for a in page.addresses)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 6, 3), dtype=np.uint8)
+    grid = PictureGrid("Pictures", ["source", "real"], [PictureRow("a 'red' dress & a <hat>", [None, pixels])])
+    judged = Sheet("Judge <j>", ["a note"], ["", "color"], [["strength 1", "0.75, cannot tell"]])
+    page = _page(
+        table, summary={"adapter": "3.1 MB"}, grids=[grid], plots=[plot], sheets=[judged], config_yaml="name: <b>",
+        usage="sample()",
+    )  # fmt: skip
+    html = write_page(tmp_path, page).read_text(encoding="utf-8")
+    parsed = _Page()
+    parsed.feed(html)
+    assert parsed.open == []
+    assert len(parsed.addresses) == 2 and all(a.startswith("data:image/") for a in parsed.addresses)
     assert not re.search(r"@import|url\(", html)
+    png = next(a for a in parsed.addresses if a.startswith("data:image/png"))
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(png.split(",")[1]))))
+    assert np.array_equal(shown, pixels)  # every pixel as it is
     for text in (
         "A &lt;tricky&gt; title",
         "a &#39;red&#39; dress &amp; a &lt;hat&gt;",
         "name: &lt;b&gt;",
+        "Judge &lt;j&gt;",
+        "0.75, cannot tell",
         "41.3",
+        "python evaluate.py run=x",
+        f"torch {torch.__version__}",
+        *(str(escape(row)) for row in PROTOCOL.rows().values()),
     ):
-        assert text in html
+        assert text in html, text
     assert 'class="better" title="better than frozen backbone">20.0' in html
-    assert PROTOCOL.line() in html
+    assert "cannot tell</small>" in html  # attr_color
 
 
-def test_report_names_a_missing_picture(table: ResultsTable, tmp_path: Path) -> None:
+def test_a_page_without_pictures_and_plots_is_whole(table: ResultsTable) -> None:
+    parsed = _Page()
+    parsed.feed(page_html(_page(table)))
+    assert parsed.open == [] and parsed.addresses == []
+
+
+def test_references_stand_apart_and_are_compared_with_nothing(table: ResultsTable, tmp_path: Path) -> None:
+    floor = {"fd_effnet": _metric(1.0, 0.1, "lower", 2), "psnr": _metric(30.0, 1, "higher", 3)}
+    whole = replace(table, references={"real, blurred": floor})
+    assert whole.corrected() == table.corrected()
+    text = whole.markdown()
+    above, below = text.split("What real photos get")[:2]
+    assert "real, blurred" not in above and "| real, blurred | 1.00 [0.90, 1.10] |" in below
+    whole.save(tmp_path / "metrics.json")
+    assert load_table(tmp_path / "metrics.json") == whole
+
+
+def test_csv_and_latex_hold_every_number_and_verdict(table: ResultsTable) -> None:
+    whole = replace(table, references={"real_100%": {"fd_effnet": MetricValue(1.5, None, None, "lower")}})
+    rows = list(csv.DictReader(io.StringIO(csv_text(whole))))
+    assert len(rows) == 7
+    by_name = {(row["row"], row["metric"]): row for row in rows}
+    assert by_name["strength 1", "fd_effnet"]["verdict"] == "better"
+    assert float(by_name["strength 1", "fd_effnet"]["p_holm"]) < 0.05
+    assert by_name["strength 1", "attr_color"]["verdict"] == "cannot tell"
+    assert by_name["frozen backbone", "fd_effnet"]["verdict"] == ""
+    assert float(by_name["real_100%", "fd_effnet"]["value"]) == 1.5
+    text = latex(whole)
+    assert r"\textbf{20.0} {\scriptsize [18.9, 21.1]}" in text and r"real\_100\%" in text
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 5
+    for line in text.splitlines():  # outside comments no character that LaTeX would trip over
+        assert line.startswith("%") or not re.search(r"(?<!\\)[_%#]", line), line
+
+
+def test_metrics_json_says_what_version_and_refuses_later_ones(table: ResultsTable, tmp_path: Path) -> None:
+    write_page(tmp_path, _page(table))
+    data = json.loads((tmp_path / "metrics.json").read_text())
+    assert data["schema"] == 2 and data["command"] == "python evaluate.py run=x" and "torch" in data["environment"]
+    verdicts = {(row["method"], row["metric"]): row["verdict"] for row in data["comparisons"]}
+    assert verdicts == {("strength 1", "fd_effnet"): "better", ("strength 1", "attr_color"): "cannot tell"}
+    (tmp_path / "metrics.json").write_text(json.dumps({**data, "schema": 3}))
+    with pytest.raises(ConfigError, match="schema 3"):
+        load_table(tmp_path / "metrics.json")
+    first = {k: v for k, v in data.items() if k not in ("schema", "references", "curves", "comparisons")}
+    (tmp_path / "metrics.json").write_text(json.dumps(first))
+    assert load_table(tmp_path / "metrics.json") == table  # tables of before are still read
+
+
+def test_a_missing_plot_and_a_folder_that_cannot_be_written_are_told(table: ResultsTable, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="absent.png"):
-        write_report(tmp_path, "t", {}, table, [("c", tmp_path / "absent.png")], [], "", "")
+        write_page(tmp_path, _page(table, plots=[tmp_path / "absent.png"]))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        write_page(tmp_path / "file", _page(table))
+
+
+def test_the_best_and_worst_are_those_of_the_metric() -> None:
+    pictures = [np.full((4, 4, 3), k, np.uint8) for k in range(9)]
+    values = {"color_garment": torch.tensor([5.0, 1, 9, 3, torch.nan, 8, 2, 7, 6]), "psnr": torch.arange(9.0)}
+    captions = [f"c{k}" for k in range(9)]
+    (grid,) = extremes("m", values, captions, {"m": pictures, "other": pictures}, [None] * 9, list(pictures))
+    assert [row.caption for row in grid.rows] == [
+        "c1 (best: 1)", "c6 (best: 2)", "c3 (best: 3)", "c2 (worst: 9)", "c5 (worst: 8)", "c7 (worst: 7)",
+    ]  # fmt: skip
+    assert grid.columns == ["m", "real"] and grid.rows[0].cells[0] is pictures[1]
 
 
 def test_curves_are_read_from_a_log_with_gaps(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sqlite3
 from collections import Counter
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 from studies import METHODS, links, make_study, photo
 
 from lora_dae.config import ConfigError
 from lora_dae.study.__main__ import main
-from lora_dae.study.create import degraded
+from lora_dae.study.create import CreateRequest, create_study, degraded
 from lora_dae.study.limit import RateLimit
 from lora_dae.study.plan import CLEAR, DEGRADED, MIN_CHECKS, plan
 from lora_dae.study.store import StudyStore, connect
@@ -111,6 +113,19 @@ def test_bad_requests_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         main(["paint"])
     assert "create runs=" in capsys.readouterr().err
+
+
+def test_too_few_votes_on_each_comparison_are_warned_about(tmp_path: Path) -> None:
+    """Four prompts, one pair of methods, two questions: eight comparisons."""
+    make_study(tmp_path, raters=1, pairs=1)
+    methods = ",".join(str(tmp_path / m) for m in METHODS)
+    for raters, pairs, warned in ((3, 6, "2.2 votes"), (4, 6, None)):
+        out = io.StringIO()
+        request = CreateRequest(
+            methods.split(","), str(tmp_path / f"study{raters}"), raters=raters, pairs=pairs, opinions=0
+        )
+        create_study(request, Console(file=out, width=200))
+        assert ("warning" in out.getvalue()) == (warned is not None) and (warned or "") in out.getvalue()
 
 
 def test_opinions_of_one_method_need_no_second(tmp_path: Path) -> None:

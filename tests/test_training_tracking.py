@@ -105,6 +105,10 @@ def test_offline_run_holds_everything(make: Make, monkeypatch: pytest.MonkeyPatc
     content = json.loads(table.read_text())
     assert content["columns"] == ["prompt", "source", "strength 0", "strength 0.5", "real"]
     assert len(content["data"]) == 3
+    numbers = columns["test/table"][0]
+    (table,) = result.run_dir.glob(f"wandb/offline-run-*/files/{numbers['path']}")
+    rows = {(row[0], row[2]): row[3] for row in json.loads(table.read_text())["data"]}
+    assert rows["strength 0", "fd_effnet"] == pytest.approx(result.table.methods["strength 0"]["fd_effnet"].value)
     assert metrics["val/loss"].summary.min and metrics["images/s"].summary.max
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from lora_dae.vqa.bank import Question
 from lora_dae.vqa.cache import AnswerCache
 from lora_dae.vqa.judges import JudgeConfig, build_judge
 from lora_dae.vqa.run import VqaRequest, ask_judges
+from lora_dae.vqa.score import per_item
 
 pytest.importorskip("openai", reason="openai is not installed: pip install 'lora-dae[judge]'")
 
@@ -261,7 +264,9 @@ def test_the_shipped_config_reaches_a_server(server: Server, tmp_path: Path) -> 
         items = [Item(str(i), "a red shirt", {"color": "red"}, None, images[0], 1) for i in range(2)]
         write_pictures(tmp_path / name, items, images)
 
-    def first_option(request: dict[str, Any], number: int) -> tuple[int, str]:
+    def first_option(request: dict[str, Any], number: int) -> tuple[int, Any]:
+        if "logprobs" in request:  # conf/judge/vllm.yaml asks for VQAScore as well
+            return _told(Yes=0.5, No=0.25)
         schema = request["response_format"]["json_schema"]["schema"]
         return 200, json.dumps({"answer": schema["properties"]["answer"]["enum"][0]})
 
@@ -275,6 +280,48 @@ def test_the_shipped_config_reaches_a_server(server: Server, tmp_path: Path) -> 
     result = ask_judges(request, Console(quiet=True))
     vllm = result["judges"]["vllm"]
     assert vllm["reading"]["strict"] == 1 and vllm["scores"]["a"]["category"]["value"] == 1
+    assert vllm["scores"]["a"]["vqascore"]["value"] == pytest.approx(0.5)
     assert vllm["pairs"]["position_bias"] == 1
     assert "color" in result["judges"]["classifier"]["scores"]["b"]
     assert not any(SECRET in path.read_text() for path in (tmp_path / "out").glob("*.[jm]*"))
+
+
+def _told(**probabilities: float) -> tuple[int, dict[str, Any]]:
+    top = [{"token": t, "logprob": math.log(p), "bytes": None} for t, p in probabilities.items()]
+    content = [{"token": next(iter(probabilities)), "logprob": -0.1, "bytes": None, "top_logprobs": top}]
+    choice = {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": "Yes"}}
+    choice |= {"logprobs": {"content": content, "refusal": None}}
+    return 200, {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+
+
+def _score_tasks() -> list[Task]:
+    question = Question("vqascore", "vqascore", "score", 'Does this figure show "a red dress"?', ("yes", "no"))
+    return [replace(task, question=question) for task in _tasks(4)]
+
+
+def test_vqascore_is_the_probability_of_yes_or_missing_and_never_a_made_up_zero(
+    server: Server, cache: AnswerCache
+) -> None:
+    told = [
+        _told(Yes=0.5, **{" yes": 0.25, "No": 0.125, "Maybe": 0.1}),
+        _told(No=0.9, Perhaps=0.05),  # yes is not among the tokens told: below 0.05, to their precision 0
+        _told(The=0.9, A=0.1),  # neither: nothing is known
+        _told(yes=0.75, no=0.25),
+    ]
+    server.behavior = lambda request, number: told[number - 1]
+    answers = _ask(server, cache, _score_tasks(), logprobs=True, concurrency=1, stream=True)
+    assert [a.parsed.answer for a in answers] == ["0.75", "0", None, "0.75"]
+    assert [a.parsed.how for a in answers] == ["strict", "strict", "missing", "strict"]
+    request = server.requests[0]
+    assert (request["logprobs"], request["top_logprobs"], request["max_tokens"]) == (True, 20, 1)
+    assert "response_format" not in request and request["messages"][0]["content"][-1]["text"].endswith('"a red dress"?')
+    scores = per_item(answers, "m", 4)
+    assert scores["vqascore"].tolist() == pytest.approx([0.75, 0, math.nan, 0.75], nan_ok=True)
+    assert np.isnan(scores["all"]).all()  # a probability is in no mean of right answers
+    assert _ask(server, cache, _score_tasks(), logprobs=True) == answers and len(server.requests) == 4  # from the cache
+
+
+def test_a_judge_without_probabilities_is_not_asked_for_scores_or_says_so(server: Server, cache: AnswerCache) -> None:
+    assert _ask(server, cache, _score_tasks()) == [] and server.requests == []
+    with pytest.raises(ConfigError, match="tells no probabilities: set judges.judge.logprobs=false"):
+        _ask(server, cache, _score_tasks(), logprobs=True, concurrency=1)

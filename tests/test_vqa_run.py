@@ -36,7 +36,7 @@ from lora_dae.vqa.__main__ import main
 from lora_dae.vqa.ask import Answer, Task, ask_all
 from lora_dae.vqa.bank import GRADES, PAIR_OPTIONS, Question
 from lora_dae.vqa.cache import AnswerCache, image_hash
-from lora_dae.vqa.judges import ClassifierJudge, Judge, JudgeConfig, Reply, build_judge, judge_config
+from lora_dae.vqa.judges import ClassifierJudge, Judge, JudgeConfig, Reply, build_judge, enlarged, judge_config
 from lora_dae.vqa.pairwise import outcome, pair_tasks
 from lora_dae.vqa.parse import Parsed
 from lora_dae.vqa.score import ALL, judges_agree, per_item, reading, with_parents
@@ -112,7 +112,7 @@ class Scripted:
         self.name, self.key, self.say, self.asked = name, name, say, 0
 
     def takes(self, question: Question) -> bool:
-        return True
+        return question.kind != "score"
 
     def ask(self, images: Sequence[np.ndarray], question: Question) -> Reply:
         self.asked += 1
@@ -197,14 +197,17 @@ def test_two_judges_a_table_and_controls(folders: list[str], tmp_path: Path, mon
     assert entry["sees_texture"]["difference"] > 0
     row = entry["pairs"]["questions"]["texture"]["win_rates"][0]
     assert (row["a"], row["wins"], row["losses"], row["ties"]) == ("flat", 0, 6, 0)
+    # Six prompts of one mind are 2 of 64 sign patterns; three questions make that 6 of 64.
+    assert row["p_holm"] == pytest.approx(6 / 64) and row["verdict"] == "cannot tell"
     other = result["judges"]["blind"]
     assert other["sees_texture"]["verdict"] == "cannot tell" and other["pairs"]["position_bias"] == 1
     assert other["reading"]["parse_failures"] == pytest.approx(1 / len({a for a in _ids(tmp_path / "out")}))
     assert result["agreement"]["texture (graded)"] < 0.5
     text = (tmp_path / "out" / "vqa.md").read_text()
+    assert "one judge alone" not in text
     assert "Warning: it does not see texture" in text and "parse failures" in text and "position bias 100.0%" in text
     saved = json.loads((tmp_path / "out" / "vqa.json").read_text())
-    assert saved["schema"] == 1 and saved["protocol"]["bank"].startswith("1-")
+    assert saved["schema"] == 2 and saved["protocol"]["bank"].startswith("2-")
 
 
 def _ids(output: Path) -> list[str]:
@@ -240,6 +243,7 @@ def test_options_of_the_command_do_something(
     result = _ask(folders, tmp_path / "a", [judge], monkeypatch, "pairs=false", "controls=false", "num_samples=2")
     assert "pairs" not in result["judges"]["j"] and list(result["judges"]["j"]["scores"]) == ["flat", "sharp"]
     assert result["protocol"]["prompts"] == 2
+    assert "Warning: one judge alone" in (tmp_path / "a" / "vqa.md").read_text()
     bank = tmp_path / "bank.yaml"
     bank.write_text("version: mine\nquestions: [{id: a, about: look, kind: graded, text: 'Nice?'}]\n")
     result = _ask(folders, tmp_path / "b", [judge], monkeypatch, f"bank={bank}", "bootstrap=20")
@@ -278,7 +282,8 @@ def test_every_judge_of_conf_composes_and_is_checked() -> None:
     [
         ({"kind": "oracle"}, "kind=oracle"),
         ({"kind": "endpoint", "model": "m", "api_key": "sk"}, "do not belong into configs"),
-        ({"kind": "endpoint", "model": "m", "base_url": "http://me:pw@host/v1"}, "user or password"),
+        ({"kind": "endpoint", "model": "m", "base_url": "http://me:pw@host/v1"}, "password or a query"),
+        ({"kind": "endpoint", "model": "m", "base_url": "http://host/v1?key=pw"}, "password or a query"),
         ({"kind": "endpoint", "model": "m", "modle": 1}, "modle is unknown"),
         ({"kind": "endpoint", "model": "m", "timeout": 0}, "timeout=0"),
         ({"kind": "endpoint", "model": "m", "max_cost": 1.0}, "needs price_in"),
@@ -352,6 +357,30 @@ def test_a_random_vision_language_model_is_deterministic_sees_pictures_and_is_ne
     single = [a for a in answers if len(a.task.methods) == 1]
     assert reading(single).parse_failures == 1
     assert all(np.isnan(v).all() for v in per_item(single, "m", 3).values())
+
+
+def test_vqascore_of_a_local_model_is_its_softmax(tiny_vlm: Path) -> None:
+    """The probability of the tokens that spell yes, after the very input that a question would have."""
+    judge: Any = build_judge("tiny", JudgeConfig("transformers", model=str(tiny_vlm)))
+    question = Question("s", "vqascore", "score", "Is it red?", ("yes", "no"))
+    assert not judge.takes(question)  # letters are its tokens: none of them is an answer
+    tokenizer = judge.processor.tokenizer
+    numbers = {word: tokenizer.convert_tokens_to_ids(letter) for word, letter in (("yes", "Y"), ("no", "n"))}
+    judge._answers = {number: word for word, number in numbers.items()}  # as if these letters were the words
+    picture = np.full((28, 28, 3), 90, np.uint8)
+    inputs = judge.processor(images=[enlarged(picture)], text="<image>Is it red?", return_tensors="pt")
+    with torch.no_grad():
+        probabilities = judge.model(**inputs).logits[0, -1].softmax(0)
+    told = {word: probabilities[number].item() for word, number in numbers.items()}
+    assert judge.takes(question)
+    assert json.loads(judge.ask([picture], question).raw) == pytest.approx(told, rel=1e-4)
+
+
+def test_scores_agree_by_their_distance() -> None:
+    question = _q("s", None, kind="score")
+    one = [_answer(i, question, f"{i / 10:.1f}") for i in range(10)]
+    near = [_answer(i, question, f"{i / 10 + 0.01:.2f}") for i in range(10)]
+    assert 0.98 < judges_agree({"one": one, "near": near})["s (score)"] < 1
 
 
 def test_a_model_that_cannot_be_loaded_is_one_sentence(tmp_path: Path, tiny_vlm: Path) -> None:

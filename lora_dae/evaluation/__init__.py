@@ -1,5 +1,5 @@
 """How good the images are: distances, fidelity, texture, attributes; the tables, plots and report of a run.
 
-``measure.evaluate_images`` computes every number that applies, ``table.ResultsTable`` lays them out,
-``report.write_report`` makes the page that a person opens.
+``observe`` keeps what is needed of every image, ``measure`` makes the numbers, ``table.ResultsTable`` lays them out,
+``report.write_page`` makes the page that a person opens; ``command`` is ``evaluate.py``.
 """

@@ -27,8 +27,8 @@ from lora_dae.data.sources import load_splits
 from lora_dae.diffusion import add_noise, alpha_sigma, current_level, is_sigma_space, next_level, predict_x0
 from lora_dae.enhancement.bands import split_bands
 from lora_dae.enhancement.hook import enhance_scheduler
+from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.evaluation.plots import INK, PALETTE, STYLE
-from lora_dae.evaluation.run import HeldOut
 from lora_dae.sampling.load import LoadedRun, load_run
 from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, predict, sample_latents
 from lora_dae.sampling.schedulers import build_scheduler

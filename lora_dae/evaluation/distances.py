@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lora_dae.config import ConfigError
 
+CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
+
 
 def frechet_distance(mu1: Tensor, cov1: Tensor, mu2: Tensor, cov2: Tensor) -> float:
     """Squared Frechet distance of two Gaussians: |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
@@ -117,6 +119,39 @@ def kernel_replicates(inner: Gram, weights_x: Tensor, weights_y: Tensor, paired:
 
     within = mean(k_xx, weights_x, weights_x, True) + mean(k_yy, weights_y, weights_y, True)
     return within - 2 * mean(k_xy, weights_x, weights_y, paired)
+
+
+def polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """KID's kernel (x . y / d + 1)^3 of features (N, d), (M, d): (N, M)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """CMMD's kernel exp(-|x - y|^2 / 200) of features (N, d), (M, d): (N, M)."""
+    squares = x.square().sum(1)[:, None] + y.square().sum(1)[None, :] - 2 * x @ y.T
+    return (-squares / (2 * CMMD_SIGMA**2)).exp()
+
+
+def cmmd_distance(x: Tensor, y: Tensor) -> float:
+    """CMMD of unit-length CLIP embeddings x (N, d), y (M, d): 1000 times the squared MMD with a Gaussian of sigma 10.
+
+    The minimum-variance (biased) estimate, as published: pairs of an image with itself count. Source: Jayasumana et
+    al. 2024, equations 5 and 6.
+    """
+    return cmmd_replicates(gram(x, y), torch.ones(1, len(x)), torch.ones(1, len(y)))[0].item()
+
+
+def cmmd_replicates(inner: Gram, weights_x: Tensor, weights_y: Tensor) -> Tensor:
+    """CMMD for each of R re-weightings (R, N), (R, M) of the images; returns (R,) float64."""
+    u = weights_x.double() / weights_x.double().sum(1, keepdim=True)
+    v = weights_y.double() / weights_y.double().sum(1, keepdim=True)
+    xx, yy = inner.xx.diagonal(), inner.yy.diagonal()
+
+    def kernel(products: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return (-(a[:, None] + b[None, :] - 2 * products) / (2 * CMMD_SIGMA**2)).exp()
+
+    within = ((u @ kernel(inner.xx, xx, xx)) * u).sum(1) + ((v @ kernel(inner.yy, yy, yy)) * v).sum(1)
+    return CMMD_SCALE * (within - 2 * ((u @ kernel(inner.xy, xx, yy)) * v).sum(1))
 
 
 def inception_splits(n: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def stack_images(images: Sequence[np.ndarray]) -> Tensor:
 
 @dataclass(frozen=True)
 class Features:
-    """What a feature network says about N images: pooled float32 (N, d), class probabilities (N, classes)."""
+    """What a feature network says about N images: pooled float32 (N, d), class probabilities (N, classes or 0)."""
 
     pooled: Tensor
     probs: Tensor
@@ -56,12 +57,17 @@ class FeatureExtractor(nn.Module):
     """A frozen feature network on NCHW float images in [0, 1] of any size.
 
     ``forward`` gives the pooled features (N, num_features), so that an instance also serves as the
-    ``feature=`` argument of torchmetrics' image distances. ``names`` maps fd, kd, is to the metrics' names.
+    ``feature=`` argument of torchmetrics' image distances. ``names`` maps the distances that are made of its features
+    (fd, kd, mmd) and is (of its probabilities) to the metrics' names.
     """
 
     name: str
     num_features: int
     names: dict[str, str]
+
+    @property
+    def device(self) -> torch.device:
+        return next(chain(self.parameters(), self.buffers())).device
 
     def features_and_probs(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """(N, 3, H, W) float in [0, 1] -> pooled (N, num_features), class probabilities (N, classes)."""
@@ -76,7 +82,7 @@ class FeatureExtractor(nn.Module):
 
         One big tensor in a list is fine: it is cut into pieces of ``batch_size``.
         """
-        device = next(self.parameters()).device
+        device = self.device
         pooled, probs = [], []
         for batch in images:
             for piece in batch.split(batch_size):

@@ -1,8 +1,8 @@
 """Pictures of several methods for the same prompts and the same noise: what judges and people compare.
 
 A folder of pictures holds images and ``metadata.jsonl``, one line an image: ``file_name`` and ``text`` (the prompt),
-and where known ``attributes`` (a mapping), ``source`` and ``real`` (files beside it: the garment's photo, the real
-photo), ``seed``. A run is drawn into such a folder (``<run>/pictures/...``) once.
+and where known ``attributes`` (a mapping), ``source``, ``real`` and ``mask`` (files beside it: the garment's photo, the
+real photo, where the garment is in it), ``seed``. A run is drawn into such a folder (``<run>/pictures/...``) once.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from rich.console import Console
 from lora_dae.backbone.precision import best_device, choose_precision
 from lora_dae.config import ConfigError, check
 from lora_dae.data.sources import load_splits
-from lora_dae.evaluation.run import HeldOut
+from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.sampling.load import load_run, read_config
 
 METADATA = "metadata.jsonl"
+FORMAT = 2  # of a run's drawn folder; 1 had no masks
 
 
 @dataclass(frozen=True)
 class Item:
-    """One prompt and what is known of it; images are uint8 (H, W, 3) RGB."""
+    """One prompt and what is known of it; images are uint8 (H, W, 3) RGB, the mask (of ``real``) uint8 (H, W)."""
 
     id: str
     prompt: str
@@ -37,14 +38,19 @@ class Item:
     source: np.ndarray | None = None
     real: np.ndarray | None = None
     seed: int | None = None
+    mask: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class PictureSets:
-    """``methods[name][i]`` is the picture, uint8 (H, W, 3), of ``items[i]``."""
+    """``methods[name][i]`` is the picture, uint8 (H, W, 3), of ``items[i]``.
+
+    ``from_source``: the methods that were given the source photos; the others drew from the prompts alone.
+    """
 
     items: list[Item]
     methods: dict[str, list[np.ndarray]]
+    from_source: frozenset[str] = frozenset()
 
 
 def gather(specs: Sequence[str], split: str, count: int, console: Console) -> PictureSets:
@@ -68,19 +74,25 @@ def gather(specs: Sequence[str], split: str, count: int, console: Console) -> Pi
     folders = [_folder(path, strength) for _, path, strength in parsed]  # all paths are checked before one is drawn
     items: list[Item] = []
     methods: dict[str, list[np.ndarray]] = {}
+    from_source: set[str] = set()
     for name, folder, (_, path, strength) in zip(names, folders, parsed, strict=True):
         found = folder or draw_pictures(path, strength, split, count, console)
         own, images = read_pictures(found, count)
         if items:
             _same(items, own, name, names[0])
+            items = [
+                a if a.source is not None else replace(a, source=b.source) for a, b in zip(items, own, strict=True)
+            ]
         else:
             items = own
         methods[name] = images
+        if all(item.source is not None for item in own):
+            from_source.add(name)
     shapes = {image.shape for images in methods.values() for image in images}
     if len(shapes) > 1:
         sizes = ", ".join(f"{s[1]} x {s[0]}" for s in sorted(shapes))
         raise ConfigError(f"the pictures have different sizes ({sizes}): compare methods at one resolution.")
-    return PictureSets(items, methods)
+    return PictureSets(items, methods, frozenset(from_source))
 
 
 def parse_spec(spec: str) -> tuple[str, Path, float | None]:
@@ -122,7 +134,8 @@ def draw_pictures(run_dir: Path, strength: float | None, split: str, count: int,
     held_out = HeldOut.take(load_splits(cfg.data)[split], count, cfg.conditioning)
     folder = run_dir / "pictures" / f"{split}_strength_{strength:g}"
     settings = {
-        "strength": strength, "split": split, "count": len(held_out.pairs), "sampling": vars(cfg.sampling),
+        "format": FORMAT, "strength": strength, "split": split, "count": len(held_out.pairs),
+        "sampling": vars(cfg.sampling),
         "adapter": [[f.name, f.stat().st_mtime_ns] for f in sorted((run_dir / "adapter").rglob("*.safetensors"))],
     }  # fmt: skip
     stamp = folder / "settings.json"
@@ -142,8 +155,8 @@ def draw_pictures(run_dir: Path, strength: float | None, split: str, count: int,
 
 def _items(held_out: HeldOut, seed: int) -> list[Item]:
     return [
-        Item(f"{k:04d}", p.caption, p.attributes, p.source, p.image, seed) for k, p in enumerate(held_out.pairs)
-    ]  # fmt: skip
+        Item(f"{k:04d}", p.caption, p.attributes, p.source, p.image, seed, p.mask) for k, p in enumerate(held_out.pairs)
+    ]
 
 
 def write_pictures(folder: Path, items: Sequence[Item], images: Sequence[np.ndarray]) -> None:
@@ -154,7 +167,7 @@ def write_pictures(folder: Path, items: Sequence[Item], images: Sequence[np.ndar
         _save(image, folder / f"{item.id}.png")
         if item.attributes is not None:
             row["attributes"] = item.attributes
-        for key, known in (("source", item.source), ("real", item.real)):
+        for key, known in (("source", item.source), ("real", item.real), ("mask", item.mask)):
             if known is not None:
                 row[key] = f"{key}/{item.id}.png"
                 _save(known, folder / row[key])
@@ -183,6 +196,8 @@ def read_pictures(folder: Path, count: int | None = None) -> tuple[list[Item], l
             raise ConfigError(f'{where} needs "file_name" and "text" as strings.')
         images.append(_load(folder / row["file_name"], where))
         known = {key: _load(folder / row[key], where) if row.get(key) else None for key in ("source", "real")}
+        if row.get("mask"):
+            known["mask"] = _load(folder / row["mask"], where).max(axis=2)
         attributes = row.get("attributes")
         items.append(Item(Path(row["file_name"]).stem, row["text"], attributes, **known, seed=row.get("seed")))
     if not items:

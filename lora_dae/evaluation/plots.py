@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lora_dae.config import ConfigError
+from lora_dae.evaluation.extrapolate import SizeCurve
 from lora_dae.evaluation.texture import BAND_LABELS, GROUPS
 
 # Told apart also with a color-vision deficiency, on white as on near-black (after Okabe and Ito 2008).
@@ -145,6 +146,37 @@ def plot_band_power(
         axes.set_title(title, pad=20)
         axes.legend(loc="best")
         return _save(figure, output)
+
+
+def plot_sizes(curves: Mapping[str, Mapping[str, SizeCurve]], folder: Path) -> list[Path]:
+    """A Frechet distance over 1 / N for each metric (``<metric>_against_size.svg``); none for too few images.
+
+    What is a line here is bias: at 1 / N = 0 it would be gone. Where the line is valid its end is marked with its
+    interval.
+    """
+    written = []
+    for metric, of_method in curves.items():
+        shown = {method: curve for method, curve in of_method.items() if curve.sizes}
+        if not shown:
+            continue
+        with matplotlib.rc_context(STYLE):
+            figure, axes = _figure(f"{metric} against the number of images")
+            for color, (method, curve) in zip(PALETTE, shown.items(), strict=False):
+                x = 1 / np.array(curve.sizes)
+                axes.plot(x, curve.values, color=color, marker="o", markersize=4, label=method)
+                if curve.infinity is not None:
+                    value, low, high = curve.infinity
+                    axes.errorbar(
+                        [0], [value], [[value - low], [high - value]], color=color, marker="s", markersize=4, capsize=3
+                    )
+            sizes = next(iter(shown.values())).sizes
+            axes.set_xticks([1 / n for n in sizes[::2]], [f"1/{n}" for n in sizes[::2]])
+            axes.set_xlim(left=0)
+            axes.set_xlabel("1 / number of generated images (0: infinitely many)")
+            axes.set_ylabel(metric)
+            axes.legend(loc="best")
+            written.append(_save(figure, folder / f"{metric}_against_size.svg"))
+    return written
 
 
 def running_mean(values: Sequence[float], window: int) -> np.ndarray:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
 
 from lora_dae.config import ConfigError
 from lora_dae.evaluation.bootstrap import wilson_interval
+from lora_dae.evaluation.compare import holm, sign_flip_p
 
 RIDGE = 1e-3  # votes' worth of pull to equal strengths: without it a method that never lost would be infinite
 
@@ -63,6 +65,36 @@ def win_rates(votes: Sequence[Vote], methods: Sequence[str]) -> list[WinRate]:
                 row = (int(wins[i, j]), int(wins[j, i]), int(ties[i, j]))
                 rows.append(WinRate(a, methods[j], *row, half / n, low, high))
     return rows
+
+
+def judged_win_rates(
+    votes: Mapping[str, Sequence[Vote]], methods: Sequence[str], alpha: float = 0.05
+) -> dict[str, list[dict[str, Any]]]:
+    """Win rates of each question as dictionaries, with ``p_holm`` and ``verdict`` (of a against b).
+
+    Wilson's interval takes every vote for a draw of its own; the verdict does not: it is that of a sign-flip test on
+    the mean vote of each prompt, and of each rater (the larger p counts, where there are several of both), corrected
+    by Holm's method for all questions and pairs together.
+    """
+    rows = [(question, row) for question, some in votes.items() for row in win_rates(some, methods)]
+    corrected = holm([_vote_p(votes[question], row) for question, row in rows])
+    result: dict[str, list[dict[str, Any]]] = {question: [] for question in votes}
+    for (question, row), p in zip(rows, corrected, strict=True):
+        said = "cannot tell" if p > alpha or row.share == 0.5 else ("better" if row.share > 0.5 else "worse")
+        result[question].append({**asdict(row), "p_holm": p, "verdict": said})
+    return result
+
+
+def _vote_p(votes: Sequence[Vote], row: WinRate) -> float:
+    own = [v for v in votes if {v.a, v.b} == {row.a, row.b}]
+    signs = np.array([0.0 if v.winner is None else 1.0 if v.winner == row.a else -1.0 for v in own])
+    found = []
+    for keys in ([v.prompt for v in own], [v.rater for v in own]):
+        distinct = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        if len(distinct) > 1:
+            index = np.array([distinct[key] for key in keys])
+            found.append(sign_flip_p(np.bincount(index, signs) / np.bincount(index)))
+    return max(found, default=1.0)
 
 
 def davidson(wins: np.ndarray, ties: np.ndarray) -> tuple[np.ndarray, float]:

@@ -1,60 +1,107 @@
-"""report.html of a run: one file without outside parts, for a browser, a mail or an archive."""
+"""report.html and the files beside it: one page without outside parts, for a browser, a mail or a printer."""
 
 from __future__ import annotations
 
 import base64
 import datetime
+import io
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
 from lora_dae.config import ConfigError
-from lora_dae.evaluation.table import ResultsTable, format_name
+from lora_dae.evaluation.examples import PictureGrid
+from lora_dae.evaluation.protocol import environment
+from lora_dae.evaluation.table import REFERENCES, ResultsTable, format_name
+from lora_dae.evaluation.table_files import csv_text, latex
 
 MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".svg": "image/svg+xml"}
-WIDE = 400  # pixels: a picture at least this wide gets a row of its own
 
 
-def write_report(
-    run_dir: Path,
-    title: str,
-    summary: Mapping[str, str],
-    table: ResultsTable,
-    images: Sequence[tuple[str, Path]],
-    plots: Sequence[Path],
-    config_yaml: str,
-    usage: str,
-) -> Path:
-    """Write ``run_dir/report.html`` and return its path.
+@dataclass(frozen=True)
+class Sheet:
+    """A table from elsewhere (judges, people): ``rows`` of text, the first cell names the row."""
 
-    ``summary``: label -> short value, the key figures under the title (adapter size, steps, ...). ``images``:
-    (caption, path of a png or jpg) in reading order; pictures 400 pixels wide or more (grids) take a whole
-    row. ``plots``: svg or png files. ``usage``: a few lines of code. The protocol comes with the table.
-    Raises ConfigError when a picture is missing or of another kind.
+    title: str
+    notes: list[str]
+    head: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page shows. ``summary``: label -> short value; ``plots``: svg or png files; empty parts are left out."""
+
+    title: str
+    table: ResultsTable
+    command: str  # that makes the page again
+    summary: Mapping[str, str] = field(default_factory=dict)
+    grids: Sequence[PictureGrid] = ()
+    plots: Sequence[Path] = ()
+    sheets: Sequence[Sheet] = ()
+    config_yaml: str = ""
+    usage: str = ""
+
+
+def write_page(folder: Path, page: Page) -> Path:
+    """Write ``report.html`` (its path is returned), metrics.json and table.md, .csv and .tex into ``folder``.
+
+    Raises ConfigError when a plot is missing or of another kind, and when the disk has no room.
     """
-    environment = Environment(
+    texts = {
+        "metrics.json": json.dumps(
+            {**page.table.as_dict(), "environment": environment(), "command": page.command},
+            indent=2,
+            ensure_ascii=False,
+        )
+        + "\n",
+        "table.md": page.table.markdown(),
+        "table.csv": csv_text(page.table),
+        "table.tex": latex(page.table),
+        "report.html": page_html(page),  # last: where it is, the numbers are
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written ({error.strerror}): make room there, or name another folder."
+        ) from error
+    return folder / "report.html"
+
+
+def page_html(page: Page) -> str:
+    """The page as HTML, pictures and plots inside."""
+    loader = Environment(
         loader=PackageLoader("lora_dae.evaluation", "."),
         autoescape=select_autoescape(["html", "j2"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    html = environment.get_template("report.html.j2").render(
-        title=title,
+    return loader.get_template("report.html.j2").render(
+        page=page,
+        table=page.table,
         date=datetime.date.today().isoformat(),
-        summary=summary,
-        table=table,
+        references_title=REFERENCES,
         format_name=format_name,
-        pictures=[_picture(caption, path) for caption, path in images],
-        plots=[{"alt": path.stem.replace("_", " "), "uri": data_uri(path)} for path in plots],
-        config_yaml=config_yaml,
-        usage=usage,
+        uri=picture_uri,
+        plots=[{"alt": path.stem.replace("_", " "), "uri": data_uri(path)} for path in page.plots],
+        environment=environment(),
     )
-    output = run_dir / "report.html"
-    output.write_text(html, encoding="utf-8")
-    return output
+
+
+def picture_uri(picture: np.ndarray) -> str:
+    """A uint8 (H, W, 3) picture as a PNG data URI: every pixel as it is."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def data_uri(path: Path) -> str:
@@ -63,10 +110,3 @@ def data_uri(path: Path) -> str:
     if mime is None or not path.is_file():
         raise ConfigError(f"{path} is not a png, jpg or svg file that exists; the report needs it.")
     return f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
-
-
-def _picture(caption: str, path: Path) -> dict[str, str | int | bool]:
-    uri = data_uri(path)
-    with Image.open(path) as picture:
-        width, height = picture.size
-    return {"caption": caption, "uri": uri, "width": width, "height": height, "wide": width >= WIDE}

@@ -1,34 +1,38 @@
 """Measure a finished run: frozen backbone, strength 0 and the configured strength on held-out pairs.
 
 Same captions, same sources, same noise for every row. Everything is written beside the run: metrics.json,
-table.md, samples/, plots, report.html.
+table.md|csv|tex, samples/, plots, report.html.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from lora_dae.backbone.load import load_backbone
-from lora_dae.config import Config, ConfigError, to_dict
-from lora_dae.data.pair import Pair, PairDataset, replace_pixels
+from lora_dae.backbone.precision import best_device
+from lora_dae.config import Config, to_dict
 from lora_dae.data.sources import load_splits
-from lora_dae.evaluation.attributes import AttributeClassifier, load_embedded
-from lora_dae.evaluation.clip_score import ClipScore
-from lora_dae.evaluation.controls import blurred, over_sharpened
+from lora_dae.evaluation.examples import PictureGrid, extremes, prompt_grid
+from lora_dae.evaluation.extras import Extras, load_extras
 from lora_dae.evaluation.features import load_features, stack_images
-from lora_dae.evaluation.measure import Reference, build_reference, evaluate_images
-from lora_dae.evaluation.perceptual import MS_SSIM_SIDE, Distance, Lpips, load_dists
-from lora_dae.evaluation.plots import plot_band_power, plot_curves
-from lora_dae.evaluation.report import write_report
-from lora_dae.evaluation.table import MetricValue, Protocol, ResultsTable
+from lora_dae.evaluation.heldout import HeldOut, overlap, training_pairs
+from lora_dae.evaluation.measure import Reference, build_reference, measure_images
+from lora_dae.evaluation.observe import Observed
+from lora_dae.evaluation.pattern import pattern_distance
+from lora_dae.evaluation.plots import plot_band_power, plot_curves, plot_sizes
+from lora_dae.evaluation.protocol import Protocol, size_warnings
+from lora_dae.evaluation.references import reference_rows
+from lora_dae.evaluation.report import Page, write_page
+from lora_dae.evaluation.sizes import add_infinity, size_curves
+from lora_dae.evaluation.studio_labels import studio_classifier
+from lora_dae.evaluation.table import MetricValue, ResultsTable
 from lora_dae.evaluation.texture import band_power
 from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet
@@ -36,41 +40,6 @@ from lora_dae.sampling.sheet import image_grid
 
 GRID_ROWS = 6
 FROZEN = "frozen backbone"
-STUDIO_ATTRIBUTES = {"garment", "color", "pattern", "view"}  # what tells its pairs from other attributed ones
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Held-out pairs, in memory."""
-
-    pairs: list[Pair]
-
-    @classmethod
-    def take(cls, dataset: PairDataset, count: int, conditioning: str) -> HeldOut:
-        """The first ``count`` pairs of a split, without sources where none steer; fewer than 2 raise ConfigError."""
-        if len(dataset) < 2:
-            raise ConfigError(f"the split to evaluate on has {len(dataset)} images: give it at least 2.")
-        pairs = [dataset[i] for i in range(min(count, len(dataset)))]
-        return cls(pairs if conditioning == "source" else [replace_pixels(p, source=None) for p in pairs])
-
-    @property
-    def captions(self) -> list[str]:
-        return [p.caption for p in self.pairs]
-
-    @property
-    def sources(self) -> np.ndarray | None:
-        found = [p.source for p in self.pairs if p.source is not None]
-        return np.stack(found) if len(found) == len(self.pairs) else None
-
-    @property
-    def masks(self) -> torch.Tensor | None:
-        found = [p.mask for p in self.pairs if p.mask is not None]
-        return torch.from_numpy(np.stack(found)) if len(found) == len(self.pairs) else None
-
-    @property
-    def attributes(self) -> list[dict[str, str]] | None:
-        found = [p.attributes for p in self.pairs if p.attributes is not None]
-        return found if len(found) == len(self.pairs) else None
 
 
 def row_name(strength: float) -> str:
@@ -103,17 +72,26 @@ def draw_rows(run: LoadedRun, held_out: HeldOut, console: Console, bf16: bool) -
 
 
 def measure_rows(
-    cfg: Config, rows: dict[str, np.ndarray], held_out: HeldOut, split: str, extras: Extras
-) -> tuple[ResultsTable, Reference]:
-    """The table over all rows, and the real side that it was measured against."""
-    extractor = load_features(cfg.evaluation.features)
-    real = build_reference(stack_images([p.image for p in held_out.pairs]), held_out.masks, extractor)
-    classifier = _classifier(held_out)
-    if cfg.evaluation.controls:
-        rows = {**rows, **control_rows(held_out)}
+    cfg: Config,
+    rows: dict[str, np.ndarray],
+    held_out: HeldOut,
+    split: str,
+    extras: Extras,
+    run: LoadedRun | None = None,
+    training: HeldOut | None = None,
+) -> tuple[ResultsTable, Reference, dict[str, Observed]]:
+    """The table over all rows, the real side that it was measured against, and what was seen of each row's images.
+
+    ``run`` gives the VAE and ``training`` the photos of the reference rows (``evaluation.controls``).
+    """
+    extractor = load_features(cfg.evaluation.features).to(best_device())
+    real = build_reference(stack_images([p.image for p in held_out.pairs]), held_out.masks, extractor, *extras.more)
+    classifier = studio_classifier(held_out.attributes)
+    sources = None if held_out.sources is None else stack_images(list(held_out.sources))
     methods: dict[str, dict[str, MetricValue]] = {}
+    seen: dict[str, Observed] = {}
     for name, images in rows.items():
-        methods[name] = evaluate_images(
+        methods[name], seen[name] = measure_images(
             stack_images(list(images)),
             real,
             extractor,
@@ -125,7 +103,16 @@ def measure_rows(
             perceptual=extras.perceptual,
             clip=extras.clip,
             captions=held_out.captions,
+            sources=sources,
+            pattern=pattern_distance(extractor),
+            more=extras.more,
         )
+    references = {}
+    if cfg.evaluation.controls:
+        references = reference_rows(
+            held_out, real, training, None if run is None else run.backbone, extractor, extras, classifier,
+            cfg.evaluation.bootstrap, cfg.seed,
+        )  # fmt: skip
     sampling = cfg.sampling
     protocol = Protocol(
         num_generated=len(held_out.pairs),
@@ -141,64 +128,17 @@ def measure_rows(
         bootstrap=cfg.evaluation.bootstrap,
         definitions=extras.definitions,
         not_available=extras.not_available,
+        mode="text" if held_out.sources is None else "source",
+        warnings=size_warnings(len(held_out.pairs), len(real), 1),
     )
     # Strength 0 comes first: it is what every other row is compared with.
     order = sorted(methods, key=lambda name: name != row_name(0.0))
     if FROZEN in methods:  # it saw no source: nothing that compares with the real photo of the same pair applies
         comparable = methods[row_name(0.0)]
         methods[FROZEN] = {k: v for k, v in methods[FROZEN].items() if k in comparable}
-    return ResultsTable({name: methods[name] for name in order}, protocol), real
-
-
-def control_rows(held_out: HeldOut) -> dict[str, np.ndarray]:
-    """The real photos made worse on purpose: a metric that ranks these well says nothing about texture."""
-    makers = {"real, blurred": blurred, "real, over-sharpened": over_sharpened}
-    return {name: np.stack([make(p.image) for p in held_out.pairs]) for name, make in makers.items()}
-
-
-@dataclass(frozen=True)
-class Extras:
-    """Metrics that need weights of their own: loaded before anything is drawn, so that a mistake costs no drawing."""
-
-    perceptual: dict[str, Distance]
-    clip: ClipScore | None
-    definitions: list[str]
-    not_available: dict[str, str]  # metric -> why
-
-
-def load_extras(cfg: Config, captions: list[str]) -> Extras:
-    """What ``evaluation.lpips``, ``dists`` and ``clip`` ask for; ConfigError for weights or captions that do not fit.
-
-    Only DISTS may be missing: it has no file of its own to name.
-    """
-    perceptual: dict[str, Distance] = {}
-    definitions: list[str] = []
-    not_available: dict[str, str] = {}
-    if cfg.data.resolution < MS_SSIM_SIDE:
-        not_available["ms_ssim"] = f"needs {MS_SSIM_SIDE} pixels"
-    if cfg.evaluation.lpips is None:
-        not_available["lpips_alex"] = "evaluation.lpips names no weights"
-    else:
-        perceptual["lpips_alex"] = Lpips(Path(cfg.evaluation.lpips))
-        definitions.append("lpips: version 0.1, AlexNet")
-    if cfg.evaluation.dists:
-        try:
-            perceptual["dists"] = load_dists()
-        except ConfigError as error:
-            not_available["dists"] = str(error)
-    clip = None
-    if cfg.evaluation.clip is not None:
-        clip = ClipScore(cfg.evaluation.clip)
-        clip.check(captions)
-        definitions.append(f"clip score: 2.5 max(cos, 0), {clip.name}")
-    return Extras(perceptual, clip, definitions, not_available)
-
-
-def _classifier(held_out: HeldOut) -> AttributeClassifier | None:
-    """The embedded classifier, where the pairs' attributes are the studio's."""
-    rows = held_out.attributes
-    known = rows is not None and all(STUDIO_ATTRIBUTES <= row.keys() for row in rows)
-    return load_embedded() if known else None
+    curves = size_curves({name: seen[name] for name in order}, real.features, (extractor, *extras.more), cfg.seed)
+    protocol.not_available.update(add_infinity(methods, curves))
+    return ResultsTable({name: methods[name] for name in order}, protocol, references, curves), real, seen
 
 
 def write_grid(rows: dict[str, np.ndarray], held_out: HeldOut, path: Path, count: int = GRID_ROWS) -> np.ndarray:
@@ -223,42 +163,62 @@ def evaluate_run(
     split: str = "test",
     run: LoadedRun | None = None,
     bf16: bool = False,
+    output: Path | None = None,
+    command: str | None = None,
     on_images: Callable[[HeldOut, dict[str, np.ndarray]], None] | None = None,
 ) -> tuple[ResultsTable, np.ndarray]:
     """Draw, measure and report one run; returns the table and the sample grid.
 
-    ``on_images`` is given the held-out pairs and each row's images, uint8 (N, H, W, 3), before they are measured.
-    Raises ConfigError for a folder that is no finished run or a split without images.
+    Everything is written into ``output``, the run's own folder by default. ``on_images`` is given the held-out pairs
+    and each row's images, uint8 (N, H, W, 3), before they are measured. Raises ConfigError for a folder that is no
+    finished run or a split without images.
     """
     run = run or load_run(run_dir)
+    output = output or run_dir
     cfg = run.cfg
-    held_out = HeldOut.take(load_splits(cfg.data)[split], cfg.evaluation.num_samples, cfg.conditioning)
-    extras = load_extras(cfg, held_out.captions)
+    splits = load_splits(cfg.data)
+    held_out = HeldOut.take(splits[split], cfg.evaluation.num_samples, cfg.conditioning)
+    extras = load_extras(cfg.evaluation, cfg.data.resolution, held_out.captions)
     rows = draw_rows(run, held_out, console, bf16)
     if on_images is not None:
         on_images(held_out, rows)
+    training = training_pairs(splits["train"], held_out) if cfg.evaluation.controls else None
     with console.status("measuring"):
-        table, real = measure_rows(cfg, rows, held_out, split, extras)
-    table.save(run_dir / "metrics.json")
-    (run_dir / "table.md").write_text(table.markdown(), encoding="utf-8")
-    grid = write_grid(rows, held_out, run_dir / "samples" / "grid.png")
-    plots = _plots(run_dir, rows, real, cfg)
-    report = write_report(
-        run_dir,
-        f"LoRA-DAE · {cfg.name}",
-        _summary(run_dir, cfg),
-        table,
-        [("Same caption, source and noise in every column", run_dir / "samples" / "grid.png")],
-        plots,
-        OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))),
-        usage(cfg),
+        table, real, seen = measure_rows(cfg, rows, held_out, split, extras, run, training)
+    if found := overlap(splits, split, len(held_out.pairs)):
+        table.protocol.warnings.append(found)
+    console.print(table.rich())  # first: whatever becomes of the files, the numbers are there
+    grid = write_grid(rows, held_out, output / "samples" / "grid.png")
+    page = Page(
+        title=f"LoRA-DAE · {cfg.name}",
+        summary=_summary(run_dir, cfg),
+        table=table,
+        grids=_grids(rows, held_out, seen),
+        plots=_plots(run_dir, output, rows, real, table, cfg),
+        config_yaml=OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))),
+        usage=usage(cfg),
+        command=command or f"python evaluate.py run={run_dir}",
     )
-    console.print(table.rich())
+    report = write_page(output, page)
     console.print(f"report   {report}", soft_wrap=True, highlight=False)
     return table, grid
 
 
-def _plots(run_dir: Path, rows: dict[str, np.ndarray], real: Reference, cfg: Config) -> list[Path]:
+def _grids(rows: dict[str, np.ndarray], held_out: HeldOut, seen: dict[str, Observed]) -> list[PictureGrid]:
+    methods = {name: list(images) for name, images in rows.items()}
+    sources: list[np.ndarray | None] = [p.source for p in held_out.pairs]
+    real: list[np.ndarray | None] = [p.image for p in held_out.pairs]
+    own = list(rows)[-1]
+    values: dict[str, Tensor] = seen[own].values
+    return [
+        prompt_grid("Same caption, source and noise in every column", held_out.captions, methods, sources, real),
+        *extremes(own, values, held_out.captions, methods, sources, real),
+    ]
+
+
+def _plots(
+    run_dir: Path, output: Path, rows: dict[str, np.ndarray], real: Reference, table: ResultsTable, cfg: Config
+) -> list[Path]:
     plots = []
     paired = real.garment_power is not None and cfg.conditioning == "source"
     masks = real.masks if paired else None
@@ -266,11 +226,12 @@ def _plots(run_dir: Path, rows: dict[str, np.ndarray], real: Reference, cfg: Con
         name: band_power(stack_images(list(images)).float() / 255, masks).spectrum() for name, images in rows.items()
     }
     power = (real.garment_power if paired else real.power) or real.power
-    plots.append(plot_band_power(spectra, power.spectrum(), run_dir / "plots" / "band_power.svg"))
+    plots.append(plot_band_power(spectra, power.spectrum(), output / "plots" / "band_power.svg"))
+    plots += plot_sizes(table.curves, output / "plots")
     log = run_dir / "csv" / "metrics.csv"
     if log.is_file():
         curves = {"training": "train/loss", "validation (fixed noise)": "val/loss"}
-        plots.append(plot_curves(log, run_dir / "plots" / "loss.svg", curves, "Loss of the adapter"))
+        plots.append(plot_curves(log, output / "plots" / "loss.svg", curves, "Loss of the adapter"))
     return plots
 
 

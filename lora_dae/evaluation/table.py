@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,16 +21,19 @@ from torch import Tensor
 from lora_dae.config import ConfigError
 from lora_dae.evaluation.bootstrap import bootstrap_interval
 from lora_dae.evaluation.compare import holm
-from lora_dae.evaluation.distances import inception_splits
+from lora_dae.evaluation.extrapolate import SizeCurve
+from lora_dae.evaluation.protocol import Protocol
 
 Better = Literal["lower", "higher"]
+SCHEMA = 2  # of metrics.json; 1 had no references and no curves
+REFERENCES = "What real photos get"
 ARROWS = {"lower": "↓", "higher": "↑", None: "→ 1"}
 BLOCKS = {
-    "Distance to real photos": ("fd_", "kd_", "is_", "fid", "kid", "is"),
+    "Distance to real photos": ("fd_", "kd_", "is_", "fid", "kid", "is", "cmmd"),
     "Follows the caption (share of images; CLIPScore)": ("attr_", "clip_"),
     "Texture power, generated / real": ("power_", "lsd"),
     "Fidelity to the real photo": ("psnr", "ssim", "ms_", "lpips", "dists"),
-    "Edges and color of the garment": ("gradient", "edge_", "color"),
+    "Edges, color and pattern of the garment": ("gradient", "edge_", "color", "pattern"),
 }
 
 
@@ -94,46 +98,6 @@ def verdict(method: MetricValue, baseline: MetricValue, p: float | None = None) 
     return "better" if (method.value < baseline.value) == (method.better == "lower") else "worse"
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """What was measured on what: printed with every number, because no number means anything without it."""
-
-    num_generated: int
-    num_reference: int
-    split: str
-    resolution: int
-    sampler: str
-    steps: int
-    guidance_scale: float
-    source_guidance_scale: float | None  # None: not in source mode
-    seeds: list[int]
-    features: str
-    bootstrap: int
-    definitions: list[str] = field(default_factory=list)  # of the metrics that were asked for: net, formula
-    not_available: dict[str, str] = field(default_factory=dict)  # metric -> why
-
-    def line(self) -> str:
-        guidance = f"guidance {self.guidance_scale:g}"
-        if self.source_guidance_scale is not None:
-            guidance += f" (source {self.source_guidance_scale:g})"
-        return " · ".join(
-            [
-                f"{self.num_generated} generated, {self.num_reference} real images ({self.split} split)",
-                f"{self.resolution} x {self.resolution} pixels",
-                f"{self.sampler}, {self.steps} steps, {guidance}",
-                f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}",
-                f"{self.features} features",
-                f"95 % intervals, {self.bootstrap} bootstrap samples of the images",
-                f"is: {inception_splits(self.num_generated)} splits, kd: all images at once",
-                "psnr and ssim: RGB, data range 1, gaussian window of sigma 1.5, mean over images",
-                "gradient: Wasserstein distance of luma gradients in the mask; edge f1: Canny edges at its "
-                "border; color: CIEDE2000 of its mean colors",
-                *self.definitions,
-                *(f"{name} not available: {why}" for name, why in self.not_available.items()),
-            ]
-        )
-
-
 def format_value(metric: MetricValue) -> tuple[str, str]:
     """The value and its interval ("[low, high]", or ""), to the decimals that it supports (<= 4)."""
     if not math.isfinite(metric.value):
@@ -154,10 +118,16 @@ def format_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class ResultsTable:
-    """Methods (first = the baseline that the others are compared with) x metrics, with their protocol."""
+    """Methods (first = the baseline that the others are compared with) x metrics, with their protocol.
+
+    ``references``: what real photos get (other real photos, reconstructions, damaged ones): shown apart, compared with
+    nothing. ``curves``: metric -> method -> how the Frechet distance falls with the number of images.
+    """
 
     methods: dict[str, dict[str, MetricValue]]
     protocol: Protocol
+    references: dict[str, dict[str, MetricValue]] = field(default_factory=dict)
+    curves: dict[str, dict[str, SizeCurve]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.methods:
@@ -167,19 +137,24 @@ class ResultsTable:
     def baseline(self) -> str:
         return next(iter(self.methods))
 
-    def blocks(self) -> dict[str, list[str]]:
-        """Block title -> names of the metrics that any method has, in the order of computation."""
-        names = list(dict.fromkeys(name for metrics in self.methods.values() for name in metrics))
+    def blocks(self, of_references: bool = False) -> dict[str, list[str]]:
+        """Block title -> names of the metrics that any method (or reference) has, in the order of computation."""
+        shown = self.references if of_references else self.methods
+        names = list(dict.fromkeys(name for metrics in shown.values() for name in metrics))
         placed = {title: [n for n in names if _belongs(n, keys)] for title, keys in BLOCKS.items()}
         rest = [n for n in names if not any(n in block for block in placed.values())]
         return {title: block for title, block in {**placed, "Other": rest}.items() if block}
 
     def direction(self, name: str) -> str:
         """Arrow that says which way is better: ↓, ↑, or → 1."""
-        return ARROWS[next(metrics[name].better for metrics in self.methods.values() if name in metrics)]
+        every = [*self.methods.values(), *self.references.values()]
+        return ARROWS[next(metrics[name].better for metrics in every if name in metrics)]
 
     def cell(self, method: str, name: str) -> tuple[str, str, str]:
         """(value, interval, "better" | "worse" | "") of one cell; the last against the baseline."""
+        if method not in self.methods:
+            metric = self.references[method].get(name)
+            return ("", "", "") if metric is None else (*format_value(metric), "")
         metric = self.methods[method].get(name)
         if metric is None:
             return "", "", ""
@@ -188,8 +163,18 @@ class ResultsTable:
         mark = None if base is None or corrected is None else verdict(metric, base, corrected)
         return *format_value(metric), mark or ""
 
+    def verdict(self, method: str, name: str) -> str:
+        """better, worse or cannot tell, against the baseline; "" for the baseline and where nothing is compared."""
+        if (method, name) not in self.corrected():
+            return ""
+        return self.cell(method, name)[2] or "cannot tell"
+
     def corrected(self) -> dict[tuple[str, str], float]:
         """(method, metric) -> p against the baseline, Holm-corrected over all comparisons of the table."""
+        return self._corrected
+
+    @cached_property
+    def _corrected(self) -> dict[tuple[str, str], float]:
         base = self.methods[self.baseline]
         found = {}
         for method, metrics in self.methods.items():
@@ -210,18 +195,19 @@ class ResultsTable:
         """For the console (rich); 100 columns hold blocks of up to five metrics, wider ones wrap."""
         styles = {"better": "bold green", "worse": "red", "": ""}
         parts: list[Any] = []
-        for title, names in self.blocks().items():
+        for title, rows, names in self._parts():
             table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
             table.add_column("", no_wrap=True)
             for name in names:
                 table.add_column(f"{format_name(name)} {self.direction(name)}", justify="right")
-            for method in self.methods:
+            for method in rows:
                 cells: list[Text] = []
                 for name in names:
                     value, interval, mark = self.cell(method, name)
                     cells.append(Text.assemble((value, styles[mark]), ("\n" + interval if interval else "", "dim")))
                 table.add_row(method, *cells)
             parts += [table, Text()]
+        parts += [Text(f"warning: {text}", style="yellow") for text in self.protocol.warnings]
         footer = Text(self.protocol.line() + "\n" + self.legend(), style="dim")
         return Group(*parts, footer)
 
@@ -229,26 +215,46 @@ class ResultsTable:
         """GitHub-flavored Markdown; better than the baseline in bold, worse in italics."""
         wrap = {"better": "**", "worse": "_", "": ""}
         lines: list[str] = []
-        for title, names in self.blocks().items():
+        for title, rows, names in self._parts():
             heads = [f"{format_name(name)} {self.direction(name)}" for name in names]
             lines += [f"### {title}", "", "| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(names)]
-            for method in self.methods:
+            for method in rows:
                 cells = []
                 for name in names:
                     value, interval, mark = self.cell(method, name)
                     cells.append(f"{wrap[mark]}{value}{wrap[mark]} {interval}".strip())
                 lines.append(f"| {method} | " + " | ".join(cells) + " |")
             lines.append("")
+        lines += [f"**Warning:** {text}.  " for text in self.protocol.warnings]
         return "\n".join([*lines, self.protocol.line() + "  ", self.legend(), ""])
 
+    def _parts(self) -> list[tuple[str, list[str], list[str]]]:
+        """(title, rows, metrics) of every block, those of the references last."""
+        parts = [(title, list(self.methods), names) for title, names in self.blocks().items()]
+        for title, names in self.blocks(of_references=True).items():
+            parts.append((f"{REFERENCES}: {title[0].lower()}{title[1:]}", list(self.references), names))
+        return parts
+
     def as_dict(self) -> dict[str, Any]:
-        """For metrics.json: protocol, baseline, and methods -> metrics -> value, low, high, better."""
+        """For metrics.json: protocol, baseline, and methods -> metrics -> value, low, high, better (and verdict)."""
+
+        def plain(rows: dict[str, dict[str, MetricValue]]) -> dict[str, Any]:
+            return {row: {name: metric.as_dict() for name, metric in metrics.items()} for row, metrics in rows.items()}
+
+        corrected = self.corrected()
         return {
+            "schema": SCHEMA,
             "protocol": asdict(self.protocol),
             "baseline": self.baseline,
-            "methods": {
-                method: {name: metric.as_dict() for name, metric in metrics.items()}
-                for method, metrics in self.methods.items()
+            "methods": plain(self.methods),
+            "references": plain(self.references),
+            "comparisons": [
+                {"method": method, "metric": name, "p_holm": p, "verdict": self.verdict(method, name)}
+                for (method, name), p in corrected.items()
+            ],
+            "curves": {
+                metric: {method: asdict(curve) for method, curve in of_method.items()}
+                for metric, of_method in self.curves.items()
             },
         }
 
@@ -258,16 +264,28 @@ class ResultsTable:
 
 
 def load_table(path: Path) -> ResultsTable:
-    """Read a saved table: values and intervals. (Comparisons need the replicates, which are not stored.)"""
+    """Read a saved table: values and intervals. (Comparisons need the replicates, which are not stored.)
+
+    Raises ConfigError for a file of a later version of this program.
+    """
     data = json.loads(path.read_text(encoding="utf-8"))
-    methods = {
-        method: {
-            name: MetricValue(math.nan if m["value"] is None else m["value"], m["low"], m["high"], m["better"])
-            for name, m in metrics.items()
+    if not 1 <= data.get("schema", 1) <= SCHEMA:
+        raise ConfigError(f"{path} has schema {data['schema']}, this program reads 1 to {SCHEMA}: use its own version.")
+
+    def rows(named: dict[str, Any]) -> dict[str, dict[str, MetricValue]]:
+        return {
+            row: {
+                name: MetricValue(math.nan if m["value"] is None else m["value"], m["low"], m["high"], m["better"])
+                for name, m in metrics.items()
+            }
+            for row, metrics in named.items()
         }
-        for method, metrics in data["methods"].items()
+
+    curves = {
+        metric: {method: SizeCurve.from_dict(curve) for method, curve in of_method.items()}
+        for metric, of_method in data.get("curves", {}).items()
     }
-    return ResultsTable(methods, Protocol(**data["protocol"]))
+    return ResultsTable(rows(data["methods"]), Protocol(**data["protocol"]), rows(data.get("references", {})), curves)
 
 
 def without_nan(value: Any) -> Any:

@@ -51,10 +51,13 @@ class BandPower:
         return (weights @ self.sums) / (weights @ self.area)[:, None]
 
 
-def band_power(images: Tensor, masks: Tensor | None = None, batch_size: int = 32) -> BandPower:
+def band_power(
+    images: Tensor, masks: Tensor | None = None, batch_size: int = 32, allow_empty: bool = False
+) -> BandPower:
     """Power of every band, per image, inside the masks (or on the whole picture).
 
-    ``images`` float NCHW in [0, 1]; ``masks`` (N, H, W) of 0 and 1. Raises ConfigError when all are empty.
+    ``images`` float NCHW in [0, 1]; ``masks`` (N, H, W) of 0 and 1. Raises ConfigError when all are empty, unless
+    ``allow_empty`` (they are a part of a larger set).
     """
     sums, areas = [], []
     for start in range(0, len(images), batch_size):
@@ -67,7 +70,7 @@ def band_power(images: Tensor, masks: Tensor | None = None, batch_size: int = 32
         sums.append((maps.square() * inside[:, None]).sum(dim=(2, 3)).double())
         areas.append(inside.sum(dim=(1, 2)).double())
     area = torch.cat(areas)
-    if area.sum() == 0:
+    if area.sum() == 0 and not allow_empty:
         raise ConfigError("no garment mask holds a pixel, so texture cannot be measured; uint8 masks are 0 and 255.")
     return BandPower(torch.cat(sums), area)
 

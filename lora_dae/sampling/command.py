@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 from rich.console import Console
 
 from lora_dae.backbone.precision import best_device, choose_precision
-from lora_dae.config import Config, ConfigError, check
+from lora_dae.config import Config, ConfigError, check, overridden_sampling
 from lora_dae.data.decode import upright_rgb
 from lora_dae.data.pair import Pair
 from lora_dae.data.sources import load_splits
@@ -40,18 +39,10 @@ class SampleRequest:
     output: str | None
 
 
-def override_sampling(cfg: Config, request: Any) -> Config:
-    """The run's config with the request's sampling numbers, where given."""
-    names = ("seed", "scheduler", "num_inference_steps", "guidance_scale", "source_guidance_scale", "method")
-    given = {n: getattr(request, n) for n in names if getattr(request, n) is not None}
-    if "method" in given:
-        given["method_options"] = {}  # as published
-    return replace(cfg, sampling=replace(cfg.sampling, **given))
-
-
 def draw_samples(request: SampleRequest, console: Console) -> Path:
     """Draw and save; returns the picture's path. All input is checked before weights are loaded."""
-    cfg = override_sampling(read_config(Path(request.run)), request)
+    cfg = read_config(Path(request.run))
+    cfg = replace(cfg, sampling=overridden_sampling(cfg.sampling, request))
     check(cfg)
     strengths = _strengths(request, cfg)
     if request.num_images < 1:

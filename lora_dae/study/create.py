@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import shutil
 import time
@@ -17,6 +18,8 @@ from lora_dae.evaluation.pictures import PictureSets, gather
 from lora_dae.study.exclude import Rules
 from lora_dae.study.plan import CLEAR, DEGRADED, REFERENCE, plan
 from lora_dae.study.store import FILE, create_database, hashed
+
+ENOUGH_VOTES = 3  # on each comparison
 
 
 @dataclass
@@ -65,6 +68,14 @@ def create_study(request: CreateRequest, console: Console) -> Path:
     path.touch(mode=0o600)  # who has a link can vote
     path.write_text(text, encoding="utf-8")
     building.rename(output)
+    comparisons = len(sets.items) * math.comb(len(methods), 2) * (2 if all(s is not None for s in sources) else 1)
+    votes_each = request.raters * request.pairs / max(comparisons, 1)
+    if request.pairs and votes_each < ENOUGH_VOTES:
+        console.print(
+            f"warning  each comparison gets {votes_each:.1f} votes on average, {ENOUGH_VOTES} to 5 are usual: give "
+            "fewer prompts (num_samples), or more raters or pairs",
+            soft_wrap=True,
+        )
     console.print(f"study    {output}: {request.raters} raters, {len(trials[0])} trials each", soft_wrap=True)
     console.print(f"links    {output / 'links.txt'}  (one for each rater; keep the file private)", soft_wrap=True)
     return output

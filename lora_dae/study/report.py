@@ -15,13 +15,13 @@ from rich.console import Console
 
 from lora_dae.config import ConfigError
 from lora_dae.evaluation.agreement import Level, krippendorff_alpha
-from lora_dae.evaluation.preference import Vote, strengths, win_rates
+from lora_dae.evaluation.preference import Vote, judged_win_rates, strengths
 from lora_dae.evaluation.table import without_nan
 from lora_dae.study.exclude import Rules, excluded, passed
 from lora_dae.study.plan import QUESTIONS
 from lora_dae.study.store import StudyStore, VoteRow
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no verdicts beside win rates
 WORDS = {"realism": "which is more realistic", "truth": "which shows the garment more truly"}
 
 
@@ -62,14 +62,15 @@ def summarize(votes: Sequence[VoteRow], methods: Sequence[str], rules: Rules, bo
     out = excluded(votes, rules)
     kept = [v for v in votes if v.rater not in out]
     questions = {}
-    for question in QUESTIONS:
-        pairs = [_vote(v) for v in kept if v.kind == "pair" and v.question == question]
+    of_question = {q: [_vote(v) for v in kept if v.kind == "pair" and v.question == q] for q in QUESTIONS}
+    rates = judged_win_rates(of_question, methods)
+    for question, pairs in of_question.items():
         if pairs:
             seen = [m for m in methods if any(m in (p.a, p.b) for p in pairs)]
             fitted = strengths(pairs, seen, bootstrap)
             questions[question] = {
                 "votes": len(pairs),
-                "win_rates": [asdict(row) for row in win_rates(pairs, seen)],
+                "win_rates": rates[question],
                 "strengths": {
                     m: [float(value), float(low), float(high)]
                     for m, value, low, high in zip(seen, fitted.value, fitted.low, fitted.high, strict=True)
@@ -159,9 +160,7 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         lines += ["", "| | wins | losses | ties | share of wins (tie = half) | |", "|---|---:|---:|---:|---:|---|"]
         for r in entry["win_rates"]:
-            said = (
-                "cannot tell" if r["low"] <= 0.5 <= r["high"] else ("preferred" if r["low"] > 0.5 else "not preferred")
-            )
+            said = {"better": "preferred", "worse": "not preferred"}.get(r["verdict"], r["verdict"])
             share = f"{r['share']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
             lines.append(f"| {r['a']} over {r['b']} | {r['wins']} | {r['losses']} | {r['ties']} | {share} | {said} |")
         lines += ["", "| method | strength (Davidson, nats) |", "|---|---:|"]
@@ -176,7 +175,8 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["", "## Excluded", "", *[f"* rater {e['rater']}: {e['why']}" for e in raters["excluded"]]]
     lines += [
         "",
-        "Shares: Wilson's 95 % interval. Strengths and means: 95 % bootstrap over raters and prompts. "
+        "Shares: Wilson's 95 % interval; preferred or not: sign-flip tests over prompts and over raters, "
+        "Holm-corrected. Strengths and means: 95 % bootstrap over raters and prompts. "
         "Rules of exclusion were fixed when the study was made: " + json.dumps(raters["rules"]) + ".",
     ]
     return "\n".join(lines) + "\n"

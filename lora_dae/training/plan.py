@@ -35,6 +35,7 @@ from lora_dae.backbone.load import WEIGHTS, encode_batch
 from lora_dae.config import Config
 from lora_dae.data.buckets import parse_buckets
 from lora_dae.data.sources import check_source, load_splits
+from lora_dae.enhancement.module import build_enhancement
 from lora_dae.training.memory import PeakMemory, materialize
 
 _HUB_CONFIGS = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}

@@ -21,8 +21,10 @@ from lora_dae.config import Config, check, to_dict
 from lora_dae.data.buckets import parse_buckets
 from lora_dae.data.pair import PairDataset, replace_pixels
 from lora_dae.data.sources import check_mask, check_source, load_splits
-from lora_dae.evaluation.run import HeldOut, evaluate_run, row_name
+from lora_dae.evaluation.heldout import HeldOut
+from lora_dae.evaluation.run import evaluate_run, row_name
 from lora_dae.evaluation.table import ResultsTable
+from lora_dae.evaluation.table_files import COLUMNS, table_rows
 from lora_dae.export.command import write_card
 from lora_dae.sampling.load import load_run
 from lora_dae.training import tracking
@@ -119,6 +121,7 @@ def measure(cfg: Config, loggers: list[Any], device: torch.device, bf16: bool) -
             logger.offset = 0
     tracking.log_metrics(others, flat, last)
     tracking.log_image(others, "test/grid", grid, last)
+    tracking.log_table(others, "test/table", list(COLUMNS), table_rows(table))
     tracking.finish(loggers)
     write_card(run_dir, cfg, loaded.backbone.folder.family, run_dir / "adapter")
     return Result(run_dir, table)

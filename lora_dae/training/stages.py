@@ -29,7 +29,8 @@ from lora_dae.data.module import PairDataModule
 from lora_dae.data.pair import PairDataset
 from lora_dae.enhancement.files import save_enhancement
 from lora_dae.enhancement.module import EnhancementModule, build_enhancement
-from lora_dae.evaluation.run import HeldOut, write_grid
+from lora_dae.evaluation.heldout import HeldOut
+from lora_dae.evaluation.run import write_grid
 from lora_dae.export.command import export_beside
 from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.load import ENHANCEMENT_FILE, prepare_unet

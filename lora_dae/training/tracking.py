@@ -148,6 +148,13 @@ def log_samples(
             logger.log_table(key, columns=["prompt", *columns], data=rows)
 
 
+def log_table(loggers: list[Logger], key: str, columns: list[str], rows: list[list[Any]]) -> None:
+    """A W&B table of plain values."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_table(key, columns=columns, data=rows)
+
+
 def log_metrics(loggers: list[Logger], metrics: dict[str, float], step: int) -> None:
     for logger in loggers:
         logger.log_metrics(metrics, step)

@@ -12,7 +12,7 @@ from lora_dae.config import ConfigError
 from lora_dae.vqa.bank import Question
 from lora_dae.vqa.cache import AnswerCache, image_hash
 from lora_dae.vqa.judges import PROMPT_VERSION, Judge, JudgeFailedError, prompt
-from lora_dae.vqa.parse import Parsed, parse_answer
+from lora_dae.vqa.parse import Parsed, parse_answer, parse_score
 
 GIVE_UP_AFTER = 5  # failures in a row: the endpoint is down
 
@@ -78,10 +78,13 @@ def ask_all(
     if failed and all(raw is None for raw in raws):
         raise ConfigError(f"{failed[-1]} (None of its {len(tasks)} questions was answered.)")
     raws = [raws[first[key]] for key in keys]
-    return [
-        Answer(t, raw, Parsed(None, "missing") if raw is None else parse_answer(raw, t.question.options))
-        for t, raw in zip(tasks, raws, strict=True)
-    ]
+    return [Answer(t, raw, _parsed(raw, t.question)) for t, raw in zip(tasks, raws, strict=True)]
+
+
+def _parsed(raw: str | None, question: Question) -> Parsed:
+    if raw is None:
+        return Parsed(None, "missing")
+    return parse_score(raw) if question.kind == "score" else parse_answer(raw, question.options)
 
 
 def _collect(

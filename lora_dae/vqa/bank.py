@@ -1,7 +1,8 @@
 """The question bank: a versioned YAML file that users edit, and the questions that it gives for one prompt.
 
 Yes/no, multiple-choice and graded questions with parents, after TIFA (Hu et al. 2023), DSG (Cho et al. 2024: a child of
-a failed parent counts zero) and VQAScore (Lin et al. 2024: the caption as one yes/no question).
+a failed parent counts zero) and VQAScore (Lin et al. 2024: how probable "yes" is as the answer to one question about
+the whole caption; for judges that tell probabilities).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from yaml import YAMLError
 from lora_dae.config import ConfigError
 
 SHIPPED = Path(__file__).parent / "bank.yaml"
-KINDS = ("yes_no", "choice", "graded")
+KINDS = ("yes_no", "choice", "graded", "score")
 GRADES = ("1", "2", "3", "4", "5")
 PAIR_OPTIONS = ("first", "second", "tie")
 KEYS = {"id", "about", "kind", "text", "answer", "attribute", "unless", "words", "parents"}
@@ -47,7 +48,7 @@ class Question:
 
     id: str
     about: str
-    kind: str  # yes_no | choice | graded | pair
+    kind: str  # yes_no | choice | graded | score (the probability of yes) | pair
     text: str
     options: tuple[str, ...]
     right: str | None = None
@@ -104,7 +105,8 @@ class Bank:
                     continue  # a value that the bank has no option for cannot be asked about
                 right = value
             else:
-                options, right = (("yes", "no"), t.answer) if t.kind == "yes_no" else (GRADES, None)
+                options = GRADES if t.kind == "graded" else ("yes", "no")
+                right = t.answer if t.kind == "yes_no" else None
             there = {q.id for q in asked}
             parents = tuple(p for p in t.parents if p in there)
             text = _fill(t.text, {**known, "caption": caption})
@@ -161,6 +163,10 @@ def _template(row: Any, where: str, attributes: Mapping[str, object], before: li
         raise ConfigError(f"{where} is a choice without attribute: name one, its values are the options.")
     if t.attribute is not None and t.attribute not in attributes:
         raise ConfigError(f"{where} asks about {t.attribute}, which `attributes` does not list: add its options.")
+    if t.kind == "score" and t.parents:
+        raise ConfigError(
+            f"{where} is a score with parents: a probability is no answer that could fail, leave them out."
+        )
     if t.kind == "yes_no" and t.answer not in ("yes", "no"):
         raise ConfigError(f"{where} needs answer: 'yes' or 'no' (in quotes), the one that is right.")
     ids = [b.id for b in before]

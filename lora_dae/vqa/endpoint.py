@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import os
 import threading
 import time
@@ -14,8 +15,10 @@ import numpy as np
 
 from lora_dae.config import ConfigError
 from lora_dae.vqa.bank import Question
-from lora_dae.vqa.judges import JudgeConfig, JudgeFailedError, Reply, enlarged, prompt
+from lora_dae.vqa.judges import JudgeConfig, JudgeFailedError, Reply, enlarged, prompt, score_reply
 from lora_dae.vqa.parse import answer_schema
+
+TOP_LOGPROBS = 20  # the most that the protocol gives
 
 
 class EndpointJudge:
@@ -46,7 +49,7 @@ class EndpointJudge:
         self._next = 0.0
 
     def takes(self, question: Question) -> bool:
-        return True
+        return question.kind != "score" or self.cfg.logprobs
 
     def ask(self, images: Sequence[np.ndarray], question: Question) -> Reply:
         self._wait()
@@ -59,18 +62,23 @@ class EndpointJudge:
             "temperature": 0,
             "max_tokens": self.cfg.max_tokens,
         }
-        if self.cfg.json_schema:
+        score = question.kind == "score"
+        if score:
+            request |= {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        elif self.cfg.json_schema:
             schema = {"name": "answer", "strict": True, "schema": answer_schema(question.options)}
             request["response_format"] = {"type": "json_schema", "json_schema": schema}
         errors = self._openai
         try:
-            reply = self._streamed(request) if self.cfg.stream else self._whole(request)
+            reply = self._streamed(request) if self.cfg.stream and not score else self._whole(request)
         except (errors.AuthenticationError, errors.PermissionDeniedError) as error:
             raise ConfigError(self._say("refuses the key", error, f"check {self.cfg.api_key_env}")) from None
         except errors.NotFoundError as error:
             raise ConfigError(self._say("does not know the model", error, "check model and base_url")) from None
         except (errors.BadRequestError, errors.UnprocessableEntityError) as error:
             raise ConfigError(self._say("refuses the request", error, "json_schema=false may help")) from None
+        except ConfigError:
+            raise
         except (errors.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
             raise JudgeFailedError(self._say("gave no answer", error, "is it running?")) from None
         with self._lock:
@@ -81,10 +89,23 @@ class EndpointJudge:
     def _whole(self, request: dict[str, Any]) -> Reply:
         done = self._client.chat.completions.create(**request)
         choices = getattr(done, "choices", None)
-        message = getattr(choices[0], "message", None) if choices else None
+        first = choices[0] if choices else None
+        message = getattr(first, "message", None)
         if message is None:
             raise JudgeFailedError(f"{self.name}: the endpoint's answer is no chat completion.")
+        if "logprobs" in request:
+            return Reply(score_reply(self._first_token(first)), *_tokens(done))
         return Reply(message.content or "", *_tokens(done))
+
+    def _first_token(self, choice: Any) -> dict[str, float]:
+        """Probabilities of the most probable first tokens. ConfigError when the server tells none."""
+        told = getattr(getattr(choice, "logprobs", None), "content", None)
+        if not told or not told[0].top_logprobs:
+            raise ConfigError(
+                f"judge {self.name} ({self.cfg.base_url or 'hosted'}, {self.cfg.model}) tells no probabilities: set "
+                f"judges.{self.name}.logprobs=false, VQAScore is then left out."
+            )
+        return {one.token: math.exp(one.logprob) for one in told[0].top_logprobs}
 
     def _streamed(self, request: dict[str, Any]) -> Reply:
         text, tokens, ended = "", (0, 0), False

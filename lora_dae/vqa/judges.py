@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ class JudgeConfig:
     base_url: str | None = None  # endpoint; None: the hosted API that the SDK knows
     api_key_env: str = "OPENAI_API_KEY"  # name of the environment variable, never the key
     json_schema: bool = True  # endpoint: ask for constrained decoding
+    logprobs: bool = False  # endpoint: it tells the probabilities of tokens, so VQAScore can be had
     stream: bool = False  # endpoint: for servers that cut long silent connections
     concurrency: int = 4  # endpoint: requests at once
     timeout: float = 120.0  # seconds a request
@@ -69,13 +70,29 @@ class Judge(Protocol):
 
 
 def prompt(question: Question) -> str:
-    """The text that goes with the pictures."""
+    """The text that goes with the pictures; of a score, the question alone: what comes first is the answer."""
+    if question.kind == "score":
+        return question.text
     if question.kind == "pair":
         head = 'You see two pictures, the "first" and the "second". '
     else:
         head = "Look at the picture. "
     options = ", ".join(f'"{option}"' for option in question.options)
     return f'{head}{question.text}\nReply with JSON only: {{"answer": X}}, X being one of {options}.'
+
+
+def score_reply(probabilities: Mapping[str, float]) -> str:
+    """The raw text of a score from the probabilities of an answer's first token.
+
+    "yes" and "no" in any case, with or without a space before, each summed. What is not among the tokens that the judge
+    told is null, not zero: it is only known to be less probable than they are.
+    """
+    found: dict[str, float | None] = {"yes": None, "no": None}
+    for token, probability in probabilities.items():
+        word = token.strip().lstrip("\u0120\u2581").lower()  # marks of a space in vocabularies
+        if word in found:
+            found[word] = (found[word] or 0.0) + probability
+    return json.dumps(found)
 
 
 def judge_config(name: str, values: Any) -> JudgeConfig:
@@ -94,8 +111,8 @@ def judge_config(name: str, values: Any) -> JudgeConfig:
         raise ConfigError(f"{where}.kind={cfg.kind} is unknown: use one of {', '.join(KINDS)}.")
     if cfg.kind != "classifier" and not cfg.model:
         raise ConfigError(f"{where}.model is missing: name the model that {cfg.kind} should use.")
-    if cfg.base_url is not None and "@" in cfg.base_url:
-        raise ConfigError(f"{where}.base_url holds a user or password: keys come from the environment only.")
+    if cfg.base_url is not None and ("@" in cfg.base_url or "?" in cfg.base_url):
+        raise ConfigError(f"{where}.base_url holds a password or a query: keys come from the environment only.")
     for field_name in ("concurrency", "timeout", "max_tokens"):
         if getattr(cfg, field_name) <= 0:
             raise ConfigError(f"{where}.{field_name}={getattr(cfg, field_name)} must be above 0.")

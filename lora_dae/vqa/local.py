@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from lora_dae.backbone.precision import best_device
 from lora_dae.config import ConfigError
 from lora_dae.vqa.bank import Question
-from lora_dae.vqa.judges import JudgeConfig, Reply, enlarged, prompt
+from lora_dae.vqa.judges import JudgeConfig, Reply, enlarged, prompt, score_reply
 
 
 class TransformersJudge:
@@ -33,6 +33,9 @@ class TransformersJudge:
             raise ConfigError(f"judges.{name}.model={model_name} cannot be loaded ({reason}).") from error
         if not getattr(self.processor, "chat_template", None):
             raise ConfigError(f"judges.{name}.model={model_name} has no chat template: use a chat model.")
+        known = self.processor.tokenizer.get_vocab()
+        # Every way in which the answers of a score can begin: token number -> text.
+        self._answers = {k: t for t, k in known.items() if t.strip("\u0120\u2581 ").lower() in ("yes", "no")}
         self.device = best_device()
         self.model.to(self.device).eval()  # type: ignore[arg-type]
         self.name = name
@@ -42,7 +45,7 @@ class TransformersJudge:
         self.key = f"transformers {model_name} {weights:.6g} max={cfg.max_tokens}"
 
     def takes(self, question: Question) -> bool:
-        return True
+        return question.kind != "score" or bool(self._answers)
 
     @torch.inference_mode()
     def ask(self, images: Sequence[np.ndarray], question: Question) -> Reply:
@@ -51,6 +54,10 @@ class TransformersJudge:
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         inputs = self.processor(images=pictures, text=text, return_tensors="pt").to(self.device, self.model.dtype)
         asked = inputs["input_ids"].shape[1]
+        if question.kind == "score":
+            first = self.model(**inputs).logits[0, -1].float().softmax(dim=0)
+            told = {token: first[k].item() for k, token in self._answers.items()}
+            return Reply(score_reply(told), prompt_tokens=asked)
         tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.max_tokens)[0, asked:]
         raw = self.processor.decode(tokens, skip_special_tokens=True)
         return Reply(raw, prompt_tokens=asked, completion_tokens=len(tokens))

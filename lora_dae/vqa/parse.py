@@ -50,6 +50,22 @@ def parse_answer(text: str, options: Sequence[str]) -> Parsed:
     return Parsed(None, "missing")
 
 
+def parse_score(text: str) -> Parsed:
+    """The probability of yes out of ``judges.score_reply``, as text.
+
+    Told no but not yes: yes is less probable than every token told, 0 to their precision. Told neither: missing.
+    """
+    try:
+        told = json.loads(text)
+        yes, no = told["yes"], told["no"]
+        values = [float(p) for p in (yes, no) if p is not None]
+    except (ValueError, TypeError, KeyError):
+        return Parsed(None, "missing")
+    if not values or not all(0 <= p <= 1 + 1e-6 for p in values):
+        return Parsed(None, "missing")
+    return Parsed(f"{0.0 if yes is None else min(float(yes), 1.0):.6g}", "strict")
+
+
 def _from_json(text: str, options: Sequence[str]) -> set[str]:
     found = set()
     for match in re.finditer(r"\{[^{}]*\}", text):

@@ -17,7 +17,8 @@ def write_markdown(result: dict[str, Any]) -> str:
         f"{protocol['prompts']} prompts ({protocol['split']} split), {protocol['resolution']}, question bank "
         f"{protocol['bank']}, prompt version {protocol['prompt_version']}, temperature 0. {protocol['intervals']}.",
         "Scores in [0, 1]: share of right answers, a grade g of 5 as (g - 1) / 4; a question whose parent failed is "
-        "wrong, a missing answer counts nowhere.",
+        "wrong, a missing answer counts nowhere. vqascore: the probability of Yes as first token (Lin et al. 2024), "
+        "in no mean; comparable for one judge, template and resolution only.",
     ]
     for judge, entry in result["judges"].items():
         lines += ["", f"## Judge {judge}", "", _reading(entry["reading"]), ""]
@@ -31,6 +32,8 @@ def write_markdown(result: dict[str, Any]) -> str:
                 lines += ["", f"**Warning: it does not see texture**: blurred real photos are no worse ({how})."]
         if "pairs" in entry:
             lines += ["", *_pairs(entry["pairs"])]
+    if len(result["judges"]) == 1:
+        lines += ["", "**Warning: one judge alone.** Judges favor their own kind: ask a second one of another family."]
     if result["agreement"]:
         lines += ["", "## Agreement between judges (Krippendorff's alpha)", "", "| subject | alpha |", "|---|---:|"]
         lines += [f"| {name} | {_number(alpha)} |" for name, alpha in result["agreement"].items()]
@@ -71,9 +74,10 @@ def _pairs(pairs: dict[str, Any]) -> list[str]:
     for question, entry in pairs["questions"].items():
         lines += ["", f"| {question} | wins | losses | ties | share of wins | |", "|---|---:|---:|---:|---:|---|"]
         for r in entry["win_rates"]:
-            said = "cannot tell" if r["low"] <= 0.5 <= r["high"] else ("better" if r["low"] > 0.5 else "worse")
             share = f"{r['share']:.3f} [{r['low']:.3f}, {r['high']:.3f}]"
-            lines.append(f"| {r['a']} over {r['b']} | {r['wins']} | {r['losses']} | {r['ties']} | {share} | {said} |")
+            lines.append(
+                f"| {r['a']} over {r['b']} | {r['wins']} | {r['losses']} | {r['ties']} | {share} | {r['verdict']} |"
+            )
     return lines
 
 

@@ -16,7 +16,7 @@ from lora_dae.config import ConfigError
 from lora_dae.evaluation.compare import compare_paired
 from lora_dae.evaluation.controls import blurred
 from lora_dae.evaluation.pictures import Item, gather
-from lora_dae.evaluation.preference import strengths, win_rates
+from lora_dae.evaluation.preference import judged_win_rates, strengths
 from lora_dae.evaluation.table import without_nan
 from lora_dae.vqa.ask import Answer, Task, ask_all
 from lora_dae.vqa.bank import Bank, load_bank
@@ -26,7 +26,7 @@ from lora_dae.vqa.pairwise import outcome, pair_tasks
 from lora_dae.vqa.report import write_markdown
 from lora_dae.vqa.score import compare_methods, interval, judges_agree, per_item, reading
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no verdicts beside win rates
 REAL, BLURRED = "real photos", "real photos, blurred"
 
 
@@ -140,17 +140,18 @@ def summarize(
 def _pairs(given: Sequence[Answer], judge: str, methods: Sequence[str], bootstrap: int) -> dict[str, Any]:
     found = outcome(given, judge)
     questions = {}
+    rates = judged_win_rates(found.votes, methods)
     for question, votes in found.votes.items():
         fitted = strengths(votes, list(dict.fromkeys(m for v in votes for m in (v.a, v.b))), bootstrap)
         questions[question] = {
-            "win_rates": [asdict(row) for row in win_rates(votes, methods)],
+            "win_rates": rates[question],
             "strengths": {
                 m: [float(v), float(low), float(high)]
                 for m, v, low, high in zip(fitted.methods, fitted.value, fitted.low, fitted.high, strict=True)
             },
         }
-    rates = {k: getattr(found, k) for k in ("position_bias", "first_share", "inconsistent", "missing")}
-    return {**rates, "reading": asdict(reading(given)), "questions": questions}
+    shares = {k: getattr(found, k) for k in ("position_bias", "first_share", "inconsistent", "missing")}
+    return {**shares, "reading": asdict(reading(given)), "questions": questions}
 
 
 def _ask(tasks: Sequence[Task], judge: Judge, cache: AnswerCache, progress: Progress, label: str) -> list[Answer]:

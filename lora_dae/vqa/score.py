@@ -10,14 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lora_dae.evaluation.agreement import krippendorff_alpha
+from lora_dae.evaluation.agreement import Level, krippendorff_alpha
 from lora_dae.evaluation.bootstrap import bootstrap_interval, bootstrap_weights, weighted_means
 from lora_dae.evaluation.compare import Comparison, compare_paired
 from lora_dae.evaluation.table import MetricValue
 from lora_dae.vqa.ask import Answer
 from lora_dae.vqa.bank import Question
 
-ALL = "all"  # the mean over every question of a prompt
+ALL = "all"  # the mean over every question of a prompt that has a right answer or a grade
+LEVELS: dict[str, Level] = {"graded": "ordinal", "score": "interval"}
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,13 @@ def reading(answers: Sequence[Answer]) -> Reading:
 
 
 def own_score(question: Question, answer: str | None) -> float:
-    """1 right, 0 wrong; a grade g of 5 as (g - 1) / 4; NaN for a missing answer."""
+    """1 right, 0 wrong; a grade g of 5 as (g - 1) / 4; a score's probability; NaN for a missing answer."""
     if answer is None:
         return math.nan
     if question.kind == "graded":
         return (int(answer) - 1) / 4
+    if question.kind == "score":
+        return float(answer)
     return float(answer == question.right)
 
 
@@ -78,7 +81,8 @@ def per_item(answers: Sequence[Answer], method: str, num_items: int) -> dict[str
         questions = [a.task.question for a in rows]
         scores = with_parents(questions, {a.task.question.id: a.parsed.answer for a in rows})
         for name in values:
-            some = [scores[q.id] for q in questions if name in (q.about, ALL) and not math.isnan(scores[q.id])]
+            asked = [q for q in questions if q.about == name or (name == ALL and q.kind != "score")]
+            some = [scores[q.id] for q in asked if not math.isnan(scores[q.id])]
             if some:
                 values[name][item] = float(np.mean(some))
     return values
@@ -107,24 +111,27 @@ def compare_methods(
 
 
 def judges_agree(answers: Mapping[str, Sequence[Answer]]) -> dict[str, float]:
-    """Krippendorff's alpha between judges per subject: nominal, or ordinal for grades; NaN where one alone answered.
+    """Krippendorff's alpha between judges per subject: nominal, ordinal for grades, interval for scores.
 
-    A unit is one question about one picture; a missing answer is a missing rating.
+    A unit is one question about one picture; a missing answer is a missing rating; NaN where one judge alone answered.
     """
-    kinds: dict[str, dict[tuple[object, ...], dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    kinds: dict[tuple[str, str], dict[tuple[object, ...], dict[str, float]]]
+    kinds = defaultdict(lambda: defaultdict(dict))
     for judge, rows in answers.items():
         for a in rows:
-            q = a.task.question
-            if a.parsed.answer is not None:
-                subject = f"{q.about} (graded)" if q.kind == "graded" else q.about
+            q, said = a.task.question, a.parsed.answer
+            if said is not None:
+                kind = q.kind if q.kind in LEVELS else ""
                 unit = (a.task.item, a.task.methods, q.id)
-                kinds[subject][unit][judge] = float(q.options.index(a.parsed.answer))
+                number = float(said) if q.kind == "score" else float(q.options.index(said))
+                kinds[q.about, kind][unit][judge] = number
     result = {}
-    for subject, units in kinds.items():
+    for (about, kind), units in kinds.items():
         table = np.array([[votes.get(judge, math.nan) for votes in units.values()] for judge in answers])
-        # Options of different questions have the same numbers; apart they must be other values of a nominal scale.
-        if not subject.endswith("(graded)"):
+        if not kind:
+            # Options of different questions have the same numbers; apart they must be other values of a nominal scale.
             ids = {i: 100.0 * k for k, i in enumerate(dict.fromkeys(unit[2] for unit in units))}
             table = table + np.array([ids[unit[2]] for unit in units])
-        result[subject] = krippendorff_alpha(table, "ordinal" if subject.endswith("(graded)") else "nominal")
+        name = f"{about} ({kind})" if kind else about
+        result[name] = krippendorff_alpha(table, LEVELS.get(kind, "nominal"))
     return result

@@ -1,0 +1,185 @@
+"""``evaluate.py``: a finished run, anybody's folder of pictures, or several methods beside each other."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lora_dae.backbone.precision import best_device, choose_precision
+from lora_dae.config import (
+    Config,
+    ConfigError,
+    EvaluationConfig,
+    check,
+    check_evaluation,
+    overridden,
+    overridden_sampling,
+    to_dict,
+)
+from lora_dae.evaluation.compare_runs import CompareRequest, compare_runs
+from lora_dae.evaluation.folder_run import FolderRequest, evaluate_folder
+from lora_dae.evaluation.run import evaluate_run
+from lora_dae.sampling.load import load_run, read_config
+
+LONGEST_NAME = 100  # characters of a folder that is named by what differs
+OF_DRAWN = ("num_samples", "clip")
+OF_RUN = ("strength", "scheduler", "num_inference_steps", "guidance_scale", "source_guidance_scale", "frozen")
+OF_FOLDER = ("reference", "train", "paired", "resolution")
+OF_COMPARISON = ("baseline", "vqa", "study")
+
+
+@dataclass
+class EvaluateRequest:
+    """The keys of conf/evaluate.yaml."""
+
+    run: str | None
+    images: str | None
+    runs: list[str] | None
+    reference: str | None
+    train: str | None
+    paired: bool | None
+    resolution: int | None
+    baseline: str | None
+    vqa: str | None
+    study: str | None
+    strength: float | None
+    seed: int | None
+    scheduler: str | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    source_guidance_scale: float | None
+    method: str | None
+    split: str
+    num_samples: int | None
+    features: str | None
+    frozen: bool | None
+    bootstrap: int | None
+    lpips: str | None
+    dists: bool | None
+    clip: str | None
+    clean_fid: bool | None
+    dinov2: str | None
+    cmmd: str | None
+    controls: bool | None
+    cache_dir: str
+    output: str | None
+
+
+def evaluate(request: EvaluateRequest, console: Console) -> None:
+    """Carry out a request. Raises ConfigError, before any weight is loaded where that is possible."""
+    modes = [name for name in ("run", "images", "runs") if getattr(request, name)]
+    if len(modes) != 1:
+        raise ConfigError(
+            "give one of run=<run folder>, images=<folder> reference=<folder>, runs=[<run>,<run>]"
+            + (f", not {' and '.join(modes)} together." if modes else ".")
+        )
+    for mode, options in (("run", OF_RUN), ("images", OF_FOLDER), ("runs", OF_COMPARISON)):
+        for option in options:
+            if mode != modes[0] and getattr(request, option) is not None:
+                raise ConfigError(f"{option} belongs to {mode}=, not to {modes[0]}=: leave it out.")
+    for option in OF_DRAWN:
+        if modes[0] == "images" and getattr(request, option) is not None:
+            raise ConfigError(f"{option} needs prompts, which images= does not have: leave it out.")
+    if request.split not in ("test", "val"):
+        raise ConfigError(f"split={request.split} is unknown: use test or val.")
+    {"run": _run, "images": _folder, "runs": _compare}[modes[0]](request, console)
+
+
+def _run(request: EvaluateRequest, console: Console) -> None:
+    run_dir = Path(str(request.run))
+    own = read_config(run_dir)
+    cfg = requested(own, request)
+    check(cfg)
+    output = folder_of(run_dir, own, cfg, request.split) if request.output is None else Path(request.output)
+    device = best_device()
+    loaded = load_run(run_dir, device)
+    loaded.cfg = cfg
+    if output != run_dir:
+        console.print(f"other settings than the run's own: its report stays, this one goes to {output}", soft_wrap=True)
+    bf16 = choose_precision("auto", device) == "bf16-mixed"
+    evaluate_run(
+        run_dir, console, split=request.split, run=loaded, bf16=bf16, output=output, command=command_of(request)
+    )
+
+
+def _folder(request: EvaluateRequest, console: Console) -> None:
+    if request.reference is None:
+        raise ConfigError("images= needs reference=<folder of real photos>: what should they be measured against?")
+    cfg = overridden(EvaluationConfig(), request)
+    check_evaluation(cfg)
+    images = Path(str(request.images))
+    folder = FolderRequest(
+        images=images,
+        reference=Path(request.reference),
+        train=None if request.train is None else Path(request.train),
+        paired=bool(request.paired),
+        resolution=request.resolution,
+        cache_dir=Path(request.cache_dir),
+        seed=request.seed or 0,
+        output=Path(request.output or f"evaluations/{images.resolve().name}"),
+        command=command_of(request),
+    )
+    evaluate_folder(folder, cfg, console)
+
+
+def _compare(request: EvaluateRequest, console: Console) -> None:
+    cfg = overridden(EvaluationConfig(), request)
+    check_evaluation(cfg)
+    comparison = CompareRequest(
+        runs=list(request.runs or []),
+        baseline=request.baseline,
+        split=request.split,
+        vqa=None if request.vqa is None else Path(request.vqa),
+        study=None if request.study is None else Path(request.study),
+        seed=request.seed or 0,
+        output=Path(request.output or "evaluations/comparison"),
+        command=command_of(request),
+    )
+    compare_runs(comparison, cfg, console)
+
+
+def requested(own: Config, request: Any) -> Config:
+    """The run's config with the request's numbers, where given."""
+    cfg = replace(
+        own, sampling=overridden_sampling(own.sampling, request), evaluation=overridden(own.evaluation, request)
+    )
+    if request.strength is not None:
+        cfg = replace(cfg, enhancement=replace(cfg.enhancement, strength=request.strength))
+    return cfg
+
+
+def folder_of(run_dir: Path, own: Config, cfg: Config, split: str) -> Path:
+    """The run's own folder for its own settings; for others ``evaluations/<what differs>`` inside it.
+
+    So that an evaluation with another guidance never stands where the run's own numbers are looked for.
+    """
+    before, now = to_dict(own), to_dict(cfg)
+    words = [] if split == "test" else [f"split={split}"]
+    for part in ("enhancement", "sampling", "evaluation"):
+        for key, value in now[part].items():
+            if value != before[part][key]:
+                words.append(f"{key}={Path(value).stem if isinstance(value, str) else value}")
+    if not words:
+        return run_dir
+    name = ",".join(words)
+    if len(name) > LONGEST_NAME:
+        name = f"{name[:LONGEST_NAME]}~{hashlib.blake2b(repr(now).encode(), digest_size=4).hexdigest()}"
+    return run_dir / "evaluations" / name
+
+
+def command_of(request: EvaluateRequest) -> str:
+    """The command that makes the same page again."""
+    defaults = {"split": "test", "cache_dir": "cache"}
+    words = []
+    for field in fields(request):
+        value = asdict(request)[field.name]
+        if value is None or value == defaults.get(field.name):
+            continue
+        text = f"[{','.join(value)}]" if isinstance(value, list) else str(value)
+        words.append(shlex.quote(f"{field.name}={text.lower() if isinstance(value, bool) else text}"))
+    return " ".join(["python evaluate.py", *words])

@@ -1,0 +1,227 @@
+"""Runs measured again, and several beside each other: what is written where, and against what it is compared."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from compose import config
+from conftest import write_photos
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from rich.console import Console
+from test_evaluation_measure import TinyFeatures
+
+from lora_dae.config import ConfigError, DataConfig, conf_dir, to_dict
+from lora_dae.data.formats import shards
+from lora_dae.data.pair import Pair
+from lora_dae.data.sources import load_photos, load_splits
+from lora_dae.evaluation import compare_runs, run
+from lora_dae.evaluation.command import EvaluateRequest, evaluate
+from lora_dae.evaluation.extras import Extras
+from lora_dae.evaluation.features import stack_images
+from lora_dae.evaluation.heldout import HeldOut, overlap
+from lora_dae.evaluation.measure import build_reference
+from lora_dae.evaluation.pictures import Item, write_pictures
+from lora_dae.evaluation.references import CEILING, FLOOR, reconstructed, reference_rows
+from lora_dae.sampling.load import load_run
+
+
+@pytest.fixture(autouse=True)
+def tiny_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (run, compare_runs):
+        monkeypatch.setattr(module, "load_features", lambda name: TinyFeatures())
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose adapter is empty: the frozen backbone drawing from captions."""
+    root = tmp_path_factory.mktemp("runs")
+    overrides = ("conditioning=none", "data.resolution=32", "enhancement=none", "data.test_size=5")
+    cfg = config(tiny_backbone, root / "run", root / "cache", *overrides)
+    (root / "run" / "adapter").mkdir(parents=True)
+    OmegaConf.save(OmegaConf.create(to_dict(cfg)), root / "run" / "config.yaml")
+    return root / "run"
+
+
+def _evaluate(*words: str) -> None:
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        cfg = compose("evaluate", list(words))
+    evaluate(EvaluateRequest(**OmegaConf.to_container(cfg)), Console(quiet=True))  # type: ignore[arg-type]
+
+
+def test_own_settings_write_the_runs_report_and_others_never_touch_it(run_dir: Path) -> None:
+    _evaluate(f"run={run_dir}")
+    own = {f: (run_dir / f).read_bytes() for f in ("metrics.json", "report.html", "table.md", "samples/grid.png")}
+    result = json.loads(own["metrics.json"])
+    assert result["protocol"]["guidance_scale"] == 2.0 and result["command"] == f"python evaluate.py run={run_dir}"
+    assert {FLOOR, CEILING, "real, blurred"} <= set(result["references"])
+    assert "fd_tiny" in result["references"][FLOOR] and "psnr" not in result["references"][FLOOR]
+    assert "psnr" in result["references"][CEILING] and "psnr" not in result["methods"]["strength 0"]
+    for file in ("table.csv", "table.tex", "plots/band_power.svg"):
+        assert (run_dir / file).stat().st_size > 0, file
+    _evaluate(f"run={run_dir}", "guidance_scale=1.4", "controls=false")
+    assert {f: (run_dir / f).read_bytes() for f in own} == own
+    other = json.loads((run_dir / "evaluations" / "guidance_scale=1.4,controls=False" / "metrics.json").read_text())
+    assert other["protocol"]["guidance_scale"] == 1.4 and other["references"] == {}
+    assert other["methods"]["strength 0"]["fd_tiny"] != result["methods"]["strength 0"]["fd_tiny"]
+
+
+def _items(n: int = 6, size: int = 24) -> list[Item]:
+    rng = np.random.default_rng(0)
+    mask = np.zeros((size, size), np.uint8)
+    mask[4:20, 4:20] = 255
+    side = size // 4
+    coarse = [rng.integers(0, 256, (side, side, 3), dtype=np.uint8).repeat(4, 0).repeat(4, 1) for _ in range(2 * n)]
+    noisy = [(0.7 * c + rng.integers(0, 70, c.shape)).astype(np.uint8) for c in coarse]
+    return [Item(f"{i:04d}", f"a red shirt {i}", None, noisy[n + i], noisy[i], 7, mask) for i in range(n)]
+
+
+@pytest.fixture
+def methods(tmp_path: Path) -> list[str]:
+    """Three folders of the same prompts: the real photos a little, much and not at all damaged."""
+    items, rng = _items(), np.random.default_rng(1)
+    for name, share in (("bad", 0.8), ("good", 0.1), ("same", 0.0)):
+        noise = [rng.integers(0, 256, i.real.shape) for i in items if i.real is not None]
+        images = [((1 - share) * i.real + share * x).astype(np.uint8) for i, x in zip(items, noise, strict=True)]
+        write_pictures(tmp_path / name, items, images)
+    return [str(tmp_path / name) for name in ("bad", "good", "same")]
+
+
+def _compare(methods: list[str], output: Path, *words: str) -> Any:
+    _evaluate(f"runs=[{','.join(methods)}]", f"output={output}", "bootstrap=200", *words)
+    return json.loads((output / "metrics.json").read_text())
+
+
+def test_methods_are_compared_with_the_baseline(methods: list[str], tmp_path: Path) -> None:
+    result = _compare(methods, tmp_path / "out", "baseline=good")
+    assert result["baseline"] == "good" and list(result["methods"]) == ["good", "bad", "same"]
+    said = {(row["method"], row["metric"]): row["verdict"] for row in result["comparisons"]}
+    assert said["bad", "psnr_garment"] == said["bad", "color_garment"] == "worse"
+    assert said["same", "psnr_garment"] == "better"
+    assert result["methods"]["same"]["psnr"]["value"] == 100 and result["protocol"]["seeds"] == [7]
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "good: best and worst by color garment" in html and '<th scope="col">source</th>' in html
+    again = _compare(methods, tmp_path / "again")
+    assert again["baseline"] == "bad" and again["methods"]["same"]["psnr"] == result["methods"]["same"]["psnr"]
+
+
+def test_who_drew_from_the_prompt_alone_is_not_measured_against_the_pairs_photo(
+    methods: list[str], tmp_path: Path
+) -> None:
+    """Modes never share a column: fidelity stays empty for it, distances between sets do not."""
+    items = [replace(i, source=None) for i in _items()]
+    write_pictures(tmp_path / "text", items, [i.real for i in items if i.real is not None])
+    result = _compare([methods[1], str(tmp_path / "text")], tmp_path / "out", "controls=false")
+    assert {"psnr", "lsd_garment", "fd_tiny"} <= set(result["methods"]["good"])
+    assert set(result["methods"]["text"]) == {"fd_tiny", "kd_tiny", "is_tiny"}
+    turned = _compare([str(tmp_path / "text"), methods[1]], tmp_path / "turned", "controls=false")
+    assert turned["methods"]["good"]["psnr"] == result["methods"]["good"]["psnr"] and turned["baseline"] == "text"
+
+
+def test_judges_and_people_stand_on_the_page(methods: list[str], tmp_path: Path) -> None:
+    value = {"value": 0.5, "low": 0.4, "high": 0.6}
+    reading = {"questions": 3, "strict": 1.0, "tolerant": 0.0, "parse_failures": 0.25, "unanswered": 0.0}
+    entry = {
+        "reading": reading, "scores": {"bad": {"texture": value}, "good": {"texture": {**value, "value": None}}},
+        "against_first": {"good | texture": {"verdict": "cannot tell"}}, "sees_texture": {"verdict": "cannot tell"},
+    }  # fmt: skip
+    protocol = {"bank": "2-abc", "prompt_version": "1", "prompts": 3, "resolution": "24 pixels wide"}
+    vqa = {"schema": 2, "baseline": "bad", "judges": {"j": entry}, "protocol": protocol}
+    win = {
+        "a": "bad",
+        "b": "good",
+        "wins": 1,
+        "losses": 9,
+        "ties": 0,
+        "share": 0.1,
+        "low": 0.02,
+        "high": 0.4,
+        "p_holm": 0.01,
+        "verdict": "worse",
+    }
+    people = {
+        "schema": 2, "raters": {"voted": 5, "excluded": []}, "opinion": {},
+        "questions": {"realism": {"win_rates": [win], "alpha": None}},
+    }  # fmt: skip
+    (tmp_path / "vqa.json").write_text(json.dumps(vqa))
+    (tmp_path / "report.json").write_text(json.dumps(people))
+    _compare(methods[:2], tmp_path / "out", f"vqa={tmp_path}", f"study={tmp_path}", "controls=false")
+    html = (tmp_path / "out" / "report.html").read_text()
+    for text in ("Judge j", "n/a, cannot tell", "parse failures 25.0%", "does not tell sharp real photos", "People: "
+                 "realism", "bad over good", "0.100 [0.020, 0.400]", "worse"):  # fmt: skip
+        assert text in html, text
+    (tmp_path / "vqa.json").write_text(json.dumps({**vqa, "schema": 99}))
+    with pytest.raises(ConfigError, match="another version"):
+        _compare(methods[:2], tmp_path / "out", f"vqa={tmp_path}")
+    with pytest.raises(ConfigError, match="holds no report.json"):
+        _compare(methods[:2], tmp_path / "out", f"study={tmp_path / 'good'}")
+
+
+def test_pictures_without_real_photos_cannot_be_compared(tmp_path: Path) -> None:
+    items = [replace(i, real=None, mask=None) for i in _items(2)]
+    for name in ("a", "b"):
+        write_pictures(tmp_path / name, items, [np.zeros((24, 24, 3), np.uint8)] * 2)
+    with pytest.raises(ConfigError, match="picture 0000 has no real photo"):
+        _compare([str(tmp_path / n) for n in "ab"], tmp_path / "out")
+
+
+def _held_out(items: list[Item]) -> HeldOut:
+    return HeldOut([Pair(i.id, i.id, i.prompt, i.real, i.source, i.mask) for i in items])
+
+
+def test_reference_rows_are_what_they_say(tiny_backbone: Path, run_dir: Path) -> None:
+    held_out, extractor = _held_out(_items(4, 32)), TinyFeatures()
+    photos = np.stack([p.image for p in held_out.pairs])
+    real = build_reference(stack_images(list(photos)), held_out.masks, extractor)
+    backbone = load_run(run_dir).backbone
+    rows = reference_rows(held_out, real, held_out, backbone, extractor, Extras({}, None, [], [], {}), None, 20, 0)
+    assert list(rows) == [FLOOR, CEILING, "real, blurred", "real, over-sharpened"]
+    # Were the training photos the held-out ones themselves, nothing would lie between them.
+    assert rows[FLOOR]["fd_tiny"].value == pytest.approx(0, abs=1e-6)
+    assert rows[FLOOR]["lsd_garment"].value == 0 and "psnr" not in rows[FLOOR]
+    made = reconstructed(backbone, photos)
+    error = ((made / 255.0 - photos / 255.0) ** 2).mean(axis=(1, 2, 3))
+    assert rows[CEILING]["psnr"].value == pytest.approx((-10 * np.log10(error)).mean(), abs=1e-3)
+    for name in ("real, blurred", "real, over-sharpened"):
+        assert rows[name]["lsd_garment"].value > 0.2 and rows[name]["gradient_garment"].value > 0
+    without = reference_rows(held_out, real, None, None, extractor, Extras({}, None, [], [], {}), None, 0, 0)
+    assert list(without) == ["real, blurred", "real, over-sharpened"]
+
+
+class _Split(list[Pair]):
+    has_mask, has_source, fingerprint = False, False, ""
+
+
+def test_held_out_photos_that_are_trained_on_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = [p for p in _held_out(_items(6)).pairs]
+    copy = Pair("other name", "g", "another caption", pairs[4].image.copy())
+    assert overlap({"train": _Split(pairs[:3]), "test": _Split(pairs[3:])}, "test", 3) is None
+    splits = {"train": _Split([*pairs[:3], copy]), "test": _Split(pairs[3:])}
+    found = overlap(splits, "test", 3)
+    assert found is not None and found.startswith("1 of the test photos are in the training split too")
+    assert overlap(splits, "test", 1) is None  # the copy is not among those that are measured
+    monkeypatch.setattr("lora_dae.evaluation.heldout.MOST", 3)
+    assert "was not checked" in (overlap(splits, "test", 3) or "")
+
+
+def test_copies_among_files_and_in_shards_are_told_in_any_size(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", 24)
+    cfg = DataConfig(name="folder", root=str(tmp_path / "photos"), resolution=32, cache_dir=str(tmp_path / "cache"))
+    splits = load_splits(cfg)
+    tested, trained = (splits[name][0].id for name in ("test", "train"))
+    assert overlap(splits, "test", 2) is None
+    one, other = (next((tmp_path / "photos").rglob(name)) for name in (trained, tested))
+    one.write_bytes(other.read_bytes())
+    for found in (
+        load_splits(cfg),
+        load_splits(replace(cfg, buckets=["32x32", "40x24"])),  # there a photo is trained in another size
+    ):
+        assert "1 of the test photos" in (overlap(found, "test", len(found["test"])) or "")
+    shards.write(dict(load_photos(cfg)), tmp_path / "shards", per_shard=4)
+    packed = load_splits(DataConfig(name="shards", root=str(tmp_path / "shards"), resolution=32, cache_dir="unused"))
+    assert "1 of the test photos" in (overlap(packed, "test", len(packed["test"])) or "")
