@@ -145,7 +145,8 @@ def _compare(request: EvaluateRequest, console: Console) -> None:
 
 def requested(own: Config, request: Any) -> Config:
     """The run's config with the request's numbers, where given."""
-    cfg = replace(
+    sampling, evaluation = overridden_sampling(own.sampling, request), overridden(own.evaluation, request)
+    cfg = replace(own, sampling=sampling, evaluation=evaluation)
         own, sampling=overridden_sampling(own.sampling, request), evaluation=overridden(own.evaluation, request)
     )
     if request.strength is not None:
