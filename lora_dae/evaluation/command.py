@@ -147,8 +147,6 @@ def requested(own: Config, request: Any) -> Config:
     """The run's config with the request's numbers, where given."""
     sampling, evaluation = overridden_sampling(own.sampling, request), overridden(own.evaluation, request)
     cfg = replace(own, sampling=sampling, evaluation=evaluation)
-        own, sampling=overridden_sampling(own.sampling, request), evaluation=overridden(own.evaluation, request)
-    )
     if request.strength is not None:
         cfg = replace(cfg, enhancement=replace(cfg.enhancement, strength=request.strength))
     return cfg
