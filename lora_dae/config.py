@@ -144,13 +144,14 @@ class EnhancementConfig:
     levels: int = 3  # undecimated frequency bands
     hidden: int = 32
     max_log_gain: float = 0.405  # log(1.5)
-    texture_steps: int = 120  # of the training of texture and decoder, which comes first
+    texture_steps: int = 160  # of the texture's training, which comes first
     texture_batch_size: int = 16
-    texture_learning_rate: float = 5e-3
+    decoder_steps: int = 40  # of the decoder stage's
+    decoder_learning_rate: float = 1e-2
     wrong_source: float = 0.15  # share of its batches that shows the module another sample's source
-    max_steps: int = 15  # of the gain's training; each is one whole sampling chain
-    batch_size: int = 8
-    learning_rate: float = 2e-2
+    max_steps: int = 12  # of the gain's training; each is one whole sampling chain
+    batch_size: int = 8  # of decoder and gain
+    learning_rate: float = 2e-2  # of texture and gain
     guidance_range: list[float] = field(default_factory=lambda: [1.0, 5.0])
     steps_range: list[int] = field(default_factory=lambda: [8, 20])
 
@@ -328,6 +329,7 @@ def check(cfg: Config) -> None:
         "enhancement.batch_size": (cfg.enhancement.batch_size, 1),
         "enhancement.texture_steps": (cfg.enhancement.texture_steps, 1),
         "enhancement.texture_batch_size": (cfg.enhancement.texture_batch_size, 1),
+        "enhancement.decoder_steps": (cfg.enhancement.decoder_steps, 1),
         "data.batch_size": (cfg.data.batch_size, 1),
         "data.captions.shuffles": (cfg.data.captions.shuffles, 0),
         "data.captions.keep_tags": (cfg.data.captions.keep_tags, 0),

@@ -24,6 +24,7 @@ SHORT = [
     "enhancement.batch_size=2",
     "enhancement.texture_steps=2",
     "enhancement.texture_batch_size=4",
+    "enhancement.decoder_steps=2",
     "enhancement.steps_range=[2,3]",
     "sampling.num_inference_steps=2",
     "evaluation.num_samples=4",

@@ -54,10 +54,11 @@ def finished(tiny_backbone: Path, cache: Path, tmp_path_factory: pytest.TempPath
 
 def test_run_folder_holds_what_people_look_for(finished: Path) -> None:
     for name in (
-        "config.yaml", "metrics.json", "table.md", "report.html", "csv/metrics.csv", "csv/texture/metrics.csv",
+        "config.yaml", "metrics.json", "table.md", "report.html", "csv/metrics.csv",
+        "csv/texture/metrics.csv", "csv/decoder/metrics.csv",
         "csv/gain/metrics.csv",
         "samples/grid.png",
-        "samples/step_000002.png", "checkpoints/adapter.ckpt", "checkpoints/texture.ckpt",
+        "samples/step_000002.png", "checkpoints/adapter.ckpt", "checkpoints/texture.ckpt", "checkpoints/decoder.ckpt",
         "checkpoints/gain.ckpt", "adapter/README.md",
         "adapter/pytorch_lora_weights.safetensors", "adapter/source_input.safetensors",
         "adapter/enhancement.safetensors", "plots/loss.svg", "plots/band_power.svg",

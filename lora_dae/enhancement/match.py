@@ -32,11 +32,12 @@ class Matcher(nn.Module):
         self.factors = factors
         self.project = nn.Parameter(torch.randn(width, channels) * channels**-0.5)
         self.log_sharpness = nn.Parameter(torch.full((len(factors),), 1.0))
-        self.log_locality = nn.Parameter(torch.tensor([0.5] + [-1.5] * (len(factors) - 1)))
+        self.log_locality = nn.Parameter(torch.tensor([2.0] + [0.0] * (len(factors) - 1)))
 
     def forward(self, target: Tensor, source: Tensor) -> Match:
         """Match (B, C, H, W) with (B, C, H, W)."""
-        target, source = (self._features(x) for x in (target, source))
+        # Not standardized: backgrounds differ, and would move the garment's features apart.
+        target, source = (torch.einsum("kc,bchw->bkhw", self.project, x) for x in (target, source))
         flow = torch.zeros_like(target[:, :2])
         confidence = torch.ones_like(target[:, :1])
         for k, factor in enumerate(self.factors):
@@ -50,12 +51,6 @@ class Matcher(nn.Module):
                 found = before + _smooth(rest, sure)
             flow, confidence = (_enlarge(x, flow) for x in (found * factor, sure))
         return Match(flow, confidence)
-
-    def _features(self, x: Tensor) -> Tensor:
-        """Projected, and standardized per image: light and exposure of the two photos may differ."""
-        x = torch.einsum("kc,bchw->bkhw", self.project, x)
-        centered = x - x.mean((2, 3), keepdim=True)
-        return centered / (centered.square().mean((1, 2, 3), keepdim=True) + 1e-6).sqrt()
 
 
 def warp(x: Tensor, flow: Tensor) -> Tensor:

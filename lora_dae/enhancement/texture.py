@@ -68,8 +68,8 @@ class SourceTexture(nn.Module):
             if source is not None:
                 source = source.float()
                 theirs, their_rest = split_bands(source, self.levels)
-                # Fine bands repeat themselves: only coarse ones say what belongs where.
-                match = self.matcher(rest + own[-1], their_rest + theirs[-1])
+                # The finest band repeats itself, and a blurred image lacks it: the others say what belongs where.
+                match = self.matcher(rest + sum(own[1:]), their_rest + sum(theirs[1:]))
                 carried, carried_rest = split_bands(warp(source, match.flow), self.levels)
             gaps = [c - o for c, o in zip(carried, own, strict=True)]
             gain, gate = self._gates(own, carried, gaps, carried_rest - rest, match, conditions).chunk(2, dim=1)

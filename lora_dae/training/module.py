@@ -18,14 +18,14 @@ from lora_dae.config import Config
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.training.objective import adapter_loss, draw, fixed_draws, seeded
 from lora_dae.training.on_policy import chain_loss, draw_chain
-from lora_dae.training.paired import Decode, Photos, draw_paired, paired_loss
+from lora_dae.training.paired import LATE, Decode, Photos, draw_paired, refining_loss, texture_loss
 from lora_dae.training.prior import Prior
 from lora_dae.training.resume import STAGES, align_progress
 from lora_dae.training.together import global_batch, who
 
 Batch = dict[str, Tensor]
 # Streams of random numbers: one per stage, what all samples of a step have in common, pictures of the prior.
-SHARED, PRIOR = 3, 4
+SHARED, PRIOR = 4, 5
 
 
 class NonFiniteLossError(RuntimeError):
@@ -33,8 +33,8 @@ class NonFiniteLossError(RuntimeError):
 
 
 class LoraDae(lightning.LightningModule):
-    """Stages, one after the other: ``adapter`` trains LoRA (and source input), ``texture`` the enhancement's source
-    texture and decoder stage, ``gain`` its gain.
+    """Stages, one after the other: ``adapter`` trains LoRA (and source input), then the enhancement's parts by name:
+    ``texture``, ``decoder``, ``gain``.
 
     The later ones never touch the first's weights, so LoRA alone and LoRA with enhancement are the same LoRA.
     Checkpoints hold what trains, in any stage, and nothing of the frozen backbone. With ``words`` (textual
@@ -96,17 +96,8 @@ class LoraDae(lightning.LightningModule):
                 generators = [seeded(self.cfg.seed, PRIOR, place) for place in places]
                 draws = draw(kept, self.num_train_timesteps, self.cfg.objective, generators)
                 loss = loss + self.cfg.objective.prior_weight * self._losses(kept, draws).mean()
-        elif self.stage == "texture":
-            assert self.enhancement is not None and self.photos is not None and self.decode is not None
-            self.unet.eval()
-            shared = seeded(self.cfg.seed, SHARED, self._micro_step(batch_idx))
-            batch, null_text = self._with_text(batch)
-            drawn = draw_paired(batch, self.noise_scheduler, self.cfg.enhancement, shared, generators, places)
-            loss, told = paired_loss(
-                self.unet, self.noise_scheduler, self.enhancement, batch, null_text, drawn,  # type: ignore[arg-type]
-                self.photos, self.decode, global_batch,
-            )  # fmt: skip
-            self.log_dict({f"enhancement/{name}": value for name, value in told.items()})
+        elif self.stage in ("texture", "decoder"):
+            loss = self._paired_step(batch, batch_idx, generators, places)
         else:
             assert self.enhancement is not None
             self.unet.eval()
@@ -130,6 +121,22 @@ class LoraDae(lightning.LightningModule):
             )
         self.log("train/loss", mean, prog_bar=True)
         return loss * scale
+
+    def _paired_step(self, batch: Batch, batch_idx: int, generators: list[torch.Generator], places: range) -> Tensor:
+        """The loss of source texture, or of the decoder stage."""
+        module, cfg = self.enhancement, self.cfg.enhancement
+        assert module is not None and self.photos is not None and self.decode is not None
+        self.unet.eval()
+        shared = seeded(self.cfg.seed, SHARED, self._micro_step(batch_idx))
+        late = LATE if self.stage == "decoder" else 1.0
+        draws = draw_paired(batch, self.noise_scheduler, cfg, shared, generators, places[0] // len(places), late)
+        batch, null_text = self._with_text(batch)
+        common: Any = (self.unet, self.noise_scheduler, module, batch, null_text, draws)
+        if self.stage == "decoder":
+            return refining_loss(*common, self.photos, self.decode, global_batch)
+        loss, before = texture_loss(*common, global_batch)
+        self.log("enhancement/band_error", loss / before)  # 1 = as without the module
+        return loss
 
     def _micro_step(self, batch_idx: int) -> int:
         """How many batches came before this one on each rank."""
@@ -171,7 +178,8 @@ class LoraDae(lightning.LightningModule):
         enhancing = self.stage != "adapter"
         rates = {
             "adapter": cfg.learning_rate,
-            "texture": self.cfg.enhancement.texture_learning_rate,
+            "texture": self.cfg.enhancement.learning_rate,
+            "decoder": self.cfg.enhancement.decoder_learning_rate,
             "gain": self.cfg.enhancement.learning_rate,
         }
         optimizer = torch.optim.AdamW(
@@ -197,6 +205,4 @@ class LoraDae(lightning.LightningModule):
 
 def _stage_of(name: str) -> str:
     """The stage that trains the parameter of this name."""
-    if not name.startswith("enhancement."):
-        return "adapter"
-    return "gain" if name.startswith("enhancement.gain.") else "texture"
+    return name.split(".")[1] if name.startswith("enhancement.") else "adapter"

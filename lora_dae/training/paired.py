@@ -1,10 +1,10 @@
-"""How source texture learns: on single noised pairs, towards the true bands.
+"""How source texture and the decoder stage learn: on single noised pairs, towards the true bands.
 
 Without a source this would be wrong: the error of a posterior mean cannot be lowered by putting texture back. The
 source photo holds what that mean averages away, so the plain paired error is a right target, and a gate that opens
 where the source does not belong pays for it at once. In a share of the batch the source is another sample's, and
-there every opened gate costs. The decoder stage learns likewise in pixels, on decoded predictions and on
-reconstructions, the latter without a source.
+there every opened gate costs. The decoder stage learns after it and likewise in pixels, on decoded predictions near the
+end of a chain and on reconstructions, the latter without a source.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Decode = Callable[[Tensor], Tensor]
 Gather = Callable[[Tensor], Tensor]
 _ENERGY_WEIGHT = 0.05  # of local log energies: L1 alone would rather blur what it cannot place
 _EDGE_WEIGHT = 0.5
-_LATE = 0.4  # share of the timesteps, from the clean end, whose predictions are decoded: what a decoder will see
+LATE = 0.4  # share of the timesteps, from the clean end, whose predictions a decoder sees
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ class PairedDraws:
     step_size: Tensor  # h, in lambda
     first_order: Tensor
     wrong: Tensor  # bool: the module sees another sample's source
-    late: Tensor  # bool: these predictions are decoded
     guidance: float
     turn: int  # number of the batch among those of all processes
 
@@ -51,11 +50,13 @@ def draw_paired(
     cfg: EnhancementConfig,
     shared: torch.Generator,
     generators: Sequence[torch.Generator],
-    places: Sequence[int],
+    turn: int,
+    share: float = 1.0,
 ) -> PairedDraws:
     """Timesteps where the module acts, any step size and solver, guidance 1 for half of the steps.
 
-    Guidance from ``shared``, which all processes have to give alike; the rest from one generator per sample.
+    Guidance from ``shared``, which all processes have to give alike; the rest from one generator per sample. ``turn``:
+    number of the batch among those of all processes. ``share`` of the timesteps, from the clean end.
     """
     shape, device = batch["latent_mean"].shape[1:], batch["latent_mean"].device
     every = torch.arange(int(scheduler.config.num_train_timesteps))
@@ -63,55 +64,17 @@ def draw_paired(
     active = (half_log_snr(alpha, sigma).flatten() > WINDOW[0]).nonzero().flatten()  # from the clean end on
     guided = float(torch.rand((), generator=shared)) < 0.5
     scale = 1 + (min(cfg.guidance_range[1], 3.0) - 1) * float(torch.rand((), generator=shared))
-    late = torch.tensor([place % 2 == 0 or len(places) == 1 for place in places])
     noise = torch.stack([torch.randn(shape, generator=own) for own in generators])
     chances = torch.stack([torch.rand(4, generator=own) for own in generators])
-    where = chances[:, 0] * torch.where(late, _LATE, 1.0) * len(active)
     return PairedDraws(
         noise=noise.to(device),
-        timesteps=active[where.long()].to(device),
+        timesteps=active[(chances[:, 0] * share * len(active)).long()].to(device),
         step_size=-(0.01 + 0.89 * chances[:, 1]).log().to(device),
         first_order=(chances[:, 2] < 0.5).float().to(device),
         wrong=(chances[:, 3] < cfg.wrong_source).to(device),
-        late=late.to(device),
         guidance=scale if guided else 1.0,
-        turn=places[0] // len(places),
+        turn=turn,
     )
-
-
-def paired_loss(
-    unet: nn.Module,
-    scheduler: Any,
-    module: EnhancementModule,
-    batch: dict[str, Tensor],
-    null_text: Tensor,
-    draws: PairedDraws,
-    photos: Photos,
-    decode: Decode,
-    gather: Gather = lambda own: own,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of source texture and decoder stage, as far as the module has them, and its parts for the log.
-
-    ``photos`` gives the real and source photos of samples by number, ``decode`` the images of latents; ``gather``
-    makes a batch that of all processes.
-    """
-    clean = batch["latent_mean"]
-    loss, images, told = clean.new_zeros(()), clean[:0], {}
-    if module.texture is not None:
-        loss, before, edited = texture_loss(unet, scheduler, module, batch, null_text, draws, gather)
-        told["band_error"] = loss.detach() / before
-        images = edited[draws.late]
-    if module.decoder is None:
-        return loss, told
-    real, source = photos(batch["index"][draws.late].tolist())
-    with torch.no_grad():
-        decoded = decode(torch.cat([images, clean[draws.late]])).float().chunk(2 if len(images) else 1)
-    # Reconstructions without a source keep the stage right for text alone.
-    refined = decoder_loss(module, decoded[-1], real, None, gather)
-    if source is not None:
-        given = swapped(source, draws.wrong[draws.late], draws.turn, gather)
-        refined = refined + decoder_loss(module, decoded[0], real, given, gather)
-    return loss + refined, {**told, "decoder": refined.detach()}
 
 
 def texture_loss(
@@ -122,20 +85,14 @@ def texture_loss(
     null_text: Tensor,
     draws: PairedDraws,
     gather: Gather = lambda own: own,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, the same without the module, edited x0): errors of x0's bands, each in units of the band's energy.
+) -> tuple[Tensor, Tensor]:
+    """(loss, the same without the module): errors of x0's bands, each in units of the band's energy.
 
     The network sees the right source always: gates must learn to tell a wrong one from the image itself.
     """
     assert module.texture is not None
     clean = batch["latent_mean"]
-    alpha, sigma = alpha_sigma(scheduler, draws.timesteps, clean)
-    noisy = add_noise(clean, draws.noise, alpha, sigma)
-    conditions = Conditions(batch["text"], null_text, batch["source"])
-    with torch.no_grad():
-        guided, _ = predict(unet, noisy, draws.timesteps, conditions, Guidance(draws.guidance, draws.guidance))
-        prediction_type = scheduler.config.prediction_type
-        x0 = predict_x0(guided.float(), noisy, alpha, sigma, prediction_type, is_sigma_space(scheduler))
+    x0, alpha, sigma = _predicted(unet, scheduler, batch, null_text, draws)
     given = swapped(batch["source"], draws.wrong, draws.turn, gather)
     edited = x0 + module.blend(x0, given, alpha, sigma, draws.step_size, draws.first_order).delta
     energies = [band.square().mean() + 1e-6 for band in split_bands(gather(clean), module.levels)[0]]
@@ -144,7 +101,53 @@ def texture_loss(
         bands = split_bands(x - clean, module.levels)[0]
         return torch.stack([b.square().mean() / e for b, e in zip(bands, energies, strict=True)]).sum()
 
-    return error(edited), error(x0), edited.detach()
+    return error(edited), error(x0)
+
+
+def refining_loss(
+    unet: nn.Module,
+    scheduler: Any,
+    module: EnhancementModule,
+    batch: dict[str, Tensor],
+    null_text: Tensor,
+    draws: PairedDraws,
+    photos: Photos,
+    decode: Decode,
+    gather: Gather = lambda own: own,
+) -> Tensor:
+    """The decoder stage's loss, on decoded predictions (with source texture, as it is) and on reconstructions.
+
+    ``photos`` gives the real and source photos of samples by number, ``decode`` the images of latents.
+    """
+    clean = batch["latent_mean"]
+    real, source = photos(batch["index"].tolist())
+    if source is None:
+        with torch.no_grad():
+            decoded = decode(clean).float()
+        return decoder_loss(module, decoded, real, None, gather)
+    given = swapped(batch["source"], draws.wrong, draws.turn, gather)
+    with torch.no_grad():
+        x0, alpha, sigma = _predicted(unet, scheduler, batch, null_text, draws)
+        if module.texture is not None:
+            x0 = x0 + module.blend(x0, given, alpha, sigma, draws.step_size, draws.first_order).delta
+        predicted, decoded = decode(torch.cat([x0, clean])).float().chunk(2)
+    # Reconstructions without a source keep the stage right for text alone.
+    shown = swapped(source, draws.wrong, draws.turn, gather)
+    return decoder_loss(module, predicted, real, shown, gather) + decoder_loss(module, decoded, real, None, gather)
+
+
+@torch.no_grad()
+def _predicted(
+    unet: nn.Module, scheduler: Any, batch: dict[str, Tensor], null_text: Tensor, draws: PairedDraws
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x0 as the network predicts it, alpha and sigma of the noise."""
+    clean = batch["latent_mean"]
+    alpha, sigma = alpha_sigma(scheduler, draws.timesteps, clean)
+    noisy = add_noise(clean, draws.noise, alpha, sigma)
+    conditions = Conditions(batch["text"], null_text, batch.get("source"))
+    guided, _ = predict(unet, noisy, draws.timesteps, conditions, Guidance(draws.guidance, draws.guidance))
+    prediction_type = scheduler.config.prediction_type
+    return predict_x0(guided, noisy, alpha, sigma, prediction_type, is_sigma_space(scheduler)), alpha, sigma
 
 
 def decoder_loss(

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from lora_dae.config import Config, ConfigError, from_dict, to_dict
 
-STAGES = ("adapter", "texture", "gain")  # in the order in which they train
+STAGES = ("adapter", "texture", "decoder", "gain")  # in the order in which they train
 
 
 def find_checkpoints(cfg: Config, run_dir: Path) -> dict[str, Path]:

@@ -278,8 +278,10 @@ def planned_stages(cfg: Config, module: EnhancementModule | None) -> list[tuple[
     """Name, steps and batch size of what trains, in order."""
     e = cfg.enhancement
     planned = [("adapter", int(cfg.trainer.get("max_steps", 500)), cfg.data.batch_size)]
-    if module is not None and (module.texture is not None or module.decoder is not None):
+    if module is not None and module.texture is not None:
         planned.append(("texture", e.texture_steps, e.texture_batch_size))
+    if module is not None and module.decoder is not None:
+        planned.append(("decoder", e.decoder_steps, e.batch_size))
     if module is not None and module.gain is not None:
         planned.append(("gain", e.max_steps, e.batch_size))
     return planned
