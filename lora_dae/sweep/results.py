@@ -153,7 +153,8 @@ def build_results(grid: Comparison, runs: Path) -> dict[str, Any]:
             "network_calls": network_calls(cfg),
             "metrics": entries,
         }
-    protocol = load_table(run_folder(runs, grid.cells[0], grid.seeds[0]) / "metrics.json").protocol.line()
+    baseline = next(cell for cell in grid.cells if cell.name == grid.baseline)
+    protocol = load_table(run_folder(runs, baseline, grid.seeds[0]) / "metrics.json").protocol.line()
     return {
         "study": grid.name, "baseline": grid.baseline, "training_seeds": list(grid.seeds), "common": list(grid.common),
         "protocol": protocol, "missing": [cell.name for cell in grid.cells if cell.name not in found], "cells": cells,
