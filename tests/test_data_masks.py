@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,8 @@ def test_a_mask_never_leaves_its_folder() -> None:
 def test_the_command(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(masks, "mediapipe_segmenter", lambda model, part: bright if part == "person" else None)
+    fake = {"person": bright}
+    monkeypatch.setattr(masks, "mediapipe_segmenter", lambda model, part: nullcontext(fake[part]))
     command = ["masks", "--model", "model.tflite", "--part", "person", "data=folder", f"data.root={photos}"]
     main([*command, "--to", str(tmp_path / "masks")])
     assert "8 masks in" in " ".join(capsys.readouterr().out.split())
@@ -125,12 +127,16 @@ def test_the_command(
 
 
 def test_what_mediapipe_needs_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start() -> None:
+        with mediapipe_segmenter(tmp_path / "model.tflite", "garment"):
+            pass
+
     with pytest.raises(ConfigError, match="download selfie_multiclass_256x256.tflite"):
-        mediapipe_segmenter(tmp_path / "model.tflite", "garment")
+        start()
     (tmp_path / "model.tflite").write_bytes(b"no model")
     monkeypatch.setitem(sys.modules, "mediapipe", None)
     with pytest.raises(ConfigError, match=r"lora-dae\[masks\]"):
-        mediapipe_segmenter(tmp_path / "model.tflite", "garment")
+        start()
 
 
 def test_classes_become_masks() -> None:
@@ -153,11 +159,13 @@ def test_mediapipe_itself(photos: Path, tmp_path: Path) -> None:
     photo = np.full((80, 60, 3), 10, np.uint8)
     photo[20:50, 10:40] = (250, 20, 20)
     for part in ("garment", "person"):
-        found = mediapipe_segmenter(model, part)(photo)
+        with mediapipe_segmenter(model, part) as segment:
+            found = segment(photo)
         assert found.shape == (80, 60) and found.dtype == bool
         assert (found == (photo[..., 0] > 128)).mean() > 0.95  # its 32 x 32 logits are enlarged
     main(["masks", "--to", str(tmp_path / "m"), "--model", str(model), "data=folder", f"data.root={photos}"])
     assert len(list((tmp_path / "m").rglob("*.png"))) == 8
     (tmp_path / "broken.tflite").write_bytes(b"no model")
-    with pytest.raises(ConfigError, match="no image segmenter that MediaPipe can load"):
-        mediapipe_segmenter(tmp_path / "broken.tflite", "garment")
+    broken = mediapipe_segmenter(tmp_path / "broken.tflite", "garment")
+    with pytest.raises(ConfigError, match="no image segmenter that MediaPipe can load"), broken:
+        pass

@@ -118,9 +118,9 @@ def _masks(cfg: DataConfig, args: argparse.Namespace) -> None:
     from lora_dae.data.masks import fill_masks, mediapipe_segmenter
     from lora_dae.data.sources import list_entries
 
-    segment = mediapipe_segmenter(args.model, args.part)
-    entries = list_entries(replace(cfg, captions=CaptionConfig(missing="drop")))  # captions do not matter here
-    count, empty = fill_masks(entries, args.to, segment, cfg.background)
+    with mediapipe_segmenter(args.model, args.part) as segment:
+        entries = list_entries(replace(cfg, captions=CaptionConfig(missing="drop")))  # captions do not matter here
+        count, empty = fill_masks(entries, args.to, segment, cfg.background)
     console.print(f"{count} masks in {args.to}: train with data.masks={args.to}", soft_wrap=True, highlight=False)
     if empty:
         console.print(f"nothing found in {len(empty)} of them: {', '.join(empty[:5])}", soft_wrap=True, highlight=False)

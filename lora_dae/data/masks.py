@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -77,7 +78,8 @@ def fill_masks(entries: list[Entry], to: Path, segment: Segment, background: str
     return count, empty
 
 
-def mediapipe_segmenter(model: Path, part: str) -> Segment:
+@contextmanager
+def mediapipe_segmenter(model: Path, part: str) -> Iterator[Segment]:
     """MediaPipe's image segmenter with the model file ``model`` (.tflite); ``part`` is garment or person.
 
     A model with one output knows persons; one with classes has the background first and may name one "clothes".
@@ -110,7 +112,10 @@ def mediapipe_segmenter(model: Path, part: str) -> Segment:
         shares = np.stack([np.asarray(mask.numpy_view()).reshape(photo.shape[:2]) for mask in masks])
         return choose(shares, labels, part)
 
-    return segment
+    try:
+        yield segment
+    finally:
+        segmenter.close()  # left to the end of the process, it would complain
 
 
 def choose(shares: np.ndarray, labels: list[str], part: str) -> np.ndarray:

@@ -56,7 +56,7 @@ def _entries(files: Any, tar: str) -> Iterator[Entry]:
     for key, parts, spoken in _records(files, tar):
         where = f"{tar} {key}"
         words = _words(spoken.get("json", b"{}"), f"{where}.json")
-        texts = [spoken.get("txt", b"").decode("utf-8-sig", errors="replace")]
+        texts: list[Any] = [spoken.get("txt", b"").decode("utf-8-sig", errors="replace")]
         for column in WORDS:
             value = words.get(column)
             texts += value if isinstance(value, list) else [value]
