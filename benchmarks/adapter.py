@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging
 from rich.console import Console
 from rich.table import Table
 
@@ -147,6 +148,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
+    logging.set_verbosity_error()  # that an adapter has nothing for the text encoder
     results: dict[str, float] = {}
     for model in args.models:
         results |= measure(model, args.steps, args.repeats, device, dtype)
