@@ -280,7 +280,8 @@ def overridden(section: Section, request: Any) -> Section:
 def overridden_sampling(sampling: SamplingConfig, request: Any) -> SamplingConfig:
     """``overridden``; another method comes with its published settings."""
     given = overridden(sampling, request)
-    return given if request.method is None else replace(given, method_options={})
+    name = request.sampling_method  # `method` alone is a group of conf/
+    return given if name is None else replace(given, method=name, method_options={})
 
 
 def check(cfg: Config) -> None:

@@ -257,7 +257,7 @@ def test_sampling_and_evaluating_commands(finished: Path, capsys: pytest.Capture
                 "sample.py",
                 "prompt='a red dress'",
                 "num_images=1",
-                "method=apg",
+                "sampling_method=apg",
                 "seed=3",
                 "strength=0.5",
                 "output=here",

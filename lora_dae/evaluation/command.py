@@ -53,7 +53,7 @@ class EvaluateRequest:
     num_inference_steps: int | None
     guidance_scale: float | None
     source_guidance_scale: float | None
-    method: str | None
+    sampling_method: str | None
     split: str
     num_samples: int | None
     features: str | None

@@ -35,7 +35,7 @@ class SampleRequest:
     num_inference_steps: int | None
     guidance_scale: float | None
     source_guidance_scale: float | None
-    method: str | None
+    sampling_method: str | None
     output: str | None
 
 
