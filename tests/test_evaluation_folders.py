@@ -205,7 +205,7 @@ def test_lossy_files_other_numbers_and_shapes_are_warned_about(tmp_path: Path, t
     lossy = _folder(tmp_path / "lossy", 0, 5, suffix=".jpg")
     result = _evaluate((lossy, two[1]), tmp_path / "out", "controls=false")
     warnings = " ".join(result["protocol"]["warnings"])
-    assert "lossy holds lossy files" in warnings and "the other set is lossless" in warnings
+    assert "lossy: lossy files" in warnings and "the other set is lossless" in warnings
     assert "5 against 6 pictures" in warnings
     strips = folders.scan("images", _folder(tmp_path / "strips", 0, size=(80, 40)))
     other = folders.scan("reference", _folder(tmp_path / "other", 9, size=(80, 40)))

@@ -195,7 +195,7 @@ def _about_files(images: PictureFolder, reference: PictureFolder) -> list[str]:
     if lossy == [False, False]:
         return []
     which = "both sets" if all(lossy) else images.where if lossy[0] else reference.where
-    found = [f"{which} holds lossy files (JPEG, WebP): compression alone moves distances and texture metrics"]
+    found = [f"{which}: lossy files (JPEG, WebP): compression alone moves distances and texture metrics"]
     return found if all(lossy) else [f"{found[0]}, and the other set is lossless"]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lora_dae.config import ConfigError
@@ -78,7 +78,7 @@ class DinoV2(PooledFeatures):
         super().__init__()
         from transformers import Dinov2Model
 
-        self.network: Any = _load(Dinov2Model, model, "evaluation.dinov2")
+        self.network = _load(Dinov2Model, model, "evaluation.dinov2")
         self.num_features = int(self.network.config.hidden_size)
 
     def features(self, images: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class ClipEmbeddings(PooledFeatures):
         super().__init__()
         from transformers import CLIPVisionModelWithProjection
 
-        self.network: Any = _load(CLIPVisionModelWithProjection, model, "evaluation.cmmd")
+        self.network = _load(CLIPVisionModelWithProjection, model, "evaluation.cmmd")
         self.num_features = int(self.network.config.projection_dim)
 
     def features(self, images: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class ClipEmbeddings(PooledFeatures):
         return F.normalize(self.network(pixel_values=_normalized(resized, CLIP)).image_embeds, dim=1)
 
 
-def _load(kind: Any, model: str, option: str) -> nn.Module:
+def _load(kind: Any, model: str, option: str) -> Any:
     try:
         return kind.from_pretrained(model, use_safetensors=True).eval().requires_grad_(False)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
