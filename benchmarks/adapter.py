@@ -32,7 +32,7 @@ from lora_dae.adapter.inject import inject
 from lora_dae.backbone.layout import CONFIGS, STUDIO
 from lora_dae.config import AdapterConfig
 from lora_dae.enhancement.files import save_enhancement
-from lora_dae.enhancement.gates import EnhancementModule
+from lora_dae.enhancement.module import EnhancementModule
 
 console = Console()
 MODELS = {"studio": 32, "sd15-32": 32, "sd15-64": 64}
@@ -68,7 +68,7 @@ def write_run(unet: UNet2DConditionModel, folder: Path) -> None:
     unet.unload_lora()
     unet.requires_grad_(False).eval()
     module = EnhancementModule()
-    torch.nn.init.normal_(module.output.weight, std=0.1)
+    torch.nn.init.normal_(module.gain.output.weight, std=0.1)
     save_enhancement(module, folder / "enhancement.safetensors")
 
 

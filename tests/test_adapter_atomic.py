@@ -19,7 +19,7 @@ from lora_dae.adapter.inject import inject
 from lora_dae.adapter.source_input import attach_source_input, save_source_input
 from lora_dae.config import AdapterConfig, ConfigError
 from lora_dae.enhancement.files import save_enhancement
-from lora_dae.enhancement.gates import EnhancementModule
+from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.training.callbacks import Checkpoint
 
 

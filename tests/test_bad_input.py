@@ -34,7 +34,7 @@ from lora_dae.backbone.layout import inspect_backbone
 from lora_dae.backbone.load import load_backbone
 from lora_dae.config import AdapterConfig, BackboneConfig, ConfigError
 from lora_dae.enhancement.files import load_enhancement, save_enhancement
-from lora_dae.enhancement.gates import EnhancementModule
+from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.export.push import push_folder
 from lora_dae.training import run as training
 

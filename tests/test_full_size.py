@@ -25,7 +25,7 @@ from lora_dae.adapter.table import adapter_rows
 from lora_dae.backbone.layout import CONFIGS
 from lora_dae.config import UNET_GROUPS, AdapterConfig, ObjectiveConfig
 from lora_dae.sampling.loop import Conditions, Guidance, sample_latents
-from lora_dae.training.objective import adapter_loss, draw, step_generator
+from lora_dae.training.objective import adapter_loss, draw, seeded
 
 # By the names in published checkpoints, apart from how the groups are found in the model.
 NAMES = {
@@ -101,7 +101,7 @@ def test_sd15_trains_draws_and_exports_on_cpu(tmp_path: Path) -> None:
     batch = {"latent_mean": torch.randn(1, 4, 32, 32), "latent_std": torch.zeros(1, 4, 32, 32),
              "text": torch.randn(1, 77, 768)}  # fmt: skip
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False)
-    draws = draw(batch, 1000, ObjectiveConfig(), step_generator(0, 0, 0))
+    draws = draw(batch, 1000, ObjectiveConfig(), [seeded(0, k) for k in range(len(batch["latent_mean"]))])
     loss = adapter_loss(unet.train(), scheduler, batch, torch.zeros(77, 768), draws, 5.0).mean()
     loss.backward()
     optimizer.step()

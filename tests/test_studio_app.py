@@ -18,7 +18,7 @@ from PIL import Image
 
 from lora_dae.config import ConfigError
 from lora_dae.enhancement.files import save_enhancement
-from lora_dae.enhancement.gates import EnhancementModule
+from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.sampling.load import load_run
 from lora_dae.studio_app import __main__ as command
 from lora_dae.studio_app.preview import Preview, newest_run
@@ -41,8 +41,8 @@ def finished(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     )  # fmt: skip
     module = EnhancementModule()
     torch.manual_seed(0)
-    torch.nn.init.normal_(module.output.weight)
-    torch.nn.init.normal_(module.output.bias)
+    torch.nn.init.normal_(module.gain.output.weight)
+    torch.nn.init.normal_(module.gain.output.bias)
     save_enhancement(module, root / "runs" / "one" / "adapter" / "enhancement.safetensors")
     return root / "runs" / "one"
 

@@ -21,7 +21,7 @@ from lora_dae.config import BackboneConfig, DataConfig, ObjectiveConfig
 from lora_dae.data.buckets import choose_bucket, fit_bucket, origin_of, parse_buckets
 from lora_dae.data.sources import load_photos
 from lora_dae.training import run as training
-from lora_dae.training.objective import adapter_loss, draw, step_generator
+from lora_dae.training.objective import adapter_loss, draw, seeded
 
 # SDXL's own training sizes (Podell et al. 2023, appendix I), as (width, height).
 PUBLISHED = [(512, 2048), (576, 1664), (640, 1536), (704, 1408), (768, 1344), (832, 1216), (896, 1152), (960, 1088),
@@ -109,7 +109,9 @@ def test_sizes_stay_where_captions_are_dropped(sdxl: Path, monkeypatch: pytest.M
     zeros = torch.zeros(2, 4, 16, 16)
     batch = {"latent_mean": zeros, "latent_std": zeros, "text": backbone.encode_text(["a dress", "a shirt"]),
              "size_ids": sizes}  # fmt: skip
-    draws = draw(batch, 1000, ObjectiveConfig(caption_dropout=0.999999), step_generator(0, 0, 0))
+    draws = draw(
+        batch, 1000, ObjectiveConfig(caption_dropout=0.999999), [seeded(0, k) for k in range(len(batch["latent_mean"]))]
+    )
     assert bool(draws.drop_caption.all())
     adapter_loss(backbone.unet, backbone.scheduler, batch, backbone.encode_text([""])[0], draws, 5.0)
     assert torch.equal(seen[0], sizes)

@@ -24,13 +24,14 @@ from torch.nn import functional
 
 from lora_dae.config import ConfigError
 from lora_dae.data.sources import load_splits
-from lora_dae.diffusion import add_noise, alpha_sigma, current_level, is_sigma_space, next_level, predict_x0
+from lora_dae.diffusion import add_noise, alpha_sigma, current_level, is_sigma_space, predict_x0
 from lora_dae.enhancement.bands import split_bands
 from lora_dae.enhancement.hook import enhance_scheduler
 from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.evaluation.plots import INK, PALETTE, STYLE
 from lora_dae.sampling.load import LoadedRun, load_run
 from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, predict, sample_latents
+from lora_dae.sampling.method import Method, Step
 from lora_dae.sampling.schedulers import build_scheduler
 
 LEVELS = 3
@@ -135,6 +136,20 @@ def _teacher_forced(
     return slope, missing
 
 
+class _Watch(Method):
+    """Changes nothing; keeps each reached state's energy per band over that of really noised photos."""
+
+    def __init__(self, latents: Tensor, noise: Tensor) -> None:
+        self.latents, self.noise = latents, noise
+        self.ratios: list[list[float]] = []
+
+    def after(self, step: Step, guided: Tensor, reached: Tensor, level: tuple[float, float]) -> Tensor:
+        reference = add_noise(self.latents, self.noise, *level)
+        bands = zip(split_bands(reached, LEVELS)[0], split_bands(reference, LEVELS)[0], strict=True)
+        self.ratios.append([float(a.square().mean() / b.square().mean()) for a, b in bands])
+        return reached
+
+
 def _on_policy(
     run: LoadedRun, latents: Tensor, conditions: Conditions
 ) -> tuple[dict[str, list[list[float]]], Tensor, list[int]]:
@@ -142,7 +157,8 @@ def _on_policy(
     strengths = [0.0]
     if run.enhancement is not None and run.enhancement.acts_on_latents and cfg.enhancement.strength > 0:
         strengths.append(cfg.enhancement.strength)
-    start = initial_noise(cfg.sampling.seed, list(range(len(latents))), tuple(latents.shape[1:])).to(latents)
+    channels, height, width = latents.shape[1:]
+    start = initial_noise(cfg.sampling.seed, list(range(len(latents))), (channels, height, width)).to(latents)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).to(latents)
     guidance = Guidance(cfg.sampling.guidance_scale, cfg.sampling.source_guidance_scale)
     energy: dict[str, list[list[float]]] = {}
@@ -153,22 +169,13 @@ def _on_policy(
             scheduler = enhance_scheduler(
                 scheduler, run.enhancement, strength, cfg.enhancement.placement, conditions.source
             )
-        ratios: list[list[float]] = []
-        levels: list[tuple[float, float]] = []
-
-        def watch(k: int, state: Tensor, ratios: list = ratios, levels: list = levels) -> None:
-            alpha, sigma = levels[k]
-            reference = add_noise(latents, noise, alpha, sigma)
-            bands = zip(split_bands(state, LEVELS)[0], split_bands(reference, LEVELS)[0], strict=True)
-            ratios.append([float(a.square().mean() / b.square().mean()) for a, b in bands])
-
+        watch = _Watch(latents, noise)
         scheduler.set_timesteps(cfg.sampling.num_inference_steps, device=latents.device)
         steps = [int(t) for t in scheduler.timesteps]
-        levels.extend(next_level(scheduler, t) for t in scheduler.timesteps)
         final = sample_latents(
             backbone.unet, scheduler, start, conditions, guidance, cfg.sampling.num_inference_steps, watch
         )
-        energy[f"strength {strength:g}"] = ratios
+        energy[f"strength {strength:g}"] = watch.ratios
     return energy, final, steps
 
 

@@ -78,7 +78,7 @@ class DinoV2(PooledFeatures):
         super().__init__()
         from transformers import Dinov2Model
 
-        self.network = _load(Dinov2Model, model, "evaluation.dinov2")
+        self.network: Any = _load(Dinov2Model, model, "evaluation.dinov2")
         self.num_features = int(self.network.config.hidden_size)
 
     def features(self, images: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class ClipEmbeddings(PooledFeatures):
         super().__init__()
         from transformers import CLIPVisionModelWithProjection
 
-        self.network = _load(CLIPVisionModelWithProjection, model, "evaluation.cmmd")
+        self.network: Any = _load(CLIPVisionModelWithProjection, model, "evaluation.cmmd")
         self.num_features = int(self.network.config.projection_dim)
 
     def features(self, images: Tensor) -> Tensor:

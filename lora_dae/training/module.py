@@ -131,10 +131,12 @@ class LoraDae(lightning.LightningModule):
         late = LATE if self.stage == "decoder" else 1.0
         draws = draw_paired(batch, self.noise_scheduler, cfg, shared, generators, places[0] // len(places), late)
         batch, null_text = self._with_text(batch)
-        common: Any = (self.unet, self.noise_scheduler, module, batch, null_text, draws)
+        unet: Any = self.unet
         if self.stage == "decoder":
-            return refining_loss(*common, self.photos, self.decode, global_batch)
-        loss, before = texture_loss(*common, global_batch)
+            return refining_loss(
+                unet, self.noise_scheduler, module, batch, null_text, draws, self.photos, self.decode, global_batch
+            )
+        loss, before = texture_loss(unet, self.noise_scheduler, module, batch, null_text, draws, global_batch)
         self.log("enhancement/band_error", loss / before)  # 1 = as without the module
         return loss
 
