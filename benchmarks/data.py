@@ -1,6 +1,6 @@
 """``python -m benchmarks.data --photos <folder>``: the data path against the loaders that people know.
 
-Ratios within one process and run, interleaved repeats, medians; ``--count 128 --repeats 3`` takes less than a minute.
+Ratios within one process and run, interleaved repeats, medians; ``--count 64 --repeats 3`` is the short form.
 ``<folder>`` holds photos as ``data=folder`` takes them. torchvision and datasets are needed for the comparison alone;
 without one, its row is left out and said.
 

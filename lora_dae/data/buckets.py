@@ -80,6 +80,8 @@ def origin_of(size: Size, bucket: Size) -> tuple[int, int, int, int]:
 def fit_bucket(photo: Image.Image, bucket: Size) -> np.ndarray:
     """An RGB photo as uint8 (height, width, 3) of the bucket."""
     scaled = _scale(photo, bucket, Image.Resampling.LANCZOS)
+    if scaled.size == bucket:
+        return np.array(scaled)
     canvas = np.empty((bucket[1], bucket[0], 3), np.uint8)
     first, last = edge_colors(scaled, sideways=scaled.width < bucket[0])
     canvas[:] = last

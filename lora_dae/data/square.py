@@ -41,6 +41,8 @@ def fit_square(photo: Image.Image, resolution: int, whole: bool) -> np.ndarray:
     ``whole=has_plain_backdrop(photo)``.
     """
     scaled = _scale(photo, resolution, whole, Image.Resampling.LANCZOS)
+    if scaled.size == (resolution, resolution):
+        return np.array(scaled)
     first, last = edge_colors(scaled, sideways=scaled.width < scaled.height)
     canvas = np.empty((resolution, resolution, 3), np.uint8)
     canvas[:] = last
@@ -75,11 +77,11 @@ def edge_colors(photo: Image.Image, sideways: bool) -> list[np.ndarray]:
 
 def _edges(photo: Image.Image, sideways: bool) -> list[np.ndarray]:
     """The two outer strips (2 % of that side) beyond which padding goes, each as (n, 3) float32."""
-    pixels = np.asarray(photo, dtype=np.float32)
+    pixels = np.asarray(photo)
     if sideways:
         pixels = pixels.transpose(1, 0, 2)  # so that the edges in question are the first and last rows
     thick = max(1, pixels.shape[0] // 50)
-    return [pixels[:thick].reshape(-1, 3), pixels[-thick:].reshape(-1, 3)]
+    return [strip.reshape(-1, 3).astype(np.float32) for strip in (pixels[:thick], pixels[-thick:])]
 
 
 def paste(canvas: np.ndarray, pixels: np.ndarray) -> np.ndarray:
