@@ -109,9 +109,7 @@ def test_sizes_stay_where_captions_are_dropped(sdxl: Path, monkeypatch: pytest.M
     zeros = torch.zeros(2, 4, 16, 16)
     batch = {"latent_mean": zeros, "latent_std": zeros, "text": backbone.encode_text(["a dress", "a shirt"]),
              "size_ids": sizes}  # fmt: skip
-    draws = draw(
-        batch, 1000, ObjectiveConfig(caption_dropout=0.999999), [seeded(0, k) for k in range(len(batch["latent_mean"]))]
-    )
+    draws = draw(batch, 1000, ObjectiveConfig(caption_dropout=0.999999), [seeded(0, k) for k in range(len(zeros))])
     assert bool(draws.drop_caption.all())
     adapter_loss(backbone.unet, backbone.scheduler, batch, backbone.encode_text([""])[0], draws, 5.0)
     assert torch.equal(seen[0], sizes)

@@ -166,9 +166,8 @@ class Training:
 
     def fit(self, checkpoints: dict[str, Path]) -> None:
         """Adapter first, then the enhancement on its averaged weights: the gain last, on what all else does."""
-        if self.device.type != "cpu":  # everything is cached before the first step, so their memory is free for it
-            if self.rank == 0:
-                self.data.prepare_data()
+        if self.device.type != "cpu" and self.cfg.data.cache != "off":
+            self.data.setup()  # everything is cached before the first step, so their memory is free for it
             self.backbone.rest(self.device, text=not self.cfg.adapter.trains_text)
         planned = planned_stages(self.cfg, self.enhancement)
         names = [name for name, *_ in planned]
