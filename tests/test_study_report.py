@@ -92,7 +92,7 @@ def test_files_hold_the_raw_votes_and_the_numbers(voted: Path, report: dict[str,
     assert len(json.loads((voted / "votes.json").read_text())) == len(rows)
     assert sum(row["excluded"] == "True" for row in rows) == len(rows) * 3 // 23
     saved = json.loads((voted / "report.json").read_text())
-    assert saved["schema"] == 1 and saved["opinion"].keys() == OPINION.keys()
+    assert saved["schema"] == 2 and saved["opinion"].keys() == OPINION.keys()
     text = (voted / "report.md").read_text()
     for part in ("good over middle", "preferred", "Davidson", "rater 21: passed", "23 voted", "Wilson"):
         assert part in text
