@@ -6,7 +6,6 @@ spans several fields; it runs before any weight is loaded.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -109,8 +108,6 @@ class DataConfig:
 class AdapterConfig:
     """LoRA by PEFT: which groups of layers, at which rank."""
 
-    kind: str = "lora"  # lora | loha | lokr | textual_inversion: the others to compare with
-    words: int = 4  # textual_inversion: vectors in front of every caption
     targets: list[str] = field(default_factory=lambda: ["cross_attention", "conv"])  # of TARGET_GROUPS
     rank: int = 16
     alpha: float | None = None  # None = rank (scale 1)
@@ -124,6 +121,8 @@ class AdapterConfig:
     init_from: str | None = None  # start from this LoRA file (kohya's or diffusers' layout)
     allow_partial: bool = False  # leave out layers of init_from that do not train here
     full_finetune: bool = False  # train every UNet weight instead of an adapter (a baseline)
+    kind: str = "lora"  # lora | loha | lokr | textual_inversion: the others to compare with
+    words: int = 4  # textual_inversion: vectors in front of every caption
 
     @property
     def trains_text(self) -> bool:
@@ -282,129 +281,6 @@ def overridden_sampling(sampling: SamplingConfig, request: Any) -> SamplingConfi
     given = overridden(sampling, request)
     name = request.sampling_method  # `method` alone is a group of conf/
     return given if name is None else replace(given, method=name, method_options={})
-
-
-def check(cfg: Config) -> None:
-    """Every rule over the config alone; raises ConfigError before any weight is loaded."""
-    _one_of("conditioning", cfg.conditioning, CONDITIONINGS)
-    _one_of("enhancement.placement", cfg.enhancement.placement, PLACEMENTS)
-    _one_of("sampling.scheduler", cfg.sampling.scheduler, SCHEDULERS)
-    _one_of("sampling.method", cfg.sampling.method, tuple(METHODS))
-    for option in cfg.sampling.method_options:
-        _one_of(f"sampling.method_options of {cfg.sampling.method}", option, tuple(METHODS[cfg.sampling.method]))
-    _one_of("data.name", cfg.data.name, SOURCES)
-    _one_of("data.cache", cfg.data.cache, ("disk", "memory", "off"))
-    _one_of("data.captions.missing", cfg.data.captions.missing, ("error", "file_name", "category", "drop"))
-    _one_of("adapter.kind", cfg.adapter.kind, ("lora", "loha", "lokr", "textual_inversion"))
-    _one_of("adapter.init", cfg.adapter.init, ("kaiming", "gaussian"))
-    _one_of("adapter.kernel", cfg.adapter.kernel, ("fused", "peft"))
-    _one_of("tracking.logger", cfg.tracking.logger, LOGGERS)
-    _one_of("backbone.prediction_type", cfg.backbone.prediction_type, ("auto", "epsilon", "v_prediction"))
-    _one_of("backbone.weights", cfg.backbone.weights, ("fp32", "bf16", "fp16"))
-    _one_of("export.dtype", cfg.export.dtype, ("fp32", "fp16", "bf16"))
-    for group in cfg.adapter.targets:
-        _one_of("adapter.targets", group, TARGET_GROUPS)
-    if cfg.adapter.trains_text and (cfg.adapter.full_finetune or cfg.adapter.targets == ["text_encoder"]):
-        raise ConfigError(
-            "adapter.targets has text_encoder without LoRA in the UNet: add a group of the UNet such as "
-            "cross_attention, or leave text_encoder out."
-        )
-    if cfg.data.name == "studio":
-        _one_of("data.difficulty", cfg.data.difficulty, DIFFICULTIES)
-    elif cfg.data.root is None:
-        raise ConfigError(f"data={cfg.data.name} needs data.root: the folder of photos and captions.")
-    if cfg.data.name in ("shards", "studio") and cfg.data.masks is not None:
-        raise ConfigError(f"data={cfg.data.name} has the masks that it has: leave data.masks out.")
-    check_evaluation(cfg.evaluation)
-    if cfg.data.name == "shards" and (cfg.data.buckets or cfg.data.max_images is not None):
-        raise ConfigError(
-            "data.buckets and data.max_images need the list of all photos, which shards do not have: leave them out."
-        )
-    at_least = {
-        "backbone.text_chunks": (cfg.backbone.text_chunks, 1),
-        "adapter.words": (cfg.adapter.words, 1),
-        "adapter.rank": (cfg.adapter.rank, 1),
-        "adapter.conv_rank": (1 if cfg.adapter.conv_rank is None else cfg.adapter.conv_rank, 1),
-        "enhancement.strength": (cfg.enhancement.strength, 0),
-        "enhancement.max_steps": (cfg.enhancement.max_steps, 1),
-        "enhancement.batch_size": (cfg.enhancement.batch_size, 1),
-        "enhancement.texture_steps": (cfg.enhancement.texture_steps, 1),
-        "enhancement.texture_batch_size": (cfg.enhancement.texture_batch_size, 1),
-        "enhancement.decoder_steps": (cfg.enhancement.decoder_steps, 1),
-        "data.batch_size": (cfg.data.batch_size, 1),
-        "data.captions.shuffles": (cfg.data.captions.shuffles, 0),
-        "data.captions.keep_tags": (cfg.data.captions.keep_tags, 0),
-        "data.train_size": (cfg.data.train_size, 1),
-        "data.val_size": (cfg.data.val_size, 1),
-        "data.test_size": (cfg.data.test_size, 2),
-        "sampling.num_inference_steps": (cfg.sampling.num_inference_steps, 1),
-        "sampling.batch_size": (cfg.sampling.batch_size, 1),
-        "sampling.guidance_scale": (cfg.sampling.guidance_scale, 0),
-        "sampling.source_guidance_scale": (cfg.sampling.source_guidance_scale, 0),
-        "optimizer.learning_rate": (cfg.optimizer.learning_rate, 0),
-        "objective.garment_weight": (cfg.objective.garment_weight, 0),
-        "objective.prior_weight": (cfg.objective.prior_weight, 0),
-        "objective.prior_images": (cfg.objective.prior_images, 1),
-        "objective.min_snr_gamma": (cfg.objective.min_snr_gamma, 0),
-    }
-    for name, (value, least) in at_least.items():
-        if value < least:
-            raise ConfigError(f"{name}={value} is below {least}: give at least {least}.")
-    for name, share in {
-        "objective.caption_dropout": cfg.objective.caption_dropout,
-        "objective.source_dropout": cfg.objective.source_dropout,
-        "enhancement.wrong_source": cfg.enhancement.wrong_source,
-        "adapter.dropout": cfg.adapter.dropout,
-        "optimizer.ema_decay": cfg.optimizer.ema_decay,
-        "data.val_fraction": cfg.data.val_fraction,
-        "data.test_fraction": cfg.data.test_fraction,
-        "data.max_bad_fraction": cfg.data.max_bad_fraction,
-    }.items():
-        if not 0 <= share < 1:
-            raise ConfigError(f"{name}={share} is not in [0, 1): give a share such as 0.1.")
-    options = {**METHODS[cfg.sampling.method], **cfg.sampling.method_options}
-    if not all(math.isfinite(value) for value in options.values()) or options.get("start", 0) >= options.get("end", 1):
-        raise ConfigError(
-            f"sampling.method_options={options} are not finite, or start is not before end: correct them."
-        )
-    if cfg.adapter.init_from is not None and cfg.adapter.full_finetune:
-        raise ConfigError("adapter.init_from starts an adapter, but adapter.full_finetune=true trains none: drop one.")
-    if cfg.objective.prior_weight > 0 and cfg.adapter.init_from is not None:
-        raise ConfigError(
-            "objective.prior_weight keeps to the frozen backbone, which adapter.init_from changes: drop one."
-        )
-    a = cfg.adapter
-    if a.kind != "lora" and (a.use_dora or a.use_rslora or a.dropout or a.init_from or a.init != "kaiming"):
-        raise ConfigError(
-            f"adapter.kind={a.kind} has no use_dora, use_rslora, dropout, init and init_from: leave them as they are."
-        )
-    if a.kind == "textual_inversion" and cfg.enhancement.enabled:
-        raise ConfigError("adapter.kind=textual_inversion has no module that learns on its text: add enhancement=none.")
-    if cfg.enhancement.placement == "direction" and cfg.sampling.scheduler != "ddim":
-        raise ConfigError(
-            f"enhancement.placement=direction edits DDIM's direction term, which sampling.scheduler="
-            f"{cfg.sampling.scheduler} does not have: use ddim, or placement=prediction."
-        )
-    if int(cfg.trainer.get("max_steps", 1)) < 1:
-        raise ConfigError(f"trainer.max_steps={cfg.trainer['max_steps']} is below 1: give at least 1.")
-
-
-def check_evaluation(cfg: EvaluationConfig) -> None:
-    """The rules over ``evaluation`` alone; raises ConfigError."""
-    _one_of("evaluation.features", cfg.features, ("effnet", "inception"))
-    if cfg.lpips is not None and not Path(cfg.lpips).is_file():
-        raise ConfigError(f"evaluation.lpips={cfg.lpips} does not exist: give AlexNet's features as safetensors.")
-    if cfg.num_samples < 2:
-        raise ConfigError(f"evaluation.num_samples={cfg.num_samples} is below 2: give at least 2.")
-    if cfg.clean_fid and cfg.features == "inception":
-        raise ConfigError("evaluation.features=inception and clean_fid=true both give a metric called fid: drop one.")
-    if cfg.bootstrap != 0 and cfg.bootstrap < 2:
-        raise ConfigError(f"evaluation.bootstrap={cfg.bootstrap}: give e.g. 1000, or 0 for no intervals.")
-
-
-def _one_of(name: str, value: str, options: tuple[str, ...]) -> None:
-    if value not in options:
-        raise ConfigError(f"{name}={value} is unknown: use one of {', '.join(options)}.")
 
 
 def conf_dir() -> Path:

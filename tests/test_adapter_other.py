@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from lora_dae.adapter.inject import adapted_layer, inject, layer_ranks, trainable_parameters
 from lora_dae.adapter.other import FILE_NAME, load_other, save_other
 from lora_dae.adapter.table import adapter_rows
-from lora_dae.config import AdapterConfig, Config, ConfigError, check
+from lora_dae.config import AdapterConfig, Config, ConfigError
+from lora_dae.rules import check
 
 KINDS = ("loha", "lokr")
 

@@ -30,9 +30,10 @@ from lora_dae.adapter.text import inject_text, text_layers
 from lora_dae.adapter.weights import resize
 from lora_dae.backbone.load import load_backbone
 from lora_dae.backbone.tokens import pack_tokens, unpack_tokens
-from lora_dae.config import AdapterConfig, BackboneConfig, ConfigError, check
+from lora_dae.config import AdapterConfig, BackboneConfig, ConfigError
 from lora_dae.export.card import KOHYA_FILE
 from lora_dae.export.command import ExportRequest, export_run
+from lora_dae.rules import check
 from lora_dae.sampling.load import load_run
 from lora_dae.training import run as training
 from lora_dae.training.module import LoraDae

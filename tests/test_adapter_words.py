@@ -10,7 +10,8 @@ from diffusers import StableDiffusionPipeline
 
 from lora_dae.adapter.words import TOKEN, LearnedWords, encode_with_words, load_words, save_words
 from lora_dae.backbone.load import load_backbone
-from lora_dae.config import AdapterConfig, BackboneConfig, Config, ConfigError, check
+from lora_dae.config import AdapterConfig, BackboneConfig, Config, ConfigError
+from lora_dae.rules import check
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_dae"
 # In the order in which data flows; cli.py stands at the door and may import all of them.
 ROOMS = (
-    "config diffusion data backbone adapter enhancement sampling evaluation".split()
+    "config rules diffusion data backbone adapter enhancement sampling evaluation".split()
     + "vqa study studio_app export training sweep cli".split()
 )
 MAX_LINES = 400

@@ -19,7 +19,10 @@ def parts(tiny_backbone: Path) -> steps.Parts:
     backbone = load_backbone(BackboneConfig(name="folder", path=str(tiny_backbone)))
     backbone.unet.requires_grad_(False)
     width = backbone.unet.config["cross_attention_dim"]
-    text_encoder = CLIPTextModel(CLIPTextConfig(500, width, 32, num_hidden_layers=1, num_attention_heads=2))
+    config = CLIPTextConfig(
+        vocab_size=500, hidden_size=width, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    text_encoder = CLIPTextModel(config)
     return steps.Parts(
         backbone.unet, backbone.vae, text_encoder.requires_grad_(False), torch.randn(2, 8, 16, 16),
         torch.rand(2, 3, 64, 64), torch.randint(0, 400, (2, 8)), torch.randn(2, 8, width),

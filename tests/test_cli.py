@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from lora_dae.cli import _one_sentence
-from lora_dae.config import Config, ConfigError, EvaluationConfig, check, conf_dir, from_dict, to_dict
+from lora_dae.config import Config, ConfigError, EvaluationConfig, conf_dir, from_dict, to_dict
 from lora_dae.evaluation.command import EvaluateRequest, command_of, evaluate, folder_of, requested
+from lora_dae.rules import check
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,7 +17,7 @@ from torchmetrics.functional.image import lpips as reference_lpips
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from lora_dae.config import ConfigError, check
+from lora_dae.config import ConfigError
 from lora_dae.data.pair import Pair
 from lora_dae.evaluation import controls, edges, run, texture
 from lora_dae.evaluation.clip_score import ClipScore
@@ -25,6 +25,7 @@ from lora_dae.evaluation.color import ciede2000, color_difference, srgb_to_lab
 from lora_dae.evaluation.features import FeatureExtractor, stack_images
 from lora_dae.evaluation.perceptual import Lpips, ms_ssim
 from lora_dae.evaluation.table import MetricValue, Protocol, ResultsTable
+from lora_dae.rules import check
 
 
 def _alexnet() -> nn.Sequential:

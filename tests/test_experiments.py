@@ -10,7 +10,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from lora_dae.cli import expand_jobs, typed
-from lora_dae.config import check, conf_dir, register
+from lora_dae.config import conf_dir, register
+from lora_dae.rules import check
 
 ROOT = Path(__file__).parent.parent
 BATCH_FILES = sorted((ROOT / "experiments").glob("*.sbatch"))

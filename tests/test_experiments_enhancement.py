@@ -37,7 +37,7 @@ def test_one_command_makes_every_row_and_a_second_call_draws_nothing(
     assert {"wrong source, strength 0", "wrong source, all", "more source guidance"} < set(rows)
     assert "psnr_garment" in rows["strength 0"] and "psnr_garment" not in rows["frozen backbone"]
     assert rows["LoRA-DAE: all"]["psnr_garment"]["verdict"] in ("better", "worse", "cannot tell")
-    assert rows["unsharp mask"]["power_high"]["value"] > rows["strength 0"]["power_high"]["value"]
+    assert rows["unsharp mask"]["power_high_garment"]["value"] > rows["strength 0"]["power_high_garment"]["value"]
 
     def refuse(*_args: object, **_options: object) -> None:
         raise AssertionError("drawn or trained a second time")

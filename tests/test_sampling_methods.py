@@ -16,18 +16,9 @@ from hydra import compose, initialize_config_dir
 from PIL import Image, ImageFilter
 
 from lora_dae.backbone.load import Backbone, load_backbone
-from lora_dae.config import (
-    METHODS,
-    BackboneConfig,
-    Config,
-    ConfigError,
-    SamplingConfig,
-    check,
-    conf_dir,
-    from_dict,
-    register,
-)
+from lora_dae.config import METHODS, BackboneConfig, Config, ConfigError, SamplingConfig, conf_dir, from_dict, register
 from lora_dae.diffusion import PREDICTION_TYPES
+from lora_dae.rules import check
 from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, noise_generator, sample_latents
 from lora_dae.sampling.method import Method, Step

@@ -150,7 +150,8 @@ def test_shipped_search_composes_and_every_trial_is_a_config_that_trains() -> No
     from omegaconf import OmegaConf
 
     from lora_dae.cli import typed
-    from lora_dae.config import check, conf_dir, register
+    from lora_dae.config import conf_dir, register
+    from lora_dae.rules import check
 
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):

@@ -11,7 +11,8 @@ from compose import config
 from safetensors.torch import load_file
 
 from lora_dae.backbone.load import load_backbone
-from lora_dae.config import BackboneConfig, Config, ConfigError, ObjectiveConfig, SamplingConfig, check
+from lora_dae.config import BackboneConfig, Config, ConfigError, ObjectiveConfig, SamplingConfig
+from lora_dae.rules import check
 from lora_dae.sampling.draw import Drawer
 from lora_dae.training import run as training
 from lora_dae.training.module import LoraDae

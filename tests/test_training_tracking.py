@@ -17,7 +17,8 @@ from wandb.proto import wandb_internal_pb2
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from lora_dae.cli import typed
-from lora_dae.config import Config, ConfigError, TrackingConfig, check, conf_dir, register
+from lora_dae.config import Config, ConfigError, TrackingConfig, conf_dir, register
+from lora_dae.rules import check
 from lora_dae.training import run as training
 from lora_dae.training import tracking
 

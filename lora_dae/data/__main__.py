@@ -12,11 +12,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from lora_dae.config import CaptionConfig, ConfigError, DataConfig, check, conf_dir, from_dict, register
+from lora_dae.config import CaptionConfig, ConfigError, DataConfig, conf_dir, from_dict, register
 from lora_dae.data.captioner import PROMPT
 from lora_dae.data.export import LAYOUTS
 from lora_dae.data.masks import PARTS
 from lora_dae.data.sources import check_outside
+from lora_dae.rules import check
 
 console = Console()
 

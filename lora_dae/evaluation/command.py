@@ -11,19 +11,11 @@ from typing import Any
 from rich.console import Console
 
 from lora_dae.backbone.precision import best_device, choose_precision
-from lora_dae.config import (
-    Config,
-    ConfigError,
-    EvaluationConfig,
-    check,
-    check_evaluation,
-    overridden,
-    overridden_sampling,
-    to_dict,
-)
+from lora_dae.config import Config, ConfigError, EvaluationConfig, overridden, overridden_sampling, to_dict
 from lora_dae.evaluation.compare_runs import CompareRequest, compare_runs
 from lora_dae.evaluation.folder_run import FolderRequest, evaluate_folder
 from lora_dae.evaluation.run import evaluate_run
+from lora_dae.rules import check, check_evaluation
 from lora_dae.sampling.load import load_run, read_config
 
 LONGEST_NAME = 100  # characters of a folder that is named by what differs

@@ -19,9 +19,10 @@ from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 
 from lora_dae.backbone.precision import best_device, choose_precision
-from lora_dae.config import ConfigError, check
+from lora_dae.config import ConfigError
 from lora_dae.data.sources import load_splits
 from lora_dae.evaluation.heldout import HeldOut
+from lora_dae.rules import check
 from lora_dae.sampling.load import load_run, read_config
 
 METADATA = "metadata.jsonl"

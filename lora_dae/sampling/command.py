@@ -10,11 +10,12 @@ from PIL import Image
 from rich.console import Console
 
 from lora_dae.backbone.precision import best_device, choose_precision
-from lora_dae.config import Config, ConfigError, check, overridden_sampling
+from lora_dae.config import Config, ConfigError, overridden_sampling
 from lora_dae.data.decode import upright_rgb
 from lora_dae.data.pair import Pair
 from lora_dae.data.sources import load_splits
 from lora_dae.data.square import fit_square
+from lora_dae.rules import check
 from lora_dae.sampling.load import LoadedRun, load_run, read_config
 from lora_dae.sampling.sheet import image_grid
 

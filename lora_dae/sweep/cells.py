@@ -18,7 +18,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from lora_dae.config import Config, ConfigError, check, conf_dir, from_dict, register
+from lora_dae.config import Config, ConfigError, conf_dir, from_dict, register
+from lora_dae.rules import check
 from lora_dae.sweep.identity import content_hash, training_key
 from lora_dae.sweep.jobs import Job
 from lora_dae.sweep.name import register_sweep_name

@@ -20,8 +20,9 @@ from rich.console import Console
 
 from lora_dae.backbone.layout import inspect_backbone
 from lora_dae.backbone.precision import best_device, choose_precision
-from lora_dae.config import Config, ConfigError, check, to_dict
+from lora_dae.config import Config, ConfigError, to_dict
 from lora_dae.data.sources import load_splits
+from lora_dae.rules import check
 from lora_dae.sweep import ranks
 from lora_dae.sweep.files import read_json, write_json
 from lora_dae.sweep.identity import training_hash, training_part

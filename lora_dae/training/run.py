@@ -17,7 +17,7 @@ from rich.console import Console
 from lora_dae.adapter.initial import check_file
 from lora_dae.backbone.layout import inspect_backbone
 from lora_dae.backbone.load import load_backbone
-from lora_dae.config import Config, check, to_dict
+from lora_dae.config import Config, to_dict
 from lora_dae.data.buckets import parse_buckets
 from lora_dae.data.pair import PairDataset, replace_pixels
 from lora_dae.data.sources import check_mask, check_source, load_splits
@@ -26,6 +26,7 @@ from lora_dae.evaluation.run import evaluate_run, row_name
 from lora_dae.evaluation.table import ResultsTable
 from lora_dae.evaluation.table_files import COLUMNS, table_rows
 from lora_dae.export.command import write_card
+from lora_dae.rules import check
 from lora_dae.sampling.load import load_run
 from lora_dae.training import tracking
 from lora_dae.training.plan import make_plan, print_plan
