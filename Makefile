@@ -25,7 +25,7 @@ train: $(READY) ## fine-tune, sample, measure and report: experiment=rank16 on t
 
 .PHONY: test
 test: $(READY) ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 .PHONY: lint
 lint: $(READY) ## style and formatting (ruff)

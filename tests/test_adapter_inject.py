@@ -14,11 +14,11 @@ from lora_dae.adapter.inject import inject, make_full_finetune, trainable_parame
 from lora_dae.adapter.source_input import attach_source_input
 from lora_dae.adapter.table import adapter_rows, adapter_table
 from lora_dae.adapter.targets import is_spatial_conv, select
-from lora_dae.config import TARGET_GROUPS, AdapterConfig, ConfigError
+from lora_dae.config import UNET_GROUPS, AdapterConfig, ConfigError
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("targets", [[group] for group in TARGET_GROUPS] + [["cross_attention", "conv"]])
+@pytest.mark.parametrize("targets", [[group] for group in UNET_GROUPS] + [["cross_attention", "conv"]])
 def test_exactly_these_layers_train(family: str, targets: list[str]) -> None:
     unet = tiny_unet(family)
     expected = {f"{name}.{matrix}.default.weight" for name in select(unet, targets) for matrix in ("lora_A", "lora_B")}
@@ -40,9 +40,9 @@ def test_injected_unet_predicts_what_the_backbone_predicts(family: str, use_dora
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_rank_and_scale_of_every_layer(use_rslora: bool) -> None:
     unet = tiny_unet()
-    cfg = AdapterConfig(list(TARGET_GROUPS), rank=4, alpha=6, conv_rank=2, conv_alpha=1, use_rslora=use_rslora)
+    cfg = AdapterConfig(list(UNET_GROUPS), rank=4, alpha=6, conv_rank=2, conv_alpha=1, use_rslora=use_rslora)
     inject(unet, cfg)
-    for name in select(unet, TARGET_GROUPS):
+    for name in select(unet, UNET_GROUPS):
         layer = unet.get_submodule(name)
         assert isinstance(layer, LoraLayer)
         rank, alpha = (2, 1) if is_spatial_conv(layer) else (4, 6)

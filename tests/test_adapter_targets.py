@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_dae.adapter.inject import inject
 from lora_dae.adapter.targets import is_spatial_conv, largest_rank, select
-from lora_dae.config import TARGET_GROUPS, AdapterConfig, ConfigError
+from lora_dae.config import UNET_GROUPS, AdapterConfig, ConfigError
 
 PATTERNS = {
     "cross_attention": r".*\.attn2\.(to_q|to_k|to_v|to_out\.0)",
@@ -24,7 +24,7 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("group", TARGET_GROUPS)
+@pytest.mark.parametrize("group", UNET_GROUPS)
 def test_group_is_every_layer_of_that_name(family: str, group: str) -> None:
     unet = tiny_unet(family)
     expected = [
@@ -39,9 +39,9 @@ def test_group_is_every_layer_of_that_name(family: str, group: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_groups_are_disjoint_and_leave_only_embeddings_and_projections(family: str) -> None:
     unet = tiny_unet(family)
-    chosen = select(unet, TARGET_GROUPS)
+    chosen = select(unet, UNET_GROUPS)
     assert Counter(chosen.values()) == sum(
-        (Counter(select(unet, [group]).values()) for group in TARGET_GROUPS), Counter()
+        (Counter(select(unet, [group]).values()) for group in UNET_GROUPS), Counter()
     )
     rest = [
         name
@@ -69,9 +69,9 @@ def test_conv_is_kohyas_definition() -> None:
 
 def test_selection_is_the_same_on_an_injected_unet() -> None:
     unet = tiny_unet()
-    before = select(unet, TARGET_GROUPS)
-    inject(unet, AdapterConfig(targets=list(TARGET_GROUPS), rank=2))
-    assert select(unet, TARGET_GROUPS) == before
+    before = select(unet, UNET_GROUPS)
+    inject(unet, AdapterConfig(targets=list(UNET_GROUPS), rank=2))
+    assert select(unet, UNET_GROUPS) == before
 
 
 def test_largest_rank_is_the_rank_of_the_weight_matrix() -> None:

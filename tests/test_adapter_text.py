@@ -280,7 +280,10 @@ def test_says_that_texts_are_not_cached_and_resumes_exactly(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Killed after step 1 of 2 and gone on: bit for bit the straight run; two windows, no cache at all."""
-    nothing = type("Table", (), {"methods": {}})(), np.zeros((8, 8, 3), np.uint8)
+    nothing = (
+        type("Table", (), {"methods": {}, "references": {}, "corrected": lambda self: {}})(),
+        np.zeros((8, 8, 3), np.uint8),
+    )
     monkeypatch.setattr(training, "evaluate_run", lambda *args, **kwargs: nothing)
     options = ("enhancement=none", "trainer.val_check_interval=1", "backbone.text_chunks=2", "data.cache=off")
     training.run(short(folders["sd15"], tmp_path / "straight", tiny_folder, *options))

@@ -162,7 +162,9 @@ def test_adapter_of_another_family_is_refused_when_a_run_is_drawn(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run whose backbone folder was exchanged for another family's."""
-    monkeypatch.setattr(training, "evaluate_run", lambda *a, **k: (SimpleNamespace(methods={}), None))
+    monkeypatch.setattr(
+        training, "evaluate_run", lambda *a, **k: (SimpleNamespace(methods={}, references={}, corrected=dict), None)
+    )
     monkeypatch.setattr(training.tracking, "log_image", lambda *a: None)
     base = write_backbone(tmp_path / "base", "sd21")
     cfg = config(

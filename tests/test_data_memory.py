@@ -70,8 +70,8 @@ def test_reading_a_cache_keeps_nothing(tmp_path: Path) -> None:
     passes(cache.__getitems__, 512, 0, 2)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    passes(cache.__getitems__, 512, 2, 8)
+    passes(cache.__getitems__, 512, 2, 32)
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    read = 6 * 512 * sum(value.numel() * 4 for value in cache[0].values())
+    read = 30 * 512 * sum(value.numel() * 4 for value in cache[0].values())
     assert grown < 0.03 * read

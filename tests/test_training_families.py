@@ -37,7 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def without_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests of the weights alone."""
-    nothing = SimpleNamespace(methods={}), np.zeros((8, 8, 3), np.uint8)
+    nothing = SimpleNamespace(methods={}, references={}, corrected=dict), np.zeros((8, 8, 3), np.uint8)
     monkeypatch.setattr(training, "evaluate_run", lambda *args, **kwargs: nothing)
 
 

@@ -125,7 +125,7 @@ def test_run_in_buckets_tells_them_to_the_unet(
             (tmp_path / "photos").mkdir(exist_ok=True)
             file.rename(tmp_path / "photos" / f"{name}_{file.name}")
             (tmp_path / "photos" / f"{name}_{file.stem}.txt").write_text("a dress")
-    nothing = SimpleNamespace(methods={}), np.zeros((8, 8, 3), np.uint8)
+    nothing = SimpleNamespace(methods={}, references={}, corrected=dict), np.zeros((8, 8, 3), np.uint8)
     monkeypatch.setattr(training, "evaluate_run", lambda *args, **kwargs: nothing)
     seen: set[tuple[float, ...]] = set()
     original = UNet2DConditionModel.forward
