@@ -86,7 +86,7 @@ def make(backbone: Path, shared: Path, name: str, *overrides: str) -> Config:
     return config(backbone, shared / name, shared / "cache", *options)
 
 
-SAMPLES = ("trainer.max_steps=3", "tracking.sample_every_n_steps=2", "tracking.num_grid_prompts=3")
+SAMPLES = ("trainer.max_steps=3", "tracking.sample_every_n_steps=2", "tracking.num_grid_prompts=3", "enhancement=gain")
 
 
 def test_two_processes_train_what_one_trains(tiny_backbone: Path, shared: Path, monkeypatch: Any) -> None:
@@ -115,7 +115,7 @@ def test_two_processes_train_what_one_trains(tiny_backbone: Path, shared: Path, 
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients, others, strict=True))
     apart = [distance(ours, expected) for ours, expected in zip(gradients, alone.gradients, strict=True)]
     assert apart[0] < 1e-5 and max(apart[:3]) < 1e-3, apart  # before any difference could grow, and after it could
-    assert apart[3] < 0.05, apart  # the enhancement's loss has kinks: signs of differences between sorted values
+    assert apart[3] < 0.15, apart  # the gain's loss has kinks: signs of differences between sorted values
     assert losses == pytest.approx(alone.losses, rel=1e-5)
     assert distance(weights(shared / "two"), weights(shared / "one")) < 1e-4
     assert [e.text.count("draws") for e in ended] == [1, 1]
@@ -124,6 +124,27 @@ def test_two_processes_train_what_one_trains(tiny_backbone: Path, shared: Path, 
     assert names(shared / "two") == names(shared / "one")
     pictures = [np.asarray(Image.open(shared / n / "samples" / "step_000002.png")).astype(int) for n in ("one", "two")]
     assert np.abs(pictures[0] - pictures[1]).max() <= 2
+
+
+def test_two_processes_train_the_same_source_texture_and_decoder_stage(tiny_backbone: Path, shared: Path) -> None:
+    """Gradients of every step of both stages: a wrong source is the next sample's, whichever process has it."""
+    options = ("trainer.max_steps=1", "enhancement.gain=false", "enhancement.wrong_source=0.5")
+    alone = Record()
+    sizes = ("data.batch_size=4", "enhancement.batch_size=4", "enhancement.texture_batch_size=4")
+    training.train(make(tiny_backbone, shared, "texture_one", *options, *sizes), [alone])
+
+    def rank(number: int) -> None:
+        record, sizes = Record(), ("data.batch_size=2", "enhancement.batch_size=2", "enhancement.texture_batch_size=2")
+        two = ("trainer=ddp", "trainer.devices=2")
+        training.train(make(tiny_backbone, shared, "texture_two", *two, *options, *sizes), [record])
+        torch.save([record.gradients, record.losses], shared / f"texture{number}.pt")
+
+    ended = run_ranks(rank, shared / "logs_texture")
+    assert [e.code for e in ended] == [0, 0], ended[0].text + ended[1].text
+    gradients, _ = torch.load(shared / "texture0.pt", weights_only=True)
+    assert len(gradients) == len(alone.gradients) == 1 + 2 + 2  # adapter, texture, decoder
+    apart = [distance(ours, expected) for ours, expected in zip(gradients, alone.gradients, strict=True)]
+    assert max(apart[:3]) < 1e-3 and max(apart[3:]) < 0.05, apart  # L1 has kinks
 
 
 def test_ctrl_c_on_one_stops_both_and_one_process_goes_on(tiny_backbone: Path, shared: Path) -> None:

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lora_dae.adapter.inject import inject, trainable_parameters
 from lora_dae.cli import typed
 from lora_dae.config import AdapterConfig, Config, conf_dir, register
+from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.training import plan as planning
 from lora_dae.training import run as training
 from lora_dae.training.memory import PeakMemory, materialize
@@ -66,12 +67,11 @@ def test_numbers_are_those_of_the_run(tiny_backbone: Path, tmp_path: Path) -> No
     cfg: Config = config(tiny_backbone, tmp_path / "run", tmp_path / "cache")
     from lora_dae.adapter.source_input import attach_source_input
     from lora_dae.backbone.load import load_backbone
-    from lora_dae.enhancement.module import EnhancementModule
 
     unet = load_backbone(cfg.backbone).unet
     inject(unet, cfg.adapter)
     attach_source_input(unet)
-    expected = [*trainable_parameters(unet).values(), *EnhancementModule().parameters()]
+    expected = [*trainable_parameters(unet).values(), *EnhancementModule(source_channels=8, decoder=True).parameters()]
     assert plan.trainable == sum(p.numel() for p in expected)
     assert plan.adapter_file == 4 * plan.trainable
     assert (plan.steps, plan.images, plan.family) == (4, 24, "sd1")
@@ -149,7 +149,8 @@ def test_paired_plan_has_the_source_input(tiny_backbone: Path, tmp_path: Path) -
     photos = ("data=folder", f"data.root={export_pairs(tmp_path / 'pairs')}", "data.val_fraction=0.25",
               "data.test_fraction=0.25")  # fmt: skip
     alone, paired = (numbers(tiny_backbone, tmp_path, *photos, f"conditioning={c}") for c in ("none", "source"))
-    assert paired.trainable - alone.trainable == 16 * 8 * 3 * 3
+    texture = EnhancementModule(source_channels=8).texture
+    assert paired.trainable - alone.trainable == 16 * 8 * 3 * 3 + sum(p.numel() for p in texture.parameters())
     assert paired.step_peak > alone.step_peak and paired.cache > alone.cache
     assert "source_input" in paired.table
 

@@ -92,10 +92,10 @@ def test_offline_run_holds_everything(make: Make, monkeypatch: pytest.MonkeyPatc
     told = nested(run.config.update)
     assert told["adapter"]["rank"] == 2 and told["enhancement"]["strength"] == 0.5
     columns = {name: [row[name] for row in rows if name in row] for name in {key for row in rows for key in row}}
-    assert len(columns["train/loss"]) == 4 + 1  # every step of both stages
+    assert len(columns["train/loss"]) == 4 + 2 + 2 + 1  # every step of every stage
     assert {"val/loss", "images/s", "enhancement/power_gap", "val/samples", "test/grid"} <= set(columns)
     steps = columns["trainer/global_step"]
-    assert steps == sorted(steps) and steps[-1] == 5
+    assert steps == sorted(steps) and steps[-1] == 9
     assert columns["_step"] == sorted(set(columns["_step"]))
     for method, row in result.table.methods.items():
         for name, metric in row.items():

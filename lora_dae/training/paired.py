@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lora_dae.config import EnhancementConfig
 from lora_dae.diffusion import add_noise, alpha_sigma, half_log_snr, is_sigma_space, predict_x0
-from lora_dae.enhancement.bands import local_log_energy, split_bands
+from lora_dae.enhancement.bands import local_log_energy, noise_variances, split_bands
 from lora_dae.enhancement.gates import WINDOW
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.sampling.loop import Conditions, Guidance, predict
@@ -26,8 +26,10 @@ from lora_dae.sampling.loop import Conditions, Guidance, predict
 Photos = Callable[[list[int]], tuple[Tensor, Tensor | None]]
 Decode = Callable[[Tensor], Tensor]
 Gather = Callable[[Tensor], Tensor]
+# Constants, not the batch's own sizes, so that any number of processes trains the same.
+_FIDELITY_WEIGHT = 20.0  # bands of photos in [-1, 1] are about 0.05 large
 _ENERGY_WEIGHT = 0.05  # of local log energies: L1 alone would rather blur what it cannot place
-_EDGE_WEIGHT = 0.5
+_EDGE_WEIGHT = 10.0
 LATE = 0.4  # share of the timesteps, from the clean end, whose predictions a decoder sees
 
 
@@ -86,7 +88,7 @@ def texture_loss(
     draws: PairedDraws,
     gather: Gather = lambda own: own,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, the same without the module): errors of x0's bands, each in units of the band's energy.
+    """(loss, the same without the module): errors of x0's bands, each in units of white noise.
 
     The network sees the right source always: gates must learn to tell a wrong one from the image itself.
     """
@@ -95,11 +97,11 @@ def texture_loss(
     x0, alpha, sigma = _predicted(unet, scheduler, batch, null_text, draws)
     given = swapped(batch["source"], draws.wrong, draws.turn, gather)
     edited = x0 + module.blend(x0, given, alpha, sigma, draws.step_size, draws.first_order).delta
-    energies = [band.square().mean() + 1e-6 for band in split_bands(gather(clean), module.levels)[0]]
 
     def error(x: Tensor) -> Tensor:
         bands = split_bands(x - clean, module.levels)[0]
-        return torch.stack([b.square().mean() / e for b, e in zip(bands, energies, strict=True)]).sum()
+        variances = noise_variances(module.levels)
+        return torch.stack([b.square().mean() / v for b, v in zip(bands, variances, strict=True)]).sum()
 
     return error(edited), error(x0)
 
@@ -124,7 +126,7 @@ def refining_loss(
     if source is None:
         with torch.no_grad():
             decoded = decode(clean).float()
-        return decoder_loss(module, decoded, real, None, gather)
+        return decoder_loss(module, decoded, real, None)
     given = swapped(batch["source"], draws.wrong, draws.turn, gather)
     with torch.no_grad():
         x0, alpha, sigma = _predicted(unet, scheduler, batch, null_text, draws)
@@ -133,7 +135,7 @@ def refining_loss(
         predicted, decoded = decode(torch.cat([x0, clean])).float().chunk(2)
     # Reconstructions without a source keep the stage right for text alone.
     shown = swapped(source, draws.wrong, draws.turn, gather)
-    return decoder_loss(module, predicted, real, shown, gather) + decoder_loss(module, decoded, real, None, gather)
+    return decoder_loss(module, predicted, real, shown) + decoder_loss(module, decoded, real, None)
 
 
 @torch.no_grad()
@@ -150,25 +152,16 @@ def _predicted(
     return predict_x0(guided, noisy, alpha, sigma, prediction_type, is_sigma_space(scheduler)), alpha, sigma
 
 
-def decoder_loss(
-    module: EnhancementModule,
-    decoded: Tensor,
-    real: Tensor,
-    source: Tensor | None,
-    gather: Gather = lambda own: own,
-) -> Tensor:
-    """Band errors (L1, in units of each band's size), local log energies, edges; images (B, 3, H, W) in [0, 1]."""
+def decoder_loss(module: EnhancementModule, decoded: Tensor, real: Tensor, source: Tensor | None) -> Tensor:
+    """L1 of the bands, of their local log energies and of edges; images (B, 3, H, W) in [0, 1]."""
     assert module.decoder is not None
     x, target = decoded * 2 - 1, real * 2 - 1
     edited = x + module.decoder(x, None if source is None else source * 2 - 1).delta
     bands, true = (split_bands(image, module.levels)[0] for image in (edited, target))
-    everyone = gather(target)
-    sizes = [band.abs().mean() + 1e-4 for band in split_bands(everyone, module.levels)[0]]
-    fidelity = torch.stack([(b - t).abs().mean() / s for b, t, s in zip(bands, true, sizes, strict=True)]).sum()
+    fidelity = torch.stack([(b - t).abs().mean() for b, t in zip(bands, true, strict=True)]).sum()
     energy = (local_log_energy(bands) - local_log_energy(true)).abs().mean()
     edges = (gradient_magnitude(edited) - gradient_magnitude(target)).abs().mean()
-    edges = edges / (gradient_magnitude(everyone).mean() + 1e-4)
-    return fidelity + _ENERGY_WEIGHT * energy + _EDGE_WEIGHT * edges
+    return _FIDELITY_WEIGHT * fidelity + _ENERGY_WEIGHT * energy + _EDGE_WEIGHT * edges
 
 
 def gradient_magnitude(x: Tensor) -> Tensor:
