@@ -113,7 +113,7 @@ def _text(work: Path, weights: Path, rows: dict[str, dict[str, float]]) -> str:
             "  mannequins and models in solid cloth and coarse patterns. UNet, text encoder and autoencoder.",
             f"* {recipe.TARGET_TRAIN:,} TARGET pairs of the procedural studio: autoencoder only, never the UNet.",
             "* about 4,500 garment photos of github.com/alexeygrigorev/clothing-dataset (CC0-1.0), at 128 pixels:",
-            "  18 % of the autoencoder's and 8 % of the UNet's batches.",
+            "  18 % of the autoencoder's and 8 to 12 % of the UNet's batches.",
             "",
             "License of the weights: Apache-2.0. Made by `make backbone`.",
             "",
