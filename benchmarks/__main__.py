@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from benchmarks.timing import interleaved, show
 from lora_dae.adapter.inject import inject
 from lora_dae.backbone.attention import choose_attention
 from lora_dae.backbone.load import load_backbone
@@ -28,21 +24,6 @@ from lora_dae.config import AdapterConfig, BackboneConfig
 from lora_dae.data.studio.attributes import draw_look
 from lora_dae.data.studio.scene import photo
 from lora_dae.enhancement.module import EnhancementModule
-
-console = Console()
-
-
-def interleaved(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of each function, run in turns so that drift hits all alike; one warm-up each."""
-    for f in functions.values():
-        f()
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, f in functions.items():
-            start = time.perf_counter()
-            f()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def studio_unet() -> UNet2DConditionModel:
@@ -122,12 +103,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks.json"))
     args = parser.parse_args()
     results = {**training(args.repeats), **enhancement(args.repeats), **rendering(40)}
-    table = Table("measured", "value")
-    for name, value in results.items():
-        table.add_row(name, f"{value:.3f}")
-    console.print(table)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    show(results, args.output)
 
 
 if __name__ == "__main__":

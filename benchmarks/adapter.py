@@ -12,7 +12,6 @@ weights at latents of 32 x 32 and 64 x 64 (``--models``; 5 GB of memory and minu
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -24,9 +23,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging
 from rich.console import Console
-from rich.table import Table
 
 import lora_dae
+from benchmarks.timing import show
 from lora_dae.adapter.files import save_adapter
 from lora_dae.adapter.inject import inject
 from lora_dae.backbone.layout import CONFIGS, STUDIO
@@ -152,12 +151,7 @@ def main() -> None:
     results: dict[str, float] = {}
     for model in args.models:
         results |= measure(model, args.steps, args.repeats, device, dtype)
-    table = Table("measured", "value")
-    for name, value in results.items():
-        table.add_row(name, f"{value:.3f}")
-    console.print(table)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    show(results, args.output)
 
 
 if __name__ == "__main__":

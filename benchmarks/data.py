@@ -13,7 +13,6 @@ without one, its row is left out and said.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -26,11 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.models import AutoencoderKL
-from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.__main__ import console, interleaved, training
+from benchmarks.__main__ import training
+from benchmarks.timing import console, interleaved, show
 from lora_dae.backbone.layout import CONFIGS
 from lora_dae.backbone.load import load_backbone
 from lora_dae.config import BackboneConfig, DataConfig
@@ -178,12 +177,7 @@ def main() -> None:
         results = decode(args.photos, Path(work), args.count, args.repeats)
         results |= cached(args.photos, Path(work), args.count, args.repeats)
         results |= building(args.photos, Path(work), min(args.count, 64))
-    table = Table("measured", "value")
-    for name, value in results.items():
-        table.add_row(name, f"{value:.3f}")
-    console.print(table)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    show(results, args.output)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.__main__ import console, interleaved
+from benchmarks.timing import console, interleaved
 from lora_dae.evaluation import folders
 from lora_dae.evaluation.features import load_features, stack_images
 from lora_dae.evaluation.measure import BATCH

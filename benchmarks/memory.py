@@ -7,7 +7,6 @@ of the optimizer, by the kernel's own mark (Linux). Beside it the same step coun
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import sys
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.timing import show
 from lora_dae.cli import typed
 from lora_dae.config import Config, conf_dir, register
 
@@ -112,12 +111,7 @@ def main() -> None:
         "planned / counted": plan / counted,
         "planned / process": plan / real["second"],
     }
-    table = Table("measured", "value")
-    for name, value in results.items():
-        table.add_row(name, f"{value:.3f}")
-    console.print(table)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    show(results, args.output)
 
 
 if __name__ == "__main__":

@@ -26,18 +26,17 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from benchmarks.timing import console, interleaved, timings
 from lora_dae.adapter.inject import inject
 from lora_dae.backbone.attention import choose_attention
 from lora_dae.backbone.load import load_backbone
 from lora_dae.config import AdapterConfig, BackboneConfig
 
-console = Console()
 RANK = 16
 EXAMPLE = ["to_k", "to_q", "to_v", "to_out.0"]
 ROWS = (
@@ -153,27 +152,17 @@ def rates() -> dict[str, float]:
     a = torch.randn(2048, 2048, dtype=torch.bfloat16)
     x = torch.randn(16, 128, 32, 32, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     w = torch.randn(128, 128, 3, 3, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    seconds, _ = interleaved({"matmul": lambda: a @ a, "conv": lambda: functional.conv2d(x, w, padding=1)}, 9)
+    seconds = interleaved({"matmul": lambda: a @ a, "conv": lambda: functional.conv2d(x, w, padding=1)}, 9)
     flops = {"matmul": 2 * 2048**3, "conv": 2 * 16 * 32 * 32 * 128 * 128 * 9}
     return {f"{name}_gflops": flops[name] / seconds[name] / 1e9 for name in flops}
 
 
-def interleaved(functions: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds and the spread (half the interquartile range over the median), run in turns after a warm-up."""
-    for f in functions.values():
-        f()
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
-        for name, f in functions.items():
-            start = time.perf_counter()
-            f()
-            times[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(t) for name, t in times.items()}
-    spread = {}
-    for name, t in times.items():
-        low, _, high = statistics.quantiles(t, n=4) if len(t) > 1 else (t[0], t[0], t[0])
-        spread[name] = (high - low) / 2 / median[name]
-    return median, spread
+def half_range(times: list[float]) -> float:
+    """Half the interquartile range; 0 for a single time."""
+    if len(times) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(times, n=4)
+    return (high - low) / 2
 
 
 def memory(name: str, options: list[str]) -> float:
@@ -201,7 +190,9 @@ def main() -> None:
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
     rows = list(dict.fromkeys(["floor", *args.rows]))
-    seconds, spread = interleaved({name: row(name, parts) for name in rows}, args.repeats)
+    times = timings({name: row(name, parts) for name in rows}, args.repeats)
+    seconds = {name: statistics.median(t) for name, t in times.items()}
+    spread = {name: half_range(t) / seconds[name] for name, t in times.items()}
     sizes = ["--model", args.model, "--batch", str(args.batch), "--size", str(args.size)]
     peaks = {name: memory(name, sizes) for name in rows} if args.memory else {}
     title = f"{args.model}, batch {args.batch}, {args.size} x {args.size} latents, {torch.get_num_threads()} threads"

@@ -65,9 +65,10 @@ def config(work: Path, name: str, overrides: list[str]) -> Config:
 
 def trained(work: Path, name: str, overrides: list[str]) -> LoadedRun:
     """The finished run of this name, trained if it is not there."""
-    if not (work / name / "adapter" / "README.md").is_file():
+    done = work / name / "trained"  # the adapter's folder is there before it is whole
+    if not done.is_file():
         train(config(work, name, overrides))
-        (work / name / "adapter" / "README.md").touch()
+        done.touch()
     return load_run(work / name, best_device())
 
 

@@ -10,7 +10,7 @@ without a source (text alone) the gain is all that acts.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -78,20 +78,9 @@ class EnhancementModule(nn.Module):
         """Whether any part works in the reverse step."""
         return self.gain is not None or self.texture is not None
 
-    def forward(
-        self,
-        x0: Tensor,
-        x0_cond: Tensor,
-        sample: Tensor,
-        alpha: Level,
-        sigma: Level,
-        h: Level,
-        first_order: Level = 1.0,
-        direction: bool = False,
-        source: Tensor | None = None,
-    ) -> Tensor:
-        """The delta to add to ``x0`` (or, with ``direction``, the gain's to the predicted noise); see ``evaluate``."""
-        return self.evaluate(x0, x0_cond, sample, alpha, sigma, h, first_order, direction, source).delta
+    def forward(self, *inputs: Any, **options: Any) -> Tensor:
+        """The delta to add to ``x0`` (or, with ``direction``, the gain's to the predicted noise), as ``evaluate``."""
+        return self.evaluate(*inputs, **options).delta
 
     def evaluate(
         self,
