@@ -56,8 +56,12 @@ class Diagnosis:
         sentences = []
         for name, ratios in self.energy.items():
             said = [f"{band} {ratio:.2f}" for band, ratio in zip(BANDS, ratios[-1], strict=True)]
-            worst = min(ratios[-1])
-            what = "lacks texture" if worst < 0.9 else "has too much" if max(ratios[-1]) > 1.1 else "is right"
+            few = [band for band, ratio in zip(BANDS, ratios[-1], strict=True) if ratio < 0.9]
+            many = [band for band, ratio in zip(BANDS, ratios[-1], strict=True) if ratio > 1.1]
+            found = [f"lacks texture ({', '.join(few)})"] * bool(few) + [f"has too much ({', '.join(many)})"] * bool(
+                many
+            )
+            what = " and ".join(found) or "is right"
             sentences.append(f"{name}: final energy over that of real photos {', '.join(said)}: {what}.")
         if self.confidence is not None:
             on, beside = self.confidence["garment"], self.confidence["beside"]
