@@ -42,7 +42,7 @@ backbone: $(READY) ## train the shipped studio backbone anew (hours; resumes whe
 
 .PHONY: classifier
 classifier: $(READY) ## train the shipped attribute classifier anew
-	$(BIN)/python -m lora_dae.evaluation.classifier_recipe $(ARGS)
+	$(BIN)/python -m lora_dae.evaluation.attributes.recipe $(ARGS)
 
 .PHONY: bench
 bench: $(READY) ## measure speed and size

@@ -61,31 +61,43 @@ def training(repeats: int, kernels: tuple[str, ...] = ("fused", "peft")) -> dict
 
 
 def enhancement(repeats: int) -> dict[str, float]:
-    """The module against one UNet call, on the studio's latents and on SD 1.5's (random weights)."""
+    """All that acts on latents against one UNet call, on the studio's latents and on SD 1.5's (random weights).
+
+    With guidance a sampling step has two such calls, so its share is half of this.
+    """
     result = {}
     sd15 = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
     cases: dict[str, tuple[UNet2DConditionModel, tuple[int, ...], int]] = {
         "studio": (studio_unet(), (32, LATENT_CHANNELS, 32, 32), 32),
         "sd15": (sd15.to(memory_format=torch.channels_last), (1, 4, 64, 64), 77),  # type: ignore[call-overload]
     }
-    module = EnhancementModule()
-    torch.nn.init.normal_(module.gain.output.weight, std=0.1)
     for name, (unet, shape, length) in cases.items():
         unet.requires_grad_(False).eval()
         x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
         text = torch.randn(shape[0], length, unet.config["cross_attention_dim"])
-        conditional = x + 0.1 * torch.randn_like(x)
+        conditional, source = (x + 0.1 * torch.randn_like(x) for _ in range(2))
+        module = EnhancementModule(source_channels=shape[1])
 
         def network(unet: UNet2DConditionModel = unet, x: Tensor = x, text: Tensor = text) -> None:
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 unet(x, 500, text)
 
-        def gates(x: Tensor = x, conditional: Tensor = conditional) -> None:
-            with torch.no_grad():
-                module(x, conditional, x, 0.7, 0.714, 0.3)
+        tensors = (x, conditional, x)
 
-        seconds = interleaved({"unet": network, "gates": gates}, repeats if name == "studio" else 3)
-        result[f"enhancement_share_{name}"] = seconds["gates"] / seconds["unet"]
+        def gain(module: EnhancementModule = module, tensors: tuple[Tensor, ...] = tensors) -> None:
+            with torch.no_grad():
+                module(*tensors, 0.7, 0.714, 0.3)
+
+        def full(
+            module: EnhancementModule = module, tensors: tuple[Tensor, ...] = tensors, source: Tensor = source
+        ) -> None:
+            with torch.no_grad():
+                module(*tensors, 0.7, 0.714, 0.3, source=source)
+
+        functions = {"unet": network, "gain": gain, "full": full}
+        seconds = interleaved(functions, repeats if name == "studio" else 3)
+        for part in ("gain", "full"):
+            result[f"enhancement_share_{name}_{part}"] = seconds[part] / seconds["unet"]
     return result
 
 

@@ -17,9 +17,9 @@ from PIL import Image
 
 from benchmarks.timing import console, interleaved
 from lora_dae.evaluation import folders
-from lora_dae.evaluation.features import load_features, stack_images
-from lora_dae.evaluation.measure import BATCH
-from lora_dae.evaluation.observe import Batch, Meters, observe
+from lora_dae.evaluation.metrics.features import load_features, stack_images
+from lora_dae.evaluation.metrics.measure import BATCH
+from lora_dae.evaluation.metrics.observe import Batch, Meters, observe
 
 
 def write_pictures(folder: Path, count: int, size: int) -> None:

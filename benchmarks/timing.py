@@ -12,11 +12,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lora_dae.backbone.allocator import keep_freed_memory
+
 console = Console()
 
 
 def timings(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each function's runs, in turns so that drift hits all alike; one warm-up each."""
+    keep_freed_memory()  # as the commands do
     for f in functions.values():
         f()
     times: dict[str, list[float]] = {name: [] for name in functions}

@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from lora_dae.backbone.allocator import keep_freed_memory
 from lora_dae.config import Config, ConfigError, conf_dir, from_dict, register
 from lora_dae.sweep.launcher import InterruptedSweepError
 from lora_dae.sweep.name import register_sweep_name
@@ -41,6 +42,7 @@ def _one_sentence(command: Callable[[DictConfig], Any]) -> Callable[[DictConfig]
         from lora_dae.training.stages import InterruptedRunError
         from lora_dae.training.together import PeerFailedError
 
+        keep_freed_memory()
         try:
             return command(cfg)
         except ConfigError as error:

@@ -19,6 +19,8 @@ from lora_dae.config import (
     EvaluationConfig,
 )
 
+MOST_STEPS = 999  # of the 1000 timesteps that Stable Diffusion is trained on; solvers begin one further
+
 
 def check(cfg: Config) -> None:
     """Every rule over the config alone; raises ConfigError before any weight is loaded."""
@@ -121,6 +123,22 @@ def check(cfg: Config) -> None:
             f"enhancement.placement=direction edits DDIM's direction term, which sampling.scheduler="
             f"{cfg.sampling.scheduler} does not have: use ddim, or placement=prediction."
         )
+    if cfg.enhancement.placement == "direction" and cfg.enhancement.enabled and not cfg.enhancement.gain:
+        raise ConfigError("enhancement.placement=direction edits by the gain, which enhancement.gain=false leaves out.")
+    for name, least, most in (("guidance_range", 0, math.inf), ("steps_range", 2, MOST_STEPS)):
+        given = getattr(cfg.enhancement, name)
+        if len(given) != 2 or not least <= given[0] <= given[1] <= most:
+            raise ConfigError(
+                f"enhancement.{name}={list(given)}: give two numbers, from {least} on, the smaller first."
+            )
+    if cfg.sampling.num_inference_steps > MOST_STEPS:
+        raise ConfigError(
+            f"sampling.num_inference_steps={cfg.sampling.num_inference_steps} are more than there are timesteps to "
+            f"choose from: give at most {MOST_STEPS}."
+        )
+    interval = cfg.trainer.get("val_check_interval")
+    if interval is not None and interval < 1:
+        raise ConfigError(f"trainer.val_check_interval={interval} counts steps here: give a whole number from 1 on.")
     if int(cfg.trainer.get("max_steps", 1)) < 1:
         raise ConfigError(f"trainer.max_steps={cfg.trainer['max_steps']} is below 1: give at least 1.")
 

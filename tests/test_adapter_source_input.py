@@ -182,6 +182,17 @@ def test_files_of_its_own_restore_it_beside_the_adapter(adapter_first: bool, tmp
     assert torch.equal(weight, get_source_input(unet).conv.weight)
 
 
+def test_a_folder_may_have_a_dot_in_its_name(tmp_path: Path) -> None:
+    unet, folder = with_source(tiny_unet()), tmp_path / "v1.5"
+    folder.mkdir()
+    inject(unet, ADAPTER)
+    assert save_adapter(unet, folder).parent == save_source_input(unet, folder).parent == folder
+    fresh = tiny_unet()
+    load_source_input(fresh, folder)
+    load_adapter(fresh, folder)
+    assert torch.equal(predict(fresh.eval(), channels=8), predict(unet.eval(), channels=8))
+
+
 def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="There is no source input at"):
         load_source_input(tiny_unet(), tmp_path)

@@ -67,6 +67,15 @@ def test_the_choice_is_remembered(unet: UNet2DConditionModel, tmp_path: Path, mo
         choose_attention(unet, torch.float32, (3, 8, 8, 8), 16, memory=memory)
 
 
+def test_timing_leaves_the_global_generator_alone(unet: UNet2DConditionModel) -> None:
+    """Else a seed's weights would depend on whether the choice was remembered."""
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    choose_attention(unet, torch.float32, LATENTS, 16)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_an_unknown_setting_is_refused(unet: UNet2DConditionModel) -> None:
     with pytest.raises(ConfigError, match="flash is unknown"):
         choose_attention(unet, torch.float32, LATENTS, 16, "flash")

@@ -114,6 +114,16 @@ def test_zero_terminal_snr(folders: dict[str, Path]) -> None:
         inspect_backbone(config(folders["sd15"], zero_terminal_snr=True))
 
 
+def test_zero_terminal_snr_can_be_switched_off(tmp_path: Path) -> None:
+    """Then the last level is that of Stable Diffusion's own betas: about 0.0047 of the signal's power is left."""
+    path = write_backbone(tmp_path / "sd21", "sd21", "v_prediction")
+    file = path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rescale_betas_zero_snr": True}))
+    assert float(load_backbone(config(path)).scheduler.alphas_cumprod[-1]) == 0
+    plain = load_backbone(config(path, zero_terminal_snr=False)).scheduler
+    assert float(plain.alphas_cumprod[-1]) == pytest.approx(0.00466, abs=1e-5)
+
+
 def test_markers_in_a_checkpoint_set_v_prediction(folders: dict[str, Path], tmp_path: Path) -> None:
     marked = {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}
     file = write_single_file(tmp_path / "x.safetensors", folders["sdxl"], marked)

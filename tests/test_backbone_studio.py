@@ -13,9 +13,9 @@ from lora_dae.backbone.studio.autoencoder import fidelity
 from lora_dae.config import BackboneConfig
 from lora_dae.data.studio.attributes import draw_look
 from lora_dae.data.studio.scene import Photo, photo
-from lora_dae.evaluation.attributes import load_embedded
-from lora_dae.evaluation.classifier_recipe import words
-from lora_dae.evaluation.features import stack_images
+from lora_dae.evaluation.attributes.classifier import load_embedded
+from lora_dae.evaluation.attributes.recipe import words
+from lora_dae.evaluation.metrics.features import stack_images
 
 FIRST = 30_000_000  # indices that no split uses
 

@@ -103,6 +103,7 @@ def test_other_settings_than_the_runs_own_get_a_folder_of_their_own(tmp_path: Pa
     assert folder() == folder(f"guidance_scale={cfg.sampling.guidance_scale}") == tmp_path
     assert folder("guidance_scale=1.4") == tmp_path / "evaluations" / "guidance_scale=1.4"
     assert folder("split=val", "seed=3").name == "split=val,seed=3"
+    assert folder("controls=false").name == "controls=false"  # as it is typed
     assert folder("lpips=some/where/alex.safetensors").name == "lpips=alex"  # no path becomes folders
     long = [f"{key}={'x' * 60}" for key in ("dinov2", "cmmd")]
     assert folder(*long) != folder(*long[:1], "cmmd=other") and len(folder(*long).name) < 120
@@ -116,6 +117,8 @@ def test_other_settings_than_the_runs_own_get_a_folder_of_their_own(tmp_path: Pa
         (("images=a",), "images= needs reference="),
         (("run=a", "reference=b"), "reference belongs to images=, not to run="),
         (("images=a", "reference=b", "strength=1"), "strength belongs to run=, not to images="),
+        (("images=a", "reference=b", "sampling_method=pag"), "sampling_method belongs to run="),
+        (("runs=[a,b]", "sampling_method=pag"), "sampling_method belongs to run=, not to runs="),
         (("images=a", "reference=b", "clip=c"), "clip needs prompts"),
         (("runs=[a,b]", "paired=true"), "paired belongs to images="),
         (("run=a", "split=train"), "split=train is unknown"),

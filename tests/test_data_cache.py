@@ -94,7 +94,7 @@ def test_without_a_cache_batches_are_the_same_to_half_precision(tmp_path: Path) 
     live = LivePairs(pairs, encoders.encode_images, encoders.encode_text, masks=True, views=True)
     for numbers in ([0, 1, 2], [40, 121, 82]):  # 40 + 0: the first sample in the second pass
         one, two = cached.__getitems__(numbers), live.__getitems__(numbers)
-        assert one.keys() == two.keys()
+        assert one.keys() == two.keys() and "mirrored" in two
         for name in one:
             torch.testing.assert_close(one[name], two[name], atol=0, rtol=1e-3)
 
@@ -182,6 +182,7 @@ def test_passes_show_every_caption_and_both_orientations_in_turn(tmp_path: Path)
         for view in shown:  # the source goes the way of its image
             same = torch.equal(view["latent_mean"], plain[index]["latent_mean"])
             assert torch.equal(view["source"], plain[index]["source"]) == same
+            assert bool(view["mirrored"]) != same
     assert len({int(cache[index]["text"][0, 0]) for index in range(5)}) > 1  # not all begin with the first
 
 

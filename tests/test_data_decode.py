@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from lora_dae.config import ConfigError
-from lora_dae.data.catalog import Catalog, difference_hash, examine
+from lora_dae.data.catalog import Catalog, Facts, difference_hash, examine
 from lora_dae.data.decode import BadImageError, check_background, decode, open_image, remarks
 from lora_dae.data.entry import FileBlob, RowBlob, pixels_as_file
 
@@ -31,12 +31,18 @@ def noise(width: int = 24, height: int = 16) -> Image.Image:
 
 
 def test_exif_turns_the_photo() -> None:
-    for turn, undone in ((3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_270)):
+    """A TIFF, which Pillow turns by itself, once and not twice."""
+    for format, turn, undone in (
+        ("PNG", 3, Image.Transpose.ROTATE_180),
+        ("PNG", 6, Image.Transpose.ROTATE_270),
+        ("TIFF", 6, Image.Transpose.ROTATE_270),
+    ):
         exif = Image.Exif()
         exif[0x0112] = turn
-        got = decode(encoded(noise(), exif=exif))
+        data = encoded(noise(), format, exif=exif)
+        got = decode(data)
         np.testing.assert_array_equal(np.asarray(got), np.asarray(noise().transpose(undone)))
-        facts = examine(RowBlob("x", "1", lambda exif=exif: encoded(noise(), exif=exif)))
+        facts = examine(RowBlob("x", "1", lambda data=data: data))
         assert (facts.width, facts.height) == got.size
 
 
@@ -205,6 +211,13 @@ def test_a_file_that_could_not_be_read_is_asked_for_again(tmp_path: Path) -> Non
     blobs = [RowBlob("photo", "1", fails)]
     assert Catalog(tmp_path).facts(blobs)[0].reason == "cannot be read (Input/output error)"
     blobs = [RowBlob("photo", "1", lambda: encoded(noise()))]
+    assert (Catalog(tmp_path).facts(blobs)[0].width, Catalog(tmp_path).facts(blobs)[0].reason) == (24, "")
+
+
+def test_a_file_that_an_older_pillow_could_not_read_is_looked_at_again(tmp_path: Path) -> None:
+    blobs = [RowBlob("photo", "1", lambda: encoded(noise()))]
+    older = Catalog(tmp_path, lambda blob: Facts("digest", reason="cannot be read as an image"))
+    assert older.facts(blobs)[0].reason
     assert (Catalog(tmp_path).facts(blobs)[0].width, Catalog(tmp_path).facts(blobs)[0].reason) == (24, "")
 
 

@@ -146,7 +146,7 @@ def test_max_images_takes_the_first(tiny_folder: Path) -> None:
     assert sorted(e.id for split in splits.values() for e in split.entries) == [f"00{i}.png" for i in range(5)]
 
 
-def test_fingerprint_follows_photo_caption_and_resolution(tmp_path: Path) -> None:
+def test_fingerprint_follows_photo_caption_resolution_and_mirroring(tmp_path: Path) -> None:
     write_photos(tmp_path, 3)
 
     def fingerprint(resolution: int = 32) -> str:
@@ -165,7 +165,9 @@ def test_fingerprint_follows_photo_caption_and_resolution(tmp_path: Path) -> Non
     metadata = tmp_path / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace('"text": "a', '"text": "my'))
     seen.add(fingerprint())
-    assert len(seen) == 4
+    metadata.write_text(metadata.read_text().replace('"category"', '"mirror": false, "category"'))
+    seen.add(fingerprint())
+    assert len(seen) == 5
 
 
 def test_no_root_and_a_root_that_is_not_there(tmp_path: Path) -> None:

@@ -158,6 +158,14 @@ def test_webdataset_tars_of_others(tmp_path: Path) -> None:
         read_entries(cfg)
 
 
+def test_webdataset_folders_may_name_the_splits(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        tar_of(tmp_path / "tars" / split / "0000.tar", {"0.png": encoded((9, 9, 9)), "0.txt": split.encode()})
+    found = read_entries(config("webdataset", tmp_path / "tars", tmp_path / "cache"))
+    assert [(entry.split, entry.caption) for entry in found] == [("test", "test"), ("train", "train")]
+    assert len({entry.id for entry in found}) == len({entry.group_id for entry in found}) == 2
+
+
 def viton_tree(root: Path) -> None:
     """Two persons; the second column names another garment, as in the published lists."""
     for name in ("00006_00", "00008_00"):
@@ -181,6 +189,13 @@ def test_viton_hd_ignores_the_second_column(tmp_path: Path) -> None:
     assert first.captions == ("red top, v neck, cotton",)
     assert second.captions == ("model is wearing a long sleeve shirt",)
     assert first.split == "train" and first.group_id == "00006"
+
+
+def test_viton_hd_captions_may_be_texts_instead_of_phrases(tmp_path: Path) -> None:
+    viton_tree(tmp_path)
+    (tmp_path / "captions.json").write_text(json.dumps({"00006": "red top", "00008": "blue top"}))
+    found = read_entries(config("viton_hd", tmp_path, tmp_path / "cache"))
+    assert [entry.caption for entry in found] == ["red top", "blue top"]
 
 
 def dress_code_tree(root: Path) -> None:
@@ -315,6 +330,22 @@ def test_hub_tables_keep_their_splits_and_class_names(tmp_path: Path) -> None:
     assert entries[1].attributes == {"category": "dress"}
     splits = load_photos(config("hf", tmp_path, tmp_path.parent / "cache"))
     assert {entry.split for entry in splits["test"].entries} == {"val"} and len(splits["test"]) == 2
+
+
+def test_hub_folders_may_name_the_splits_and_other_splits_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        rows = [{"image": Image.new("RGB", (8, 8)), "text": split}]
+        datasets.Dataset.from_list(rows, features=kinds).to_parquet(tmp_path / "data" / split / "0000.parquet")
+    found = read_entries(config("hf", tmp_path / "data", tmp_path / "cache"))
+    assert sorted((entry.split, entry.caption) for entry in found) == [("test", "test"), ("train", "train")]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: {"holdout": None})
+    with pytest.raises(ConfigError, match="has a split holdout") as caught:
+        read_entries(DataConfig(name="hf", root="owner/name"))
+    assert "\n" not in str(caught.value)
 
 
 def test_hub_ids_may_name_a_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 import tracemalloc
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -15,7 +18,10 @@ from conftest import write_photos
 
 from lora_dae.config import ConfigError, DataConfig
 from lora_dae.data.__main__ import data_config
+from lora_dae.data.catalog import examine
+from lora_dae.data.entry import Entry, RowBlob, pixels_as_file
 from lora_dae.data.formats import shards
+from lora_dae.data.photos import Fit, PhotoPairs
 from lora_dae.data.sources import load_photos, load_splits
 
 
@@ -63,6 +69,19 @@ def test_object_storage_and_webdataset_read_the_same(written: Path) -> None:
     assert [row["text"] for row in words] == [near[i].caption for i in range(len(near))]
     photo = next((written / "photos").rglob(words[0]["id"]))
     assert samples[0]["png"] == photo.read_bytes()  # files as they are
+
+
+def test_what_may_not_be_mirrored_stays_so_and_raw_pixels_become_png(tmp_path: Path) -> None:
+    pixels = [np.random.default_rng(k).integers(0, 256, (32, 32, 3), dtype=np.uint8) for k in range(2)]
+    blobs = [RowBlob(str(k), "1", partial(pixels_as_file, pixels[k])) for k in range(2)]
+    entries = [Entry(str(k), str(k), ("a hat",), blobs[k], mirror=k == 1) for k in range(2)]
+    pairs = PhotoPairs(entries, [{"image": examine(blob)} for blob in blobs], Fit(32))
+    shards.write(dict.fromkeys(("train", "val", "test"), pairs), tmp_path)
+    after = load_splits(replace(config(tmp_path), flip=True))["train"]
+    assert [after[k].mirror for k in range(2)] == [False, True]
+    assert all(np.array_equal(after[k].image, pixels[k]) for k in range(2))
+    with tarfile.open(tmp_path / "train-000000.tar") as tar:
+        assert {name.partition(".")[2] for name in tar.getnames()} == {"png", "json"}
 
 
 def test_ten_million_records_open_at_once_and_small(tmp_path: Path) -> None:

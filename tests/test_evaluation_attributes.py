@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from lora_dae.config import ConfigError
-from lora_dae.evaluation.attributes import AttributeClassifier, load_classifier
-from lora_dae.evaluation.attributes_fit import augment, fit_classifier
+from lora_dae.evaluation.attributes.classifier import AttributeClassifier, load_classifier
+from lora_dae.evaluation.attributes.fit import augment, fit_classifier
 
 CLASSES = {"color": ["red", "blue"], "pattern": ["plain", "stripes"]}
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_dae.evaluation.examples import PictureGrid, PictureRow
-from lora_dae.evaluation.report import Page, write_page
-from lora_dae.evaluation.table import MetricValue, Protocol, ResultsTable
+from lora_dae.evaluation.report.examples import PictureGrid, PictureRow
+from lora_dae.evaluation.report.page import Page, write_page
+from lora_dae.evaluation.report.table import MetricValue, Protocol, ResultsTable
 
 CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: the page was NOT tested")

@@ -9,9 +9,9 @@ import pytest
 from scipy.stats import permutation_test
 
 from lora_dae.config import ConfigError
-from lora_dae.evaluation.agreement import krippendorff_alpha
-from lora_dae.evaluation.compare import compare_paired, holm, sign_flip_p
-from lora_dae.evaluation.preference import Vote, davidson, judged_win_rates, strengths, win_rates
+from lora_dae.evaluation.statistics.agreement import krippendorff_alpha
+from lora_dae.evaluation.statistics.compare import compare_paired, holm, sign_flip_p
+from lora_dae.evaluation.statistics.preference import Vote, davidson, judged_win_rates, strengths, win_rates
 
 NAN = math.nan
 # Krippendorff 2011, section C: four observers, twelve units, missing values.

@@ -12,8 +12,8 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from lora_dae.config import ConfigError
-from lora_dae.evaluation import distances
-from lora_dae.evaluation.bootstrap import (
+from lora_dae.evaluation.metrics import distances
+from lora_dae.evaluation.statistics.bootstrap import (
     bootstrap_interval,
     bootstrap_weights,
     weighted_means,
@@ -62,6 +62,18 @@ def test_gram_matrix_and_covariances_give_the_same_frechet_distance() -> None:
     from_gram = distances.frechet_from_features(x, y)
     from_covariances = distances.frechet_distance(x.mean(0), torch.cov(x.T), y.mean(0), torch.cov(y.T))
     assert from_gram == pytest.approx(from_covariances, rel=1e-5)
+
+
+def test_few_images_against_many_need_no_inner_products_of_the_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 against 3,000 with 64 features: the closed form, with another way to the root of the covariances' product."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 64, generator=generator).double() * 1.3 + 0.2
+    y = torch.randn(3000, 64, generator=generator).double()
+    a, b = torch.cov(x.T), torch.cov(y.T)
+    roots = torch.linalg.eigvals(a @ b).real.clamp(min=0).sqrt()
+    expected = (x.mean(0) - y.mean(0)).square().sum() + a.trace() + b.trace() - 2 * roots.sum()
+    monkeypatch.delattr(distances, "gram")
+    assert distances.frechet_from_features(x, y) == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_weights_are_the_same_as_repeated_images() -> None:
@@ -156,6 +168,14 @@ def test_interval_of_a_frechet_distance_covers_its_spread() -> None:
         low, high = bootstrap_interval(value, replicates)
         widths.append((high - low) / (2 * 1.96))
     assert sum(widths) / 10 == pytest.approx(spread, rel=0.35)
+
+
+def test_a_replicate_without_a_value_does_not_make_the_interval_nan() -> None:
+    """A bootstrap sample that caught no image with a garment, say."""
+    known = torch.tensor([0.9, 1.1, 1.0, 1.3])
+    missing = torch.tensor([0.9, torch.nan, 1.1, 1.0, torch.nan, 1.3])
+    low, high = bootstrap_interval(1.0, missing)
+    assert low < 1.0 < high and (low, high) == bootstrap_interval(1.0, known)
 
 
 def test_bootstrap_weights_resample_n_images_and_repeat_by_seed() -> None:

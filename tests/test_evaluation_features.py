@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from lora_dae.config import ConfigError
-from lora_dae.evaluation.features import (
+from lora_dae.evaluation.metrics.features import (
     EffnetFeatures,
     FeatureExtractor,
     as_float_images,

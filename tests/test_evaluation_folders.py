@@ -177,6 +177,8 @@ def _one(a: Path, b: Path) -> None:
             r"real has two files called 05",
         ),
         (lambda a, b: None, ("resolution=8",), "resolution=8 is below 16"),
+        (lambda a, b: None, (f"lpips={__file__}",), "lpips compares pictures one by one: give paired=true"),
+        (lambda a, b: None, ("dists=true",), "dists compares pictures one by one: give paired=true"),
         (lambda a, b: None, ("reference=nowhere",), "reference=nowhere is no folder"),
     ],
 )  # fmt: skip
@@ -188,6 +190,29 @@ def test_what_would_mean_nothing_is_one_sentence(
         _evaluate(two, tmp_path / "out", *words)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_a_phones_portrait_counts_with_its_upright_size(tmp_path: Path) -> None:
+    """Stored lying down, with the turn in EXIF: as upright as the picture beside it, which was stored so."""
+    folder = _folder(tmp_path / "mixed", 0, 1, size=(30, 40))
+    turn = Image.Exif()
+    turn[0x0112] = 6
+    Image.fromarray(_picture(1, (40, 30))).save(folder / "01.jpg", exif=turn)
+    found = folders.scan("images", folder)
+    assert found.sizes == [(30, 40)] * 2 and found.size == (30, 40)
+    assert [picture.shape for picture in folders.read(found, [0, 1], None)] == [(40, 30, 3)] * 2
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_measured(
+    two: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(folder_run, "observe", measured)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file cannot be written"):
+        _evaluate(two, tmp_path / "file")
 
 
 def test_a_reference_that_was_trained_on_is_an_error_whatever_the_file_is_called(

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_dae.config import ConfigError
-from lora_dae.evaluation.attributes import AttributeClassifier
-from lora_dae.evaluation.features import FeatureExtractor
-from lora_dae.evaluation.measure import build_reference, evaluate_images
-from lora_dae.evaluation.table import paired_difference, verdict
+from lora_dae.evaluation.attributes.classifier import AttributeClassifier
+from lora_dae.evaluation.metrics.features import FeatureExtractor
+from lora_dae.evaluation.metrics.measure import build_reference, evaluate_images
+from lora_dae.evaluation.report.table import paired_difference, verdict
 
 
 class TinyFeatures(FeatureExtractor):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lora_dae.evaluation.controls import blurred, over_sharpened
-from lora_dae.evaluation.features import EffnetFeatures, stack_images
-from lora_dae.evaluation.pattern import CELLS, PatternDistance, _statistics, pattern_distance
+from lora_dae.evaluation.metrics.features import EffnetFeatures, stack_images
+from lora_dae.evaluation.metrics.pattern import CELLS, PatternDistance, _statistics, pattern_distance
 
 SIDE = 128
 

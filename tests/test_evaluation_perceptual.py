@@ -19,12 +19,14 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from lora_dae.config import ConfigError
 from lora_dae.data.pair import Pair
-from lora_dae.evaluation import controls, edges, run, texture
-from lora_dae.evaluation.clip_score import ClipScore
-from lora_dae.evaluation.color import ciede2000, color_difference, srgb_to_lab
-from lora_dae.evaluation.features import FeatureExtractor, stack_images
-from lora_dae.evaluation.perceptual import Lpips, ms_ssim
-from lora_dae.evaluation.table import MetricValue, Protocol, ResultsTable
+from lora_dae.evaluation import controls, run
+from lora_dae.evaluation.metrics import edges, texture
+from lora_dae.evaluation.metrics.clip_score import ClipScore
+from lora_dae.evaluation.metrics.color import ciede2000, color_difference, srgb_to_lab
+from lora_dae.evaluation.metrics.features import FeatureExtractor, stack_images
+from lora_dae.evaluation.metrics.observe import Batch, Meters, observe
+from lora_dae.evaluation.metrics.perceptual import Lpips, ms_ssim
+from lora_dae.evaluation.report.table import MetricValue, Protocol, ResultsTable
 from lora_dae.rules import check
 
 
@@ -71,8 +73,8 @@ def test_ms_ssim_is_torchmetrics_and_needs_its_size() -> None:
     pooled = multiscale_structural_similarity_index_measure(a, b, sigma=1.5, data_range=1.0)
     assert ms_ssim(a, b).mean().item() == pytest.approx(pooled.item(), rel=1e-5)
     assert ms_ssim(a, a).tolist() == pytest.approx([1, 1], abs=1e-5)
-    with pytest.raises(ConfigError, match="161 pixels"):
-        ms_ssim(a[..., :128, :128], b[..., :128, :128])
+    with pytest.raises(ConfigError, match="176 pixels"):
+        ms_ssim(a[..., :168, :168], b[..., :168, :168])
 
 
 # Sharma, Wu and Dalal 2005, table 1: pairs chosen to catch every wrong branch.
@@ -242,10 +244,20 @@ class _Filters(FeatureExtractor):
         return pooled, pooled.softmax(1)
 
 
+@pytest.mark.parametrize(("side", "there"), [(168, False), (176, True)])
+def test_ms_ssim_is_left_out_where_torchmetrics_has_no_fifth_scale(side: int, there: bool) -> None:
+    a = _photos(0, 2, side)
+    b = 0.7 * a + 0.3 * _photos(1, 2, side)
+    values = observe([Batch(a, b)], Meters((_Filters(),))).values
+    assert ("ms_ssim" in values) == there
+    if there:
+        expected = multiscale_structural_similarity_index_measure(a, b, sigma=1.5, data_range=1.0)
+        assert values["ms_ssim"].mean().item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_options_add_their_metrics_and_rows_and_say_what_cannot_be_had(
-    alexnet_file: Path, clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    alexnet_file: Path, clip_folder: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(run, "load_features", lambda name: _Filters())
     photos = (_photos(0, 4) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     mask = np.zeros((64, 64), np.uint8)
     mask[16:48, 16:48] = 255
@@ -257,7 +269,7 @@ def test_options_add_their_metrics_and_rows_and_say_what_cannot_be_had(
         cfg = config(tmp_path, tmp_path / "run", tmp_path / "cache", *overrides)
         check(cfg)
         extras = run.load_extras(cfg.evaluation, cfg.data.resolution, held_out.captions)
-        return run.measure_rows(cfg, rows, held_out, "test", extras)[0]
+        return run.measure_rows(cfg, rows, held_out, "test", _Filters(), extras)[0]
 
     with pytest.raises(ConfigError, match="evaluation.lpips=nowhere does not exist"):
         table("evaluation.lpips=nowhere")

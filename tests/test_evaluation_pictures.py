@@ -87,6 +87,7 @@ def test_methods_that_do_not_fit_are_told(tmp_path: Path) -> None:
     other_seed = _write(tmp_path / "c", [replace(i, seed=8) for i in _items()])
     fewer = _write(tmp_path / "d", _items(2))
     larger = _write(tmp_path / "e", size=20)
+    other_photo = _write(tmp_path / "g", [replace(i, real=_image(500)) for i in _items()])
     nothing = tmp_path / "f"
     nothing.mkdir()
     for specs, message in (
@@ -94,6 +95,7 @@ def test_methods_that_do_not_fit_are_told(tmp_path: Path) -> None:
         ([a, other_seed], "seed 8"),
         ([a, fewer], "has 2 pictures and a 3"),
         ([a, larger], "16 x 16, 20 x 20"),
+        ([a, other_photo], "another real photo for 0000"),
         ([a, a], "one name"),
         ([nothing], "neither a run nor"),
         ([tmp_path / "absent"], "does not exist"),
@@ -113,6 +115,8 @@ def test_broken_metadata_names_its_line(tmp_path: Path) -> None:
     for bad, message in (
         ("{", "line 2 is no JSON"),
         ('{"file_name": "0000.png"}', 'line 2 needs "file_name" and "text"'),
+        (json.dumps({"file_name": "0000.png", "text": "a", "real": 7}), "line 2: .* must be file names"),
+        (json.dumps({"file_name": "0000.png", "text": "a", "attributes": "red"}), '"attributes" an object'),
         (json.dumps({"file_name": "absent.png", "text": "a"}), "absent.png cannot be read"),
         (json.dumps({"file_name": "metadata.jsonl", "text": "a"}), "metadata.jsonl cannot be read"),
     ):

@@ -13,10 +13,10 @@ from test_evaluation_measure import TinyFeatures, _damaged, _photos
 from torch.multiprocessing.spawn import spawn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from lora_dae.evaluation.attributes import AttributeClassifier
-from lora_dae.evaluation.distances import frechet_from_features
-from lora_dae.evaluation.measure import summarize
-from lora_dae.evaluation.observe import Batch, Meters, gathered, observe, share
+from lora_dae.evaluation.attributes.classifier import AttributeClassifier
+from lora_dae.evaluation.metrics.distances import frechet_from_features
+from lora_dae.evaluation.metrics.measure import summarize
+from lora_dae.evaluation.metrics.observe import Batch, Meters, gathered, observe, share
 
 N = 11  # odd: one process has more to do
 

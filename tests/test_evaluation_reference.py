@@ -9,7 +9,7 @@ import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
-from lora_dae.evaluation.reference import MAX_PSNR, psnr, ssim
+from lora_dae.evaluation.metrics.reference import MAX_PSNR, psnr, ssim
 
 
 @pytest.fixture

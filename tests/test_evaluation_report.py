@@ -20,11 +20,12 @@ from PIL import Image
 from rich.console import Console
 
 from lora_dae.config import ConfigError
-from lora_dae.evaluation import plots
-from lora_dae.evaluation.examples import PictureGrid, PictureRow, extremes
-from lora_dae.evaluation.report import Page, Sheet, page_html, write_page
-from lora_dae.evaluation.table import MetricValue, Protocol, ResultsTable, format_value, load_table
-from lora_dae.evaluation.table_files import csv_text, latex
+from lora_dae.evaluation.metrics.extrapolate import SizeCurve
+from lora_dae.evaluation.report import plots
+from lora_dae.evaluation.report.examples import PictureGrid, PictureRow, extremes
+from lora_dae.evaluation.report.page import Page, Sheet, page_html, write_page
+from lora_dae.evaluation.report.table import MetricValue, Protocol, ResultsTable, format_value, load_table
+from lora_dae.evaluation.report.table_files import csv_text, latex
 from lora_dae.sampling.sheet import image_grid
 
 PROTOCOL = Protocol(
@@ -85,6 +86,8 @@ def test_protocol_names_all_that_a_number_depends_on() -> None:
     how = ("ddim, 20 steps", "guidance 2.5 (source 1.5)", "seed 1234", "effnet features")
     for part in what + how:
         assert part in line
+    assert "method" not in PROTOCOL.rows()["Sampling"]
+    assert "guidance 2.5 (source 1.5), method pag" in replace(PROTOCOL, method="pag").line()
 
 
 def test_console_table_fits_100_columns(table: ResultsTable) -> None:
@@ -244,6 +247,19 @@ def test_curves_are_read_from_a_log_with_gaps(tmp_path: Path) -> None:
         plots.plot_curves(log, out, {"x": "nothing"}, "Loss")
     with pytest.raises(ConfigError, match="no training log"):
         plots.read_metrics(tmp_path / "absent.csv")
+
+
+def test_more_methods_than_colors_all_have_their_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "_save", lambda figure, output: figure)
+    names = [f"method {k}" for k in range(9)]
+    power: Any = plots.plot_band_power({name: torch.full((8,), 0.5) for name in names}, torch.ones(8), tmp_path)
+    sizes = {name: SizeCurve([16, 32], [2.0, 1.0], None, "few") for name in names}
+    (curves,) = plots.plot_sizes({"fd_effnet": sizes}, tmp_path)
+    log = tmp_path / "metrics.csv"
+    log.write_text(f"step,{','.join(names)}\n0,{','.join('123456789')}\n")
+    losses = plots.plot_curves(log, tmp_path / "loss.svg", {name: name for name in names}, "Loss")
+    for figure in (power, curves, losses):
+        assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == names
 
 
 def test_running_mean_keeps_length_and_constants() -> None:

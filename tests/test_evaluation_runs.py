@@ -16,16 +16,18 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from test_evaluation_measure import TinyFeatures
 
-from lora_dae.config import ConfigError, DataConfig, conf_dir, to_dict
+from lora_dae.adapter.words import FILE_NAME as WORDS_FILE
+from lora_dae.adapter.words import TOKEN
+from lora_dae.config import AdapterConfig, Config, ConfigError, DataConfig, conf_dir, to_dict
 from lora_dae.data.formats import shards
 from lora_dae.data.pair import Pair
 from lora_dae.data.sources import load_photos, load_splits
 from lora_dae.evaluation import compare_runs, run
 from lora_dae.evaluation.command import EvaluateRequest, evaluate
-from lora_dae.evaluation.extras import Extras
-from lora_dae.evaluation.features import stack_images
 from lora_dae.evaluation.heldout import HeldOut, overlap
-from lora_dae.evaluation.measure import build_reference
+from lora_dae.evaluation.metrics.extras import Extras
+from lora_dae.evaluation.metrics.features import stack_images
+from lora_dae.evaluation.metrics.measure import build_reference
 from lora_dae.evaluation.pictures import Item, write_pictures
 from lora_dae.evaluation.references import CEILING, FLOOR, reconstructed, reference_rows
 from lora_dae.sampling.load import load_run
@@ -66,9 +68,40 @@ def test_own_settings_write_the_runs_report_and_others_never_touch_it(run_dir: P
         assert (run_dir / file).stat().st_size > 0, file
     _evaluate(f"run={run_dir}", "guidance_scale=1.4", "controls=false")
     assert {f: (run_dir / f).read_bytes() for f in own} == own
-    other = json.loads((run_dir / "evaluations" / "guidance_scale=1.4,controls=False" / "metrics.json").read_text())
+    other = json.loads((run_dir / "evaluations" / "guidance_scale=1.4,controls=false" / "metrics.json").read_text())
     assert other["protocol"]["guidance_scale"] == 1.4 and other["references"] == {}
     assert other["methods"]["strength 0"]["fd_tiny"] != result["methods"]["strength 0"]["fd_tiny"]
+
+
+def test_what_cannot_be_had_stops_an_evaluation_before_anything_is_drawn(
+    run_dir: Path, methods: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def drawn(*_: object) -> None:
+        raise AssertionError("drawn")
+
+    def refuse(name: str) -> None:
+        raise ConfigError("the features cannot be loaded.")
+
+    monkeypatch.setattr(run, "draw_rows", drawn)
+    monkeypatch.setattr(compare_runs, "gather", drawn)
+    (tmp_path / "file").write_text("")
+    for words in ([f"run={run_dir}"], [f"runs=[{','.join(methods)}]"]):
+        with pytest.raises(ConfigError, match="file cannot be written"):
+            _evaluate(*words, f"output={tmp_path / 'file'}")
+    monkeypatch.setattr(run, "load_features", refuse)
+    with pytest.raises(ConfigError, match="features cannot be loaded"):
+        _evaluate(f"run={run_dir}")
+
+
+def test_the_page_says_how_to_draw_with_the_files_that_the_run_has() -> None:
+    def usage(**adapter: Any) -> str:
+        return run.usage(Config(run_dir="x", adapter=AdapterConfig(**adapter)))
+
+    words = usage(kind="textual_inversion")
+    assert f'pipe.load_textual_inversion("adapter/{WORDS_FILE}", token="{TOKEN}")' in words
+    assert f'pipe("{TOKEN} a woman' in words and "attach" not in words
+    assert 'lora_dae.attach(pipe, "adapter"' in usage() and TOKEN not in usage()
+    assert "sample.py" in usage(kind="lokr") and "attach" not in usage(kind="loha")
 
 
 def _items(n: int = 6, size: int = 24) -> list[Item]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -21,10 +22,11 @@ from transformers import (
 )
 
 from lora_dae.config import ConfigError
-from lora_dae.evaluation import distances, grouped
-from lora_dae.evaluation.bootstrap import bootstrap_weights
-from lora_dae.evaluation.extrapolate import frechet_against_size
-from lora_dae.evaluation.networks import CleanFid, ClipEmbeddings, DinoV2
+from lora_dae.evaluation.metrics import distances, grouped
+from lora_dae.evaluation.metrics.extrapolate import frechet_against_size
+from lora_dae.evaluation.metrics.networks import CleanFid, ClipEmbeddings, DinoV2
+from lora_dae.evaluation.report.table import MetricValue, p_value
+from lora_dae.evaluation.statistics.bootstrap import bootstrap_interval, bootstrap_weights
 
 
 def _features(n: int, d: int = 6, shift: float = 0.0, seed: int = 0) -> Tensor:
@@ -83,6 +85,27 @@ def test_jackknife_of_a_mean_is_its_standard_error() -> None:
     means = torch.stack([values[groups == g].mean() for g in range(grouped.GROUPS)])
     replicates = grouped.as_replicates(values.mean().item(), left_out)
     assert replicates.std().item() == pytest.approx(means.std().item() / math.sqrt(grouped.GROUPS), rel=1e-9)
+
+
+def test_twenty_replicates_are_judged_by_students_distribution() -> None:
+    """Leaving out one of twenty values at a time, p and interval of their mean are those of the one-sample t-test."""
+    values = torch.randn(20, generator=torch.Generator().manual_seed(3)).double() + 0.4
+    left_out = (values.sum() - values) / 19
+    mean, replicates = values.mean().item(), grouped.as_replicates(values.mean().item(), left_out)
+    test = stats.ttest_1samp(values.numpy(), 0)
+    zero = MetricValue(0.0, None, None, "higher", torch.zeros(20).double())
+    p = p_value(MetricValue(mean, None, None, "higher", replicates), zero)
+    assert p == pytest.approx(test.pvalue, rel=1e-6)
+    assert bootstrap_interval(mean, replicates) == pytest.approx(tuple(test.confidence_interval(0.95)), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "large"),
+    [(512, 512, True), (511, 5000, False), (40, 8193, True), (8193, 40, True), (39, 8193, False), (40, 8192, False)],
+)
+def test_few_images_against_very_many_are_measured_as_large_sets(n: int, m: int, large: bool) -> None:
+    """Two images a group are left on the small side; the inner products of 8,193 images would take half a gigabyte."""
+    assert grouped.is_large(n, m) == large
 
 
 def test_intervals_of_large_sets_are_as_wide_as_the_bootstraps() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from lora_dae.config import ConfigError
-from lora_dae.evaluation import texture
+from lora_dae.evaluation.metrics import texture
 
 
 def _noise(n: int = 8, size: int = 128, scale: float = 0.1, seed: int = 0) -> torch.Tensor:

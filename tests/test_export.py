@@ -20,10 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lora_dae.adapter.atomic import atomic, save_tensors
-from lora_dae.adapter.files import FILE_NAME
+from lora_dae.adapter.files import FILE_NAME, save_merged
+from lora_dae.adapter.source_input import attach_source_input
 from lora_dae.backbone.load import load_backbone
-from lora_dae.config import BackboneConfig, ConfigError
-from lora_dae.export.card import KOHYA_FILE
+from lora_dae.config import AdapterConfig, BackboneConfig, Config, ConfigError
+from lora_dae.export.card import KOHYA_FILE, model_card
 from lora_dae.export.command import ExportRequest, export_run
 from lora_dae.sampling.load import load_run
 from lora_dae.training import run as training
@@ -130,6 +131,30 @@ def test_bad_requests(changes: dict[str, object], message: str, finished: Path, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "format", "message"),
+    [
+        ("textual_inversion", "merged", "learned words"),
+        ("loha", "kohya", "trained loha, which format=kohya cannot hold"),
+        ("lokr", "all", "trained lokr, which format=all cannot hold"),
+    ],
+)
+def test_adapters_that_a_format_has_no_place_for(kind: str, format: str, message: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    (run_dir / "adapter").mkdir(parents=True)
+    training.write_config(Config(run_dir=str(run_dir), adapter=AdapterConfig(kind=kind)))
+    with pytest.raises(ConfigError, match=message):
+        export_run(request(run_dir, tmp_path / "out", format=format), Console())
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_attaches_where_the_enhancement_was_trained() -> None:
+    cfg = Config(run_dir="run")
+    assert "placement" not in model_card(cfg, "sd1", [FILE_NAME], None, False)
+    cfg.enhancement.placement = "direction"
+    assert 'strength=1, placement="direction")' in model_card(cfg, "sd1", [FILE_NAME], None, False)
+
+
 def test_damaged_adapter_is_named(finished: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(finished, tmp_path / "run"))
     file = copy / "adapter" / FILE_NAME
@@ -190,3 +215,16 @@ def test_merged_folder_of_a_paired_run_takes_the_source(tiny_backbone: Path, tmp
         torch.testing.assert_close(plain(sample, 500, text).sample, expected, rtol=0, atol=1e-4)
     with pytest.raises(ConfigError, match="source photo's channels"):
         export_run(request(run_dir, tmp_path / "out", format="merged_file"), Console())
+
+
+def test_merged_folder_of_a_paired_full_finetuning_takes_the_source(tiny_backbone: Path, tmp_path: Path) -> None:
+    """Its UNet has the source's channels in itself, without a source input beside it."""
+    run_dir = tmp_path / "run"
+    cfg = config(tiny_backbone, run_dir, tmp_path / "cache", "adapter.full_finetune=true", "conditioning=source")
+    unet = load_backbone(cfg.backbone).unet
+    attach_source_input(unet)
+    save_merged(unet, run_dir / "adapter" / "unet")
+    training.write_config(cfg)
+    export_run(request(run_dir, tmp_path / "out", format="merged"), Console())
+    index = json.loads((tmp_path / "out" / "merged" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionInstructPix2PixPipeline"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 
 from lora_dae.backbone.load import load_backbone
 from lora_dae.config import SCHEDULERS, BackboneConfig, ConfigError
@@ -73,3 +73,17 @@ def test_noise_belongs_to_seed_and_index() -> None:
 def test_unknown_scheduler(tiny_backbone: Path) -> None:
     with pytest.raises(ConfigError, match="magic"):
         build_scheduler("magic", load_backbone(BackboneConfig(path=str(tiny_backbone))).scheduler)
+
+
+@pytest.mark.parametrize("name", ["heun", "lms", "pndm"])
+def test_solvers_without_zero_terminal_snr_are_refused_on_a_base_with_it(name: str) -> None:
+    base = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    with pytest.raises(ConfigError, match=f"sampling.scheduler={name} knows no zero terminal SNR"):
+        build_scheduler(name, base)
+    assert float(build_scheduler("ddim", base).alphas_cumprod[-1]) == 0
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_latents_are_not_clipped_where_the_base_does_not_speak_of_it(name: str) -> None:
+    """SD 1.5's own PNDM does not; diffusers' default is right for pixels in [-1, 1]."""
+    assert build_scheduler(name, PNDMScheduler()).config.clip_sample is False

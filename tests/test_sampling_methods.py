@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
 from hydra import compose, initialize_config_dir
 from PIL import Image, ImageFilter
@@ -257,6 +257,20 @@ def test_fresh_noise_belongs_to_the_image(unet: UNet2DConditionModel) -> None:
 
     torch.testing.assert_close(one([0, 1])[1:], one([1]), atol=1e-4, rtol=1e-3)
     assert not torch.allclose(one([1]), draw(unet, None, "euler_a")[1:], atol=1e-3)
+
+
+def test_noise_of_stochastic_dpm_belongs_to_the_image_too(unet: UNet2DConditionModel) -> None:
+    """Whatever the global generator, and another noise for another seed."""
+    chain = DPMSolverMultistepScheduler.from_config(base().config, algorithm_type="sde-dpmsolver++")
+    text = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0))
+    noise = initial_noise(0, [0, 1], (8, 16, 16))
+
+    def drawn(chance: int, seed: int = 1) -> torch.Tensor:
+        torch.manual_seed(chance)
+        own = [noise_generator(seed, i) for i in range(2)]
+        return sample_latents(unet, chain, noise, Conditions(text[:2], text[2]), Guidance(2.0), 3, None, own)
+
+    assert torch.equal(drawn(0), drawn(1)) and not torch.equal(drawn(0), drawn(0, seed=2))
 
 
 @pytest.fixture(scope="module")

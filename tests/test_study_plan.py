@@ -35,7 +35,7 @@ def test_everything_is_shown_equally_often_and_sides_are_random() -> None:
 
 
 def test_checks_are_among_the_trials_and_repeats_come_later_swapped() -> None:
-    for own in plan(10, ["a", "b"], raters=20, pairs=40, opinions=0, with_reference=False, seed=1):
+    for own in plan(40, ["a", "b"], raters=20, pairs=40, opinions=0, with_reference=False, seed=1):
         assert [t.number for t in own] == list(range(len(own)))
         checks = [t for t in own if t.kind == "check"]
         assert len(checks) == MIN_CHECKS and all({t.left, t.right} == {CLEAR, DEGRADED} for t in checks)
@@ -46,7 +46,7 @@ def test_checks_are_among_the_trials_and_repeats_come_later_swapped() -> None:
             assert first.kind == "pair" and t.number - first.number >= 5
             assert (t.left, t.right, t.item, t.question) == (first.right, first.left, first.item, first.question)
         assert {t.question for t in own} == {"realism"}  # without a reference nobody is asked about it
-    positions = [t.number for own in plan(5, ["a", "b"], 200, 20, 0, False, 2) for t in own if t.kind == "check"]
+    positions = [t.number for own in plan(20, ["a", "b"], 200, 20, 0, False, 2) for t in own if t.kind == "check"]
     assert min(positions) == 0 and max(positions) > 18  # anywhere, so that nobody learns where
 
 
@@ -56,6 +56,8 @@ def test_checks_are_among_the_trials_and_repeats_come_later_swapped() -> None:
         ((1, ["a"], 2, 5, 0), "two methods"),
         ((1, ["a", "b"], 0, 5, 0), "at least one rater"),
         ((1, ["a"], 1, 0, 0), "trial"),
+        ((3, ["a", "b"], 1, 4, 0), "there are 3 comparisons"),
+        ((3, ["a", "b"], 1, 3, 7), "and 6 pictures"),
     ],
 )
 def test_impossible_plans_are_told(numbers: tuple[int, list[str], int, int, int], message: str) -> None:
@@ -78,6 +80,11 @@ def test_a_study_on_disk_names_no_method_where_a_rater_can_see_it(tmp_path: Path
     assert (study / "links.txt").stat().st_mode & 0o077 == 0
     raw = b"".join(p.read_bytes() for p in study.glob("study.db*"))
     assert not any(t.encode() in raw for t in tokens)  # the database knows hashes only
+
+
+def test_links_have_one_slash_behind_an_address_that_ends_in_one(tmp_path: Path) -> None:
+    text = (make_study(tmp_path, url="https://example.org/rate/") / "links.txt").read_text()
+    assert text.count("https://example.org/rate/r/") == 3 and "https://example.org/rate/admin/" in text
 
 
 def test_the_degraded_picture_keeps_little_of_the_photo() -> None:

@@ -117,6 +117,7 @@ def test_each_rule_of_exclusion_has_its_bound() -> None:
     assert not out(_votes(0, "check", ["right"], CLEAR, DEGRADED))  # one slip is no evidence
     assert out(_votes(0, "pair", ["left"] * 20)) and not out(_votes(0, "pair", ["left"] * 19))
     assert not out(_votes(0, "pair", ["left"] * 38 + ["right"] * 2))
+    assert not out(_votes(0, "pair", ["tie"] * 40))  # who sees no difference may say so
     assert out(_votes(0, "pair", ["left", "right"], seconds=0.6)) and not out(_votes(0, "pair", ["left"], seconds=0.8))
 
 

@@ -128,7 +128,7 @@ def test_admin_page_needs_its_token_and_guessing_is_slowed_down(study: Path) -> 
 
 
 def test_every_acknowledged_vote_survives_kill_9(tmp_path: Path) -> None:
-    study = make_study(tmp_path, raters=6, pairs=60, opinions=0)
+    study = make_study(tmp_path, prompts=30, raters=6, pairs=60, opinions=0)
     acknowledged: list[int] = []
     enough = threading.Event()
 

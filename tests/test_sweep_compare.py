@@ -19,8 +19,9 @@ from compose import SHORT
 from scipy import stats
 
 from lora_dae.config import Config, ConfigError, to_dict
-from lora_dae.evaluation.table import MetricValue, Protocol, ResultsTable
+from lora_dae.evaluation.report.table import MetricValue, Protocol, ResultsTable
 from lora_dae.sweep.cells import budget, make_jobs, read_comparison, run_folder
+from lora_dae.sweep.compare import main
 from lora_dae.sweep.results import (
     BEGIN,
     END,
@@ -104,7 +105,8 @@ def test_cells_that_differ_in_sampling_train_once(tmp_path: Path) -> None:
     [
         (("baseline: plain", "baseline: none"), "'none' is none of its cells"),
         (("against: ours", "against: mine"), "'mine' is none of its cells"),
-        (("title: A study\n", ""), "has the keys"),
+        (("title: A study\n", ""), "has seeds, baseline, metrics, common, cells: give"),
+        (("cells:", "cells: ["), "is no YAML"),
         (("row: frozen", "line: frozen"), "cell 'theirs'"),
         (("seeds: [0, 1, 2]", "seeds: []"), "seeds is empty"),
         (("experiment=rank4", "experiment=rank99"), "rank99"),
@@ -122,6 +124,16 @@ def test_nothing_there_is_one_sentence(tmp_path: Path) -> None:
         read_comparison(tmp_path)
     with pytest.raises(ConfigError, match="run the study first"):
         build_results(read_comparison(write_study(tmp_path / "s")), tmp_path / "runs")
+
+
+def test_overrides_may_stand_behind_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_study(tmp_path / "s")
+    words = ["compare", str(folder), "-j", "2", "adapter.rank=2", "--plan", "trainer.max_steps=3"]
+    monkeypatch.setattr(sys, "argv", words)
+    main()
+    assert "4 cells, 12 runs, 3 trainings" in capsys.readouterr().out
 
 
 def test_seeds_alone_are_students_paired_test() -> None:
@@ -161,8 +173,8 @@ def test_power_is_best_at_one() -> None:
 PROTOCOL = Protocol(8, 8, "test", 64, "ddim", 2, 2.0, None, [1], "effnet", 20)
 
 
-def fake_run(folder: Path, rows: dict[str, float], strength: float, seed: int) -> None:
-    """A run folder as far as a comparison reads it."""
+def fake_run(folder: Path, rows: dict[str, float], strength: float, seed: int, reference: str = "") -> None:
+    """A run folder as far as a comparison reads it; the row ``reference`` is one of real photos."""
     folder.mkdir(parents=True)
     noise = torch.randn(200, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     methods = {
@@ -172,7 +184,8 @@ def fake_run(folder: Path, rows: dict[str, float], strength: float, seed: int) -
         }
         for row, value in rows.items()
     }
-    table = ResultsTable(methods, PROTOCOL)
+    references = {row: methods.pop(row) for row in rows if row == reference}
+    table = ResultsTable(methods, PROTOCOL, references)
     table.save(folder / "metrics.json")
     save_replicates(table, folder)
     cfg = to_dict(Config(run_dir=str(folder), seed=seed))
@@ -206,6 +219,16 @@ def test_results_hold_what_was_measured(measured: tuple[Path, Path]) -> None:
     assert "power_high" not in cells["plain"]["metrics"]
     text = render(results)
     assert "**4.01" in text and "_9.01" in text and "Not finished: half." in text
+
+
+def test_a_cell_may_be_what_real_photos_get(tmp_path: Path) -> None:
+    """One seed alone says nothing about a difference, so its test has the reference row's own replicates."""
+    text = STUDY.replace("[0, 1, 2]", "[0]").replace("frozen backbone", "real photos")
+    grid, runs = read_comparison(write_study(tmp_path / "study", text)), tmp_path / "runs"
+    for cell in grid.cells:
+        fake_run(run_folder(runs, cell, 0), {"strength 1": 4.0, "real photos": 1.0}, 1.0, 0, reference="real photos")
+    found = build_results(grid, runs)["cells"]["theirs"]["metrics"]["fd_effnet"]
+    assert found["value"] == 1.0 and found["difference"] == pytest.approx(-3.0) and found["p_holm"] < 0.05
 
 
 def test_files_are_written_from_the_same_numbers(measured: tuple[Path, Path]) -> None:

@@ -8,16 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from lora_dae.cli import expand_jobs
 from lora_dae.config import ConfigError
 from lora_dae.sweep.devices import Devices
 from lora_dae.sweep.files import read_json, write_json
-from lora_dae.sweep.jobs import DONE, RUNNING, WAITING, Job, last_error
-from lora_dae.sweep.launcher import may_start, quoted
+from lora_dae.sweep.jobs import DONE, FAILED, RUNNING, WAITING, Job, last_error
+from lora_dae.sweep.launcher import may_start, quoted, run_jobs
 from lora_dae.sweep.live import remaining
 from lora_dae.sweep.locks import holder, try_lock
 from lora_dae.sweep.name import sweep_name
@@ -227,6 +229,17 @@ def test_jobs_that_would_train_the_same_wait_for_the_first() -> None:
     same.state = RUNNING
     third = job(3, "x")
     assert may_start(third, [first, same, third])  # both only measure
+
+
+def test_a_mistake_in_one_job_is_not_told_of_others_that_train_the_same(tmp_path: Path) -> None:
+    """The mistake may be in what is done with the training, as in a sampler that does not exist."""
+    jobs = [replace(job(number, "same"), directory=tmp_path / str(number)) for number in range(2)]
+    codes = {jobs[0].directory: 2, jobs[1].directory: 0}
+    run_jobs(
+        jobs, lambda one: [sys.executable, "-c", f"raise SystemExit({codes[one.directory]})"], Devices(1, []),
+        Console(quiet=True),
+    )  # fmt: skip
+    assert [one.state for one in jobs] == [FAILED, DONE]
 
 
 def test_devices_are_given_out_once() -> None:

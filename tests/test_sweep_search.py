@@ -31,6 +31,9 @@ if "stop_at" in overrides and len(open("ran.txt").read().split()) == int(overrid
     Path("here").touch()
     time.sleep(60)
 (run / "status.json").write_text(json.dumps({"validated": {"1": abs(x)}}))
+if "forgets" in overrides:  # as the later stages of a run do
+    time.sleep(1)
+    (run / "status.json").write_text(json.dumps({"phase": "measuring"}))
 if "slow" in overrides and abs(x) > 4:
     time.sleep(60)
 own = {"fd": {"value": (x - 2) ** 2}, "lsd": {"value": (x + 2) ** 2}}
@@ -70,10 +73,11 @@ def test_two_objectives_have_a_front_between_them() -> None:
     assert set(inside) <= set(front)  # between the two minima no point beats another
 
 
-def test_bad_validation_is_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("overrides", [[], ["forgets=1"]], ids=["told to the end", "told for a while"])
+def test_bad_validation_is_pruned(overrides: list[str]) -> None:
     """Trials with a large validation loss would sleep for a minute: they end as soon as they have told it."""
     study = run(replace(REQUEST, objectives={"fd": "minimize", "lsd": "minimize"}, trials=3,
-                        space={"x": {"low": -1.0, "high": 1.0}}))  # fmt: skip
+                        space={"x": {"low": -1.0, "high": 1.0}}, overrides=overrides))  # fmt: skip
     assert all(t.state == optuna.trial.TrialState.COMPLETE for t in study.trials)
     study.enqueue_trial({"x": 5.0})
     more = run(replace(REQUEST, objectives={"fd": "minimize", "lsd": "minimize"}, trials=4, overrides=["slow=1"]))

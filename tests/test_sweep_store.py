@@ -85,6 +85,16 @@ def test_strength_is_no_part_of_a_training_and_rank_is() -> None:
     assert len(hashes) == 4
 
 
+def test_a_lora_to_begin_with_counts_by_its_content_and_not_by_its_place(tmp_path: Path) -> None:
+    found = []
+    for name, content in (("a", b"x"), ("copy", b"x"), ("other", b"y")):
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(content)
+        one = Config(run_dir="here")
+        found.append(training_hash(replace(one, adapter=replace(one.adapter, init_from=str(path))), "d", "b"))
+    assert found[0] == found[1] != found[2]
+
+
 def test_pictures_that_a_prior_draws_depend_on_the_sampler() -> None:
     plain = Config(run_dir="here")
     longer = replace(plain, sampling=replace(plain.sampling, num_inference_steps=50))
@@ -151,6 +161,21 @@ def test_a_training_that_was_cut_off_is_taken_over(make: Make, monkeypatch: pyte
     straight = store.run_in_store(make("straight", *options, f"store={tmp_path / 'other'}"))
     one, two = weights(resumed.run_dir), weights(straight.run_dir)
     assert one and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_run_that_dies_while_it_measures_keeps_no_older_numbers(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = make("run", "enhancement=none")
+    stale = Path(cfg.run_dir) / "metrics.json"
+    write_json(stale, {"methods": {}})
+
+    def dies(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "train_once", lambda *arguments: None)
+    monkeypatch.setattr(store, "measure", dies)
+    with pytest.raises(KeyboardInterrupt):
+        store.run_in_store(cfg)
+    assert not stale.exists()
 
 
 def test_waits_for_a_training_that_runs_elsewhere(

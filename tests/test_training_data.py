@@ -5,15 +5,19 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from compose import config
 from PIL import Image
 
-from lora_dae.config import ConfigError
+from lora_dae.backbone.load import load_backbone
+from lora_dae.config import BackboneConfig, ConfigError
 from lora_dae.data.export import export
 from lora_dae.training import run as training
+from lora_dae.training.paired import refining_loss
 
 QUICK = ("enhancement=none", "evaluation.frozen=false", "trainer.max_steps=3", "trainer.log_every_n_steps=1")
 
@@ -65,6 +69,41 @@ def test_buckets_and_all_caches_train_alike(tiny_backbone: Path, photos: Path, t
     plain = config(tiny_backbone, tmp_path / "plain", tmp_path / "cache", *(o for o in options if "weight" not in o))
     training.run(plain)
     assert losses(tmp_path / "plain") != seen["disk"]
+
+
+def test_the_decoder_stage_sees_the_photos_of_its_latents(
+    tiny_backbone: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mirrored ones of mirrored samples: encoded, they are the batch's latents up to half precision."""
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    mirrored: list[bool] = []
+
+    def noted(*parts: Any) -> torch.Tensor:
+        batch, given = parts[3], parts[6]
+
+        def shown(*numbers: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            real, source = given(*numbers)
+            pairs.extend([(batch["latent_mean"], real), (batch["source"], source)])
+            mirrored.extend(batch["mirrored"].tolist())
+            return real, source
+
+        return refining_loss(*parts[:6], shown, *parts[7:])
+
+    monkeypatch.setattr("lora_dae.training.module.refining_loss", noted)
+    options = (
+        "data=folder", f"data.root={photos}", "conditioning=source", "data.resolution=64", "data.flip=true",
+        "enhancement.gain=false", "enhancement.texture=false", "enhancement.batch_size=6", "trainer.max_steps=1",
+    )  # fmt: skip
+    training.train(config(tiny_backbone, tmp_path / "run", tmp_path / "cache", *options))
+    backbone = load_backbone(BackboneConfig(path=str(tiny_backbone)))
+
+    def distance(images: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        return (backbone.encode_images(pixels)[0] - latents).flatten(1).norm(dim=1)
+
+    assert len(pairs) == 2 * 2 and set(mirrored) == {False, True}
+    for latents, images in pairs:
+        assert (distance(images, latents) < 0.05 * distance(images.flip(3), latents)).all()
 
 
 @pytest.mark.parametrize("layout", ["fashion_mannequin", "shards"])

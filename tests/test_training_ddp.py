@@ -20,7 +20,8 @@ from ranks import Ended, run_ranks
 from safetensors.torch import load_file
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from lora_dae.config import Config
+from lora_dae.config import Config, ConfigError
+from lora_dae.data.sources import load_splits
 from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.load import load_run
 from lora_dae.training import run as training
@@ -167,6 +168,19 @@ def test_ctrl_c_on_one_stops_both_and_one_process_goes_on(tiny_backbone: Path, s
     training.train(make(tiny_backbone, shared, "cut", *ONE, *options, "ckpt_path=last"))
     training.train(make(tiny_backbone, shared, "straight", *ONE, *options))
     assert distance(weights(shared / "cut"), weights(shared / "straight")) < 1e-4
+
+
+def test_fewer_validation_pairs_than_processes_are_one_sentence(tiny_backbone: Path, shared: Path) -> None:
+    """Else one would wait for the other's validation for ever."""
+    cfg = make(tiny_backbone, shared, "few", *TWO, "data.val_size=1", "enhancement=none")
+    load_splits(cfg.data)  # rendered before there are two
+
+    def rank(number: int) -> None:
+        with pytest.raises(ConfigError, match="2 processes share 1 validation pairs"):
+            training.train(cfg)
+
+    ended = run_ranks(rank, shared / "logs_few")
+    assert [e.code for e in ended] == [0, 0], ended[0].text + ended[1].text
 
 
 def stopped(ended: list[Ended], within: float = 30) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from compose import config
 from test_enhancement_texture import smooth
 from test_training_on_policy import scheduler
 
+from lora_dae.adapter.inject import trainable_parameters
+from lora_dae.backbone.load import load_backbone
 from lora_dae.config import EnhancementConfig
 from lora_dae.diffusion import alpha_sigma, half_log_snr
 from lora_dae.enhancement import EnhancementModule
 from lora_dae.enhancement.bands import split_bands
 from lora_dae.enhancement.gates import WINDOW
+from lora_dae.enhancement.module import build_enhancement
+from lora_dae.training.module import LoraDae
 from lora_dae.training.objective import seeded
 from lora_dae.training.paired import LATE, decoder_loss, draw_paired, gradient_magnitude, swapped, texture_loss
 
@@ -104,3 +111,15 @@ def test_the_decoder_stage_lowers_its_loss_with_the_right_source():
 def test_gradient_magnitude_of_a_ramp_is_its_slope():
     ramp = torch.arange(8.0).view(1, 1, 1, 8).expand(1, 3, 8, 8) * 0.1
     torch.testing.assert_close(gradient_magnitude(ramp), torch.full((1, 7, 7), 0.1), rtol=0, atol=1e-4)
+
+
+def test_captions_alone_leave_the_decoders_matcher_untrained(tiny_backbone: Path, tmp_path: Path) -> None:
+    """It has nothing to match with; processes would wait for its gradients in vain."""
+    cfg = config(tiny_backbone, tmp_path / "run", tmp_path / "cache", "conditioning=none")
+    backbone, enhancement = load_backbone(cfg.backbone), build_enhancement(cfg.enhancement, 8, "none")
+    module = LoraDae(backbone, cfg, enhancement, torch.zeros(16, 32), "decoder")
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    decoder_loss(enhancement, images, images.flip(3), None).backward()
+    trains = trainable_parameters(module)
+    assert trains and all(p.grad is not None for p in trains.values())
+    assert not any(".matcher." in name for name in trains)

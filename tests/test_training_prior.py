@@ -66,6 +66,14 @@ def test_loss_is_that_of_the_photos_and_a_share_of_the_priors(
         assert torch.equal(seen[1][1][0], seen[1][1][1])  # one caption for all
 
 
+def test_the_text_encoder_may_train_beside_the_prior(tiny_backbone: Path, tmp_path: Path) -> None:
+    """Then a batch has tokens instead of embeddings, and so has the prior's."""
+    options = (*OPTIONS, "objective.prior_weight=0.5", "adapter.targets=[cross_attention,text_encoder]")
+    training.train(config(tiny_backbone, tmp_path / "run", tmp_path / "cache", *options))
+    found = load_file(tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors")
+    assert any(name.startswith("text_encoder.") and "lora_B" in name and value.any() for name, value in found.items())
+
+
 def test_batches_go_round_in_order_with_empty_sources() -> None:
     prior = Prior(Path("x"), Config(run_dir="x"), None, False)  # type: ignore[arg-type]
     prior.latents, prior.text = torch.arange(3.0)[:, None, None, None].expand(3, 2, 4, 4), torch.ones(5, 6)

@@ -23,6 +23,7 @@ from lora_dae.config import Config, ConfigError, conf_dir
 from lora_dae.sampling.load import load_run
 from lora_dae.training import run as training
 from lora_dae.training.module import LoraDae, NonFiniteLossError
+from lora_dae.training.resume import find_checkpoints
 
 Make = Callable[..., Config]
 ROOT = Path(__file__).parent.parent
@@ -200,13 +201,23 @@ def test_every_experiment_runs(experiment: str, make: Make, paired_folder: Path)
         ("enhancement=direction",),
         ("adapter=attention", "adapter.use_dora=true"),
         ("sampling.scheduler=dpm++", "adapter.use_rslora=true", "adapter.dropout=0.1", "adapter.init=gaussian"),
-        ("data.difficulty=reposed", "objective.min_snr_gamma=0"),
+        ("data.difficulty=reposed", "objective.min_snr_gamma=0", "optimizer.warmup_steps=0"),
     ],
     ids=lambda o: ",".join(o),
 )
 def test_other_configs_run(overrides: tuple[str, ...], make: Make) -> None:
     result = training.run(make(*overrides, "trainer.max_steps=1", "evaluation.frozen=false", "adapter.rank=2"))
     assert result.table is not None
+
+
+def test_full_finetuning_with_source_photos_loads_where_attention_is_measured(make: Make) -> None:
+    """The source's channels are part of its first convolution."""
+    cfg = make("experiment=full_finetune", "backbone.attention=auto", "trainer.max_steps=1", "enhancement=none")
+    training.train(cfg)
+    run = load_run(Path(cfg.run_dir))
+    assert run.backbone.unet.config["in_channels"] == 2 * run.backbone.latent_channels
+    source = np.zeros((1, 64, 64, 3), np.uint8)
+    assert run.drawer(bf16=False).images(["a red dress"], source).shape == (1, 64, 64, 3)
 
 
 def test_folder_of_photos_trains(make: Make, tiny_folder: Path) -> None:
@@ -300,6 +311,12 @@ def test_commands_on_a_finished_run(arguments: tuple[str, ...], made: str, finis
         (("data.difficulty=impossible",), "impossible"),
         (("objective.caption_dropout=1.5",), "caption_dropout"),
         (("trainer.max_steps=0",), "max_steps"),
+        (("trainer.val_check_interval=0.5",), "trainer.val_check_interval=0.5 counts steps"),
+        (("sampling.num_inference_steps=1000",), "sampling.num_inference_steps=1000"),
+        (("enhancement.steps_range=[1,5]",), "enhancement.steps_range"),
+        (("enhancement.steps_range=[8,1000]",), "enhancement.steps_range"),
+        (("enhancement.guidance_range=[5,1]",), "enhancement.guidance_range"),
+        (("enhancement=direction", "enhancement.gain=false"), "placement=direction edits by the gain"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -316,8 +333,12 @@ def test_source_conditioning_needs_pairs(make: Make, tiny_folder: Path) -> None:
 
 
 def test_checkpoint_of_another_config_is_refused(make: Make, finished: Path) -> None:
-    with pytest.raises(ConfigError, match="adapter"):
-        training.run(make("adapter.rank=3", f"ckpt_path={finished / 'checkpoints' / 'adapter.ckpt'}"))
+    last = f"ckpt_path={finished / 'checkpoints' / 'gain.ckpt'}"
+    for override, part in (("adapter.rank=3", "adapter"), ("enhancement.hidden=8", "enhancement")):
+        with pytest.raises(ConfigError, match=f"was written with another `{part}`") as caught:
+            training.run(make(override, last))
+        assert "\n" not in str(caught.value)
+    assert list(find_checkpoints(make("backbone.attention=sdpa", last), Path("unused"))) == ["gain"]  # rounding alone
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -84,6 +84,24 @@ def test_a_wrong_question_is_named(question: str, message: str, tmp_path: Path) 
     assert "question 2" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("{id: q}", "needs id and text"),
+        ("q", "needs id and text"),
+        ("{id: p, text: t}", "id of an earlier"),
+        ("{id: q, text: 'which is {color}?'}", "fills in {color}"),
+    ],
+)
+def test_a_wrong_question_about_two_pictures_is_named(pair: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bank.yaml"
+    question = "{id: ok, about: x, kind: graded, text: t}"
+    path.write_text(f"version: 1\nquestions: [{question}]\npairs:\n  - {{id: p, text: t}}\n  - {pair}\n")
+    with pytest.raises(ConfigError, match=message) as error:
+        load_bank(path)
+    assert "pair 2" in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_file_that_is_no_bank_is_told(tmp_path: Path) -> None:
     path = tmp_path / "bank.yaml"
     for text, message in (("a: [", "no YAML"), ("questions: [1]", "needs `version`"), ("- 1", "needs `version`")):

@@ -259,9 +259,10 @@ def test_the_hosted_api_needs_a_key_from_the_environment(monkeypatch: pytest.Mon
 def test_the_shipped_config_reaches_a_server(server: Server, tmp_path: Path) -> None:
     """``judge=[classifier,vllm]`` as the README has it, from folders of pictures to the table."""
     rng = np.random.default_rng(0)
+    real = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
     for name in ("a", "b"):
         images = [rng.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(2)]
-        items = [Item(str(i), "a red shirt", {"color": "red"}, None, images[0], 1) for i in range(2)]
+        items = [Item(str(i), "a red shirt", {"color": "red"}, None, real, 1) for i in range(2)]
         write_pictures(tmp_path / name, items, images)
 
     def first_option(request: dict[str, Any], number: int) -> tuple[int, Any]:

@@ -29,12 +29,12 @@ from lora_dae.cli import typed
 from lora_dae.config import Config, conf_dir, register
 from lora_dae.data.sources import load_splits
 from lora_dae.enhancement import EnhancementModule
-from lora_dae.evaluation.attributes import load_embedded
-from lora_dae.evaluation.features import load_features, stack_images
+from lora_dae.evaluation.attributes.classifier import load_embedded
 from lora_dae.evaluation.heldout import HeldOut
-from lora_dae.evaluation.measure import Reference, build_reference, evaluate_images
+from lora_dae.evaluation.metrics.features import load_features, stack_images
+from lora_dae.evaluation.metrics.measure import Reference, build_reference, evaluate_images
+from lora_dae.evaluation.report.table import MetricValue, paired_difference, verdict
 from lora_dae.evaluation.run import write_grid
-from lora_dae.evaluation.table import MetricValue, paired_difference, verdict
 from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet
 from lora_dae.training.run import train

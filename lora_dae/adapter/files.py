@@ -213,4 +213,4 @@ def _layer_of(key: str) -> str:
 
 def _file(path: str | Path) -> Path:
     path = Path(path)
-    return path if path.suffix else path / FILE_NAME
+    return path / FILE_NAME if path.is_dir() or not path.suffix else path

@@ -48,7 +48,7 @@ class SourceInput(nn.Module):
         nn.init.zeros_(self.conv.weight)
         self._split_handle: RemovableHandle | None = None
         self._add_handle: RemovableHandle | None = None
-        self._contribution: Tensor | None = None
+        self._source: Tensor | None = None
 
     def forward(self, source: Tensor) -> Tensor:
         return self.conv(source.to(self.conv.weight.dtype))
@@ -79,7 +79,7 @@ class SourceInput(nn.Module):
                 f"latents) or {2 * self.latent_channels} (noisy latents, then the source latents)."
             )
         latents, source = sample.chunk(2, dim=1)
-        self._contribution = self(source)
+        self._source = source  # used after conv_in, when an offloaded UNet is where it computes
         # Hooked anew in every forward: whatever layer conv_in is by now (plain, or wrapped by PEFT), the
         # source is added to its final output, so the order of attaching and injecting does not matter.
         self._add_handle = unet.conv_in.register_forward_hook(self._add)
@@ -88,10 +88,10 @@ class SourceInput(nn.Module):
         return args, {**kwargs, "sample": latents}
 
     def _add(self, conv_in: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        assert self._add_handle is not None and self._contribution is not None
+        assert self._add_handle is not None and self._source is not None
         self._add_handle.remove()
-        contribution, self._add_handle, self._contribution = self._contribution, None, None
-        return output + contribution.to(output.dtype)
+        source, self._add_handle, self._source = self._source, None, None
+        return output + self(source.to(output.device)).to(output.dtype)
 
 
 def get_source_input(unet: UNet2DConditionModel) -> SourceInput | None:
@@ -162,4 +162,4 @@ def load_source_input(unet: UNet2DConditionModel, path: str | Path) -> dict[str,
 
 def _file(path: str | Path) -> Path:
     path = Path(path)
-    return path if path.suffix else path / FILE_NAME
+    return path / FILE_NAME if path.is_dir() or not path.suffix else path

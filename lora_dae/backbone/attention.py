@@ -8,6 +8,7 @@ and in cross-attention. So there every shape gets the faster of the two.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from pathlib import Path
@@ -69,13 +70,16 @@ def choose_attention(
     for shape, same in layers.items():
         name = f"{latents_shape[0]} x {shape} {dtype} on {same[0].to_q.weight.dtype}"
         if name not in known:
-            known[name] = _faster(same[0], shape, latents_shape[0], dtype)
+            with torch.random.fork_rng(devices=[]):  # a seed's weights must not depend on whether this was timed
+                known[name] = _faster(same[0], shape, latents_shape[0], dtype)
         chosen[str(shape)] = known[name]
         for layer in same:
             layer.set_processor(PROCESSORS[known[name]]())
     if memory is not None:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        memory.write_text(json.dumps(remembered, indent=1))
+        partial = memory.with_suffix(f".partial{os.getpid()}")  # jobs and processes share this file
+        partial.write_text(json.dumps(remembered, indent=1))
+        partial.replace(memory)
     return chosen
 
 
@@ -94,7 +98,7 @@ def _layers_by_shape(
 
     layers = [module for module in unet.modules() if isinstance(module, Attention)]
     hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    latents = torch.zeros(1, *latents_shape[1:], dtype=unet.dtype)
+    latents = torch.zeros(1, unet.config["in_channels"], *latents_shape[2:], dtype=unet.dtype)
     text = torch.zeros(1, text_length, unet.config["cross_attention_dim"], dtype=unet.dtype)
     unet(latents, torch.zeros(1), encoder_hidden_states=text)
     for hook in hooks:

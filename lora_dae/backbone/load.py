@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -169,10 +169,13 @@ class Backbone:
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (N, C, h, w) to images, float32 (N, 3, H, W) in [0, 1]."""
         images = []
-        with self._awake(self.vae):
+        kind = self.device.type
+        half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        # SDXL's VAE overflows in float16; bfloat16 does not.
+        with self._awake(self.vae), torch.autocast(kind, enabled=False) if half else nullcontext():
             for batch in _batches(latents, latents.shape[2] * latents.shape[3] * self.vae_scale_factor**2):
                 raw = batch.to(self.device, torch.float32) / self._scale + self._shift
-                images.append((self.vae.decode(raw).sample / 2 + 0.5).clamp(0, 1))
+                images.append((self.vae.decode(raw).sample.float() / 2 + 0.5).clamp(0, 1))
         return torch.cat(images)
 
     @property

@@ -120,6 +120,8 @@ def load_scheduler(folder: BackboneFolder) -> Any:
     if folder.zero_terminal_snr and not getattr(scheduler.config, "rescale_betas_zero_snr", False):
         # Only trailing timesteps reach pure noise (Lin et al. 2024, section 3.3)
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    elif not folder.zero_terminal_snr and getattr(scheduler.config, "rescale_betas_zero_snr", False):
+        changes["rescale_betas_zero_snr"] = False  # asked for
     if not changes and not is_sigma_space(scheduler):
         return scheduler
     defaults = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}

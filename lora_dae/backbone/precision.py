@@ -18,7 +18,7 @@ def choose_precision(setting: str, device: torch.device) -> str:
     if setting != "auto":
         return setting
     if device.type == "cuda":
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
     if device.type != "cpu":
         return "32-true"
     return "bf16-mixed" if _time(torch.float32) > CLEAR_WIN * _time(torch.bfloat16) else "32-true"

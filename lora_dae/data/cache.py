@@ -86,6 +86,7 @@ class LatentCache(Dataset[dict[str, Tensor]]):
             "latent_std": torch.from_numpy(self.images.read("std", places)),
             "text": torch.from_numpy(self.texts.read("text", self._text[text])),
             "size_ids": self._size_ids[rows],
+            "mirrored": torch.from_numpy(turned.astype(bool)),
         }
         if self._source is not None:
             batch["source"] = torch.from_numpy(self.images.read("mean", self._source[rows, turned]))
@@ -107,7 +108,7 @@ class LivePairs(Dataset[dict[str, Tensor]]):
         self.masks, self.views = masks and dataset.has_mask, views
         self._parts = ["image"] + ["source"] * dataset.has_source + ["mask"] * self.masks
         self._reader: ThreadPoolExecutor | None = None
-        self._coming: dict[tuple[int, ...], Future[tuple[list[Pair], list[str]]]] = {}
+        self._coming: dict[tuple[int, ...], Future[tuple[list[Pair], list[str], list[bool]]]] = {}
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -126,28 +127,31 @@ class LivePairs(Dataset[dict[str, Tensor]]):
             self._reader = ThreadPoolExecutor(1)
         self._coming[tuple(numbers)] = self._reader.submit(self._read, numbers)
 
-    def _read(self, numbers: Sequence[int]) -> tuple[list[Pair], list[str]]:
-        """The pairs of a batch, decoded, and their captions."""
+    def _read(self, numbers: Sequence[int]) -> tuple[list[Pair], list[str], list[bool]]:
+        """The pairs of a batch, decoded, their captions, and which are mirrored."""
         pairs: list[Pair] = []
         captions: list[str] = []
+        mirrored: list[bool] = []
         for number in numbers:
             pair = self.dataset[number % len(self)]
             texts = captions_of(pair, self.views)
             view = choose_view(number // len(self), _offset(pair.id), len(texts), self.views and pair.mirror)
             captions.append(texts[view % len(texts)])
-            pairs.append(pair.mirrored() if view >= len(texts) else pair)
+            mirrored.append(view >= len(texts))
+            pairs.append(pair.mirrored() if mirrored[-1] else pair)
         with ThreadPoolExecutor(DECODERS) as pool:  # a pair keeps what it has decoded
             list(pool.map(lambda pair: [getattr(pair, part) for part in self._parts], pairs))
-        return pairs, captions
+        return pairs, captions, mirrored
 
     def __getitems__(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         coming = self._coming.pop(tuple(numbers), None)
-        pairs, captions = self._read(numbers) if coming is None else coming.result()
+        pairs, captions, mirrored = self._read(numbers) if coming is None else coming.result()
         rows = np.asarray(numbers, dtype=np.int64) % len(self)
         mean, std = self._encode(pairs, "image")
         batch = {"index": torch.from_numpy(rows), "latent_mean": mean, "latent_std": std}
         batch["text"] = self.encode_text(captions).detach().float().cpu()
         batch["size_ids"] = torch.tensor([pair.size_ids for pair in pairs], dtype=torch.float32)
+        batch["mirrored"] = torch.tensor(mirrored)
         if self.dataset.has_source:
             batch["source"] = self._encode(pairs, "source")[0]
         if self.masks:

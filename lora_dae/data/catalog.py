@@ -26,7 +26,7 @@ from lora_dae.config import ConfigError
 from lora_dae.data.decode import BadImageError, decode, open_image, remarks, upright_size
 from lora_dae.data.entry import Blob
 
-VERSION = 1  # raise it when examine() would answer otherwise
+VERSION = 2  # raise it when examine() would answer otherwise
 _COLUMNS = "digest, width, height, remark, reason, hash, red, green, blue"
 _BATCH = 500
 
@@ -111,8 +111,12 @@ class Catalog:
                     batch = new[start : start + _BATCH]
                     found = pool.map(self.examine, [blobs[i] for i in batch])
                     known |= dict(zip(batch, found, strict=True))
-                    # A file that was not there, or that the system would not give, is asked for again next time.
-                    rows = [(blobs[i].name, stamps[i], *astuple(known[i])) for i in batch if known[i].digest]
+                    # What was not there, or could not be read, is asked for again: another Pillow may read it.
+                    rows = [
+                        (blobs[i].name, stamps[i], *astuple(known[i]))
+                        for i in batch
+                        if known[i].digest and not known[i].reason
+                    ]
                     with database:  # what was read stays known if the program is killed now
                         marks = ", ".join("?" * 11)
                         database.executemany(f"INSERT OR REPLACE INTO files VALUES ({marks})", rows)

@@ -80,6 +80,8 @@ def remarks(photo: Image.Image) -> list[str]:
 @_reading()
 def upright_size(photo: Image.Image) -> tuple[int, int]:
     """(width, height) after the turn that EXIF asks for; of a photo that ``decode`` can read."""
+    if photo.format == "TIFF":
+        photo.load()  # Pillow turns these itself, and their size says so from the start
     quarter_turn = photo.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (photo.height, photo.width) if quarter_turn else photo.size
 

@@ -17,7 +17,7 @@ from lora_dae.data.entry import Blob, Entry
 from lora_dae.data.pair import Lazy, Pair
 from lora_dae.data.square import fit_mask, fit_square, has_plain_backdrop
 
-FIT_VERSION = 1  # raise it when the same photo would give other pixels
+FIT_VERSION = 2  # raise it when the same photo would give other pixels
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class _Photo:
 
     def mask(self) -> np.ndarray:
         assert self.entry.mask is not None
-        mask = self._decode(self.entry.mask)
+        mask = self._decode(self.entry.mask, "black")  # what is transparent is no garment
         if self.fit.buckets:
             return fit_bucket_mask(mask, self.photo, self.size)
         return fit_mask(mask, self.photo, self.fit.resolution, self.whole)
@@ -78,9 +78,9 @@ class _Photo:
             return fit_bucket(photo, self.size)
         return fit_square(photo, self.fit.resolution, self.whole)
 
-    def _decode(self, blob: Blob) -> Image.Image:
+    def _decode(self, blob: Blob, background: str | None = None) -> Image.Image:
         try:
-            return decode(blob.read(), 2 * max(self.size), self.fit.background)
+            return decode(blob.read(), 2 * max(self.size), background or self.fit.background)
         except (BadImageError, OSError) as error:
             reason = error if isinstance(error, BadImageError) else f"cannot be read ({error})"
             raise ConfigError(f"{blob.name} {reason}: replace it or take it out of the data.") from error
@@ -145,5 +145,5 @@ class PhotoPairs:
         digest = hashlib.sha256(repr((FIT_VERSION, self.fit, self.mirror)).encode())
         for entry, facts in zip(self.entries, self.facts, strict=True):
             files = [facts[part].digest for part in sorted(facts)]
-            digest.update(repr((entry.id, entry.captions, files)).encode())
+            digest.update(repr((entry.id, entry.captions, entry.mirror, files)).encode())
         return digest.hexdigest()

@@ -260,7 +260,10 @@ def _edit_output(scheduler: Any, enhancement: Enhancement, inputs: GateInputs, m
 
 def _for_images(source: Tensor | None, x0: Tensor) -> Tensor | None:
     """One source per image; several images of a prompt share its source."""
-    if source is None or len(source) == len(x0):
+    if source is None:
+        return None
+    source = source.to(x0.device)
+    if len(source) == len(x0):
         return source
     if len(x0) % len(source):
         raise ConfigError(f"source has {len(source)} photos for {len(x0)} images: give one per prompt, or one.")

@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 _RADIUS = 2  # of the local windows, places of that scale
+_MANY = 2**24  # numbers; eight images of 512 pixels have 25 M
 
 
 class Match(NamedTuple):
@@ -53,13 +55,13 @@ class Matcher(nn.Module):
         return Match(flow, confidence)
 
 
-def warp(x: Tensor, flow: Tensor) -> Tensor:
-    """``x`` (B, C, H, W) read at each place + ``flow``: bilinear, borders repeated."""
+def warp(x: Tensor, flow: Tensor, mode: str = "bilinear") -> Tensor:
+    """``x`` (B, C, H, W) read at each place + ``flow``: ``bilinear`` or ``nearest``, borders repeated."""
     height, width = x.shape[2:]
     rows = torch.arange(height, device=x.device, dtype=flow.dtype)[:, None] + flow[:, 1]
     columns = torch.arange(width, device=x.device, dtype=flow.dtype)[None, :] + flow[:, 0]
     grid = torch.stack([columns / max(width - 1, 1), rows / max(height - 1, 1)], dim=-1) * 2 - 1
-    return functional.grid_sample(x, grid, padding_mode="border", align_corners=True)
+    return functional.grid_sample(x, grid, mode, padding_mode="border", align_corners=True)
 
 
 def _global(target: Tensor, source: Tensor, sharpness: Tensor, locality: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,16 +81,24 @@ def _local(target: Tensor, source: Tensor, sharpness: Tensor, locality: Tensor) 
     height, width = target.shape[2:]
     padded = functional.pad(source, (_RADIUS,) * 4, mode="replicate")
     offsets = [(dy, dx) for dy in range(2 * _RADIUS + 1) for dx in range(2 * _RADIUS + 1)]
-    distances = [
-        (target - padded[:, :, dy : dy + height, dx : dx + width]).square().sum(1) for dy, dx in offsets
-    ]  # one at a time: all windows at once would need 25 times the memory
+    if torch.is_grad_enabled() and target.numel() > _MANY:  # else all 25 differences are kept for the way back
+        distances = checkpoint(_distances, target, padded, offsets, use_reentrant=False)
+    else:
+        distances = _distances(target, padded, offsets)
     steps = torch.tensor(offsets, dtype=target.dtype, device=target.device) - _RADIUS
     penalty = locality * steps.square().sum(1)
     # A window of distances around each place says more than one place alone.
-    cost = _blur(torch.stack(distances, dim=1))
+    cost = _blur(distances)
     weights = (-sharpness * cost - penalty[None, :, None, None]).softmax(1)
     rest = torch.einsum("bohw,oc->bchw", weights, steps.flip(1))
     return rest, weights.amax(1, keepdim=True)
+
+
+def _distances(target: Tensor, padded: Tensor, offsets: list[tuple[int, int]]) -> Tensor:
+    """(B, offsets, H, W), one offset at a time: all windows at once would need 25 times the memory."""
+    height, width = target.shape[2:]
+    parts = [(target - padded[:, :, dy : dy + height, dx : dx + width]).square().sum(1) for dy, dx in offsets]
+    return torch.stack(parts, dim=1)
 
 
 def _smooth(flow: Tensor, confidence: Tensor) -> Tensor:

@@ -71,6 +71,8 @@ class SourceTexture(nn.Module):
                 # The finest band repeats itself, and a blurred image lacks it: the others say what belongs where.
                 match = self.matcher(rest + sum(own[1:]), their_rest + sum(theirs[1:]))
                 carried, carried_rest = split_bands(warp(source, match.flow), self.levels)
+                # Between two places the finest band cancels: it comes whole from the nearest one.
+                carried[0] = warp(theirs[0], match.flow, "nearest")
             gaps = [c - o for c, o in zip(carried, own, strict=True)]
             gain, gate = self._gates(own, carried, gaps, carried_rest - rest, match, conditions).chunk(2, dim=1)
             delta = torch.zeros_like(x)

@@ -20,7 +20,8 @@ from lora_dae.sampling.load import load_run, read_config
 
 LONGEST_NAME = 100  # characters of a folder that is named by what differs
 OF_DRAWN = ("num_samples", "clip")
-OF_RUN = ("strength", "scheduler", "num_inference_steps", "guidance_scale", "source_guidance_scale", "frozen")
+OF_SAMPLING = ("scheduler", "sampling_method", "num_inference_steps", "guidance_scale", "source_guidance_scale")
+OF_RUN = ("strength", *OF_SAMPLING, "frozen")
 OF_FOLDER = ("reference", "train", "paired", "resolution")
 OF_COMPARISON = ("baseline", "vqa", "study")
 
@@ -154,7 +155,8 @@ def folder_of(run_dir: Path, own: Config, cfg: Config, split: str) -> Path:
     for part in ("enhancement", "sampling", "evaluation"):
         for key, value in now[part].items():
             if value != before[part][key]:
-                words.append(f"{key}={Path(value).stem if isinstance(value, str) else value}")
+                said = str(value).lower() if isinstance(value, bool) else value
+                words.append(f"{key}={Path(said).stem if isinstance(said, str) else said}")
     if not words:
         return run_dir
     name = ",".join(words)

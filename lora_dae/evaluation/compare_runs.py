@@ -14,22 +14,22 @@ from lora_dae.backbone.precision import best_device
 from lora_dae.config import ConfigError, EvaluationConfig
 from lora_dae.data.pair import Pair
 from lora_dae.data.sources import load_splits
-from lora_dae.evaluation.examples import extremes, prompt_grid
-from lora_dae.evaluation.extras import load_extras
-from lora_dae.evaluation.features import load_features, stack_images
+from lora_dae.evaluation.attributes.labels import studio_classifier
 from lora_dae.evaluation.heldout import HeldOut, overlap, training_pairs
-from lora_dae.evaluation.measure import build_reference, measure_images
-from lora_dae.evaluation.observe import Observed
-from lora_dae.evaluation.pattern import pattern_distance
+from lora_dae.evaluation.metrics.extras import load_extras
+from lora_dae.evaluation.metrics.features import load_features, stack_images
+from lora_dae.evaluation.metrics.measure import build_reference, measure_images
+from lora_dae.evaluation.metrics.observe import Observed
+from lora_dae.evaluation.metrics.pattern import pattern_distance
+from lora_dae.evaluation.metrics.sizes import add_infinity, size_curves
 from lora_dae.evaluation.pictures import METADATA, Item, gather, parse_spec
-from lora_dae.evaluation.plots import plot_band_power, plot_sizes
-from lora_dae.evaluation.protocol import Protocol, size_warnings
 from lora_dae.evaluation.references import reference_rows
-from lora_dae.evaluation.report import Page, write_page
-from lora_dae.evaluation.sheets import judges_sheets, people_sheets
-from lora_dae.evaluation.sizes import add_infinity, size_curves
-from lora_dae.evaluation.studio_labels import studio_classifier
-from lora_dae.evaluation.table import MetricValue, ResultsTable
+from lora_dae.evaluation.report.examples import extremes, prompt_grid
+from lora_dae.evaluation.report.page import Page, check_writable, write_page
+from lora_dae.evaluation.report.plots import plot_band_power, plot_sizes
+from lora_dae.evaluation.report.protocol import Protocol, size_warnings
+from lora_dae.evaluation.report.sheets import judges_sheets, people_sheets
+from lora_dae.evaluation.report.table import MetricValue, ResultsTable
 from lora_dae.sampling.load import read_config
 
 
@@ -56,15 +56,18 @@ def compare_runs(request: CompareRequest, cfg: EvaluationConfig, console: Consol
     names = [parse_spec(spec)[0] for spec in request.runs]
     if request.baseline is not None and request.baseline not in names:
         raise ConfigError(f"baseline={request.baseline} is none of the methods: use one of {', '.join(names)}.")
+    check_writable(request.output)
     sheets = [] if request.vqa is None else judges_sheets(request.vqa)
     sheets += [] if request.study is None else people_sheets(request.study)
+    extractor = load_features(cfg.features).to(best_device())  # what cannot be had costs no drawing
     sets = gather(request.runs, request.split, cfg.num_samples, console)
     held_out = _held_out(sets.items)
     size = held_out.pairs[0].image.shape
     if any(p.image.shape != size for p in held_out.pairs) or next(iter(sets.methods.values()))[0].shape != size:
         raise ConfigError("the real photos have not the pictures' size: measure both at one resolution.")
+    if any(p.source is not None and p.source.shape != size for p in held_out.pairs):
+        raise ConfigError("the source photos have not the pictures' size: measure all at one resolution.")
     extras = load_extras(cfg, min(size[:2]), held_out.captions)
-    extractor = load_features(cfg.features).to(best_device())
     extractors = (extractor, *extras.more)
     sources_given = held_out.sources is not None
     real = build_reference(stack_images([p.image for p in held_out.pairs]), held_out.masks, *extractors)

@@ -28,7 +28,7 @@ from lora_dae.diffusion import add_noise, alpha_sigma, current_level, is_sigma_s
 from lora_dae.enhancement.bands import split_bands
 from lora_dae.enhancement.hook import enhance_scheduler
 from lora_dae.evaluation.heldout import HeldOut
-from lora_dae.evaluation.plots import INK, PALETTE, STYLE
+from lora_dae.evaluation.report.plots import INK, PALETTE, STYLE
 from lora_dae.sampling.load import LoadedRun, load_run
 from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, predict, sample_latents
 from lora_dae.sampling.method import Method, Step

@@ -20,20 +20,21 @@ from torch import Tensor
 
 from lora_dae.backbone.precision import best_device
 from lora_dae.config import ConfigError, EvaluationConfig
-from lora_dae.evaluation import feature_cache, folders
+from lora_dae.evaluation import folders
 from lora_dae.evaluation.controls import blurred, over_sharpened
-from lora_dae.evaluation.examples import EXTREMES, PictureGrid, prompt_grid, rows_that_fit
-from lora_dae.evaluation.extras import load_extras
-from lora_dae.evaluation.features import load_features, stack_images
 from lora_dae.evaluation.folders import PictureFolder
-from lora_dae.evaluation.measure import BATCH, summarize
-from lora_dae.evaluation.observe import Batch, Meters, Observed, gathered, observe, share
-from lora_dae.evaluation.plots import plot_band_power, plot_sizes
-from lora_dae.evaluation.protocol import Protocol, size_warnings
+from lora_dae.evaluation.metrics import feature_cache
+from lora_dae.evaluation.metrics.extras import load_extras
+from lora_dae.evaluation.metrics.features import load_features, stack_images
+from lora_dae.evaluation.metrics.measure import BATCH, summarize
+from lora_dae.evaluation.metrics.observe import Batch, Meters, Observed, gathered, observe, share
+from lora_dae.evaluation.metrics.sizes import add_infinity, size_curves
 from lora_dae.evaluation.references import FLOOR
-from lora_dae.evaluation.report import Page, write_page
-from lora_dae.evaluation.sizes import add_infinity, size_curves
-from lora_dae.evaluation.table import MetricValue, ResultsTable
+from lora_dae.evaluation.report.examples import EXTREMES, PictureGrid, prompt_grid, rows_that_fit
+from lora_dae.evaluation.report.page import Page, check_writable, write_page
+from lora_dae.evaluation.report.plots import plot_band_power, plot_sizes
+from lora_dae.evaluation.report.protocol import Protocol, size_warnings
+from lora_dae.evaluation.report.table import MetricValue, ResultsTable
 
 Make = Callable[[np.ndarray], np.ndarray]
 DAMAGED: dict[str, Make] = {"reference, blurred": blurred, "reference, over-sharpened": over_sharpened}
@@ -61,6 +62,7 @@ def evaluate_folder(request: FolderRequest, cfg: EvaluationConfig, console: Cons
     grids, gray pictures, two kinds of photos or names without partner, a reference that was trained on.
     """
     images, reference, train, warnings = _check(request, cfg)
+    check_writable(request.output)
     start_processes()
     if dist.is_initialized() and dist.get_world_size() > min(len(images), len(reference)):
         raise ConfigError(f"{dist.get_world_size()} processes are more than there are pictures: start fewer.")
@@ -146,12 +148,12 @@ def rank() -> int:
 
 
 def agreed(known: bool) -> bool:
-    """What the first process says, on all: else one would wait for others that have nothing to do."""
+    """Whether all processes say so (each may have a disk of its own): else one would wait for others in vain."""
     if not dist.is_initialized():
         return known
-    said = [known]
-    dist.broadcast_object_list(said)
-    return said[0]
+    said: list[bool | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, known)
+    return all(said)
 
 
 def _check(
@@ -159,6 +161,9 @@ def _check(
 ) -> tuple[PictureFolder, PictureFolder, PictureFolder | None, list[str]]:
     if request.resolution is not None and request.resolution < 16:
         raise ConfigError(f"resolution={request.resolution} is below 16: give e.g. 256.")
+    for option in ("lpips", "dists"):
+        if not request.paired and getattr(cfg, option):
+            raise ConfigError(f"{option} compares pictures one by one: give paired=true, or leave it out.")
     images = folders.scan("images", request.images)
     reference = folders.scan("reference", request.reference)
     if request.images.resolve() == request.reference.resolve():

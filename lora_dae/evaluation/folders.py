@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from lora_dae.config import ConfigError
-from lora_dae.data.decode import BadImageError, decode, open_image
+from lora_dae.data.decode import BadImageError, decode, open_image, upright_size
 from lora_dae.data.square import fit_square
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -64,7 +64,7 @@ def scan(option: str, path: Path, least: int = LEAST) -> PictureFolder:
             photo = open_image(file.read_bytes())
         except (BadImageError, OSError) as error:
             raise ConfigError(f"{file} {_reason(error)}: replace it or take it out.") from error
-        sizes.append(photo.size)
+        sizes.append(upright_size(photo))
         if photo.mode in GRAY:
             gray.append(file)
     different = set(sizes)

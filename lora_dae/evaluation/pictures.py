@@ -137,6 +137,7 @@ def draw_pictures(run_dir: Path, strength: float | None, split: str, count: int,
     settings = {
         "format": FORMAT, "strength": strength, "split": split, "count": len(held_out.pairs),
         "sampling": vars(cfg.sampling),
+        "pairs": [[p.caption, *(p.key(part) for part in ("image", "source", "mask"))] for p in held_out.pairs],
         "adapter": [[f.name, f.stat().st_mtime_ns] for f in sorted((run_dir / "adapter").rglob("*.safetensors"))],
     }  # fmt: skip
     stamp = folder / "settings.json"
@@ -195,6 +196,10 @@ def read_pictures(folder: Path, count: int | None = None) -> tuple[list[Item], l
             or not isinstance(row.get("text"), str)
         ):
             raise ConfigError(f'{where} needs "file_name" and "text" as strings.')
+        if any(not isinstance(row.get(key), str | None) for key in ("source", "real", "mask")) or not isinstance(
+            row.get("attributes"), dict | None
+        ):
+            raise ConfigError(f'{where}: "source", "real" and "mask" must be file names, "attributes" an object.')
         images.append(_load(folder / row["file_name"], where))
         known = {key: _load(folder / row[key], where) if row.get(key) else None for key in ("source", "real")}
         if row.get("mask"):
@@ -214,6 +219,8 @@ def _same(items: Sequence[Item], other: Sequence[Item], name: str, first: str) -
             raise ConfigError(
                 f"{name} and {first} differ in prompt {b.id} ({b.prompt!r}, {a.prompt!r}): draw both anew."
             )
+        if a.real is not None and b.real is not None and not np.array_equal(a.real, b.real):
+            raise ConfigError(f"{name} and {first} have another real photo for {b.id}: draw both from the same data.")
         if None not in (a.seed, b.seed) and a.seed != b.seed:
             raise ConfigError(f"{name} was drawn with seed {b.seed}, {first} with {a.seed}: draw both with one seed.")
 

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from lora_dae.backbone.load import Backbone
-from lora_dae.evaluation.attributes import AttributeClassifier
+from lora_dae.evaluation.attributes.classifier import AttributeClassifier
 from lora_dae.evaluation.controls import blurred, over_sharpened
-from lora_dae.evaluation.extras import Extras
-from lora_dae.evaluation.features import FeatureExtractor, stack_images
 from lora_dae.evaluation.heldout import HeldOut
-from lora_dae.evaluation.measure import Reference, evaluate_images
-from lora_dae.evaluation.pattern import pattern_distance
-from lora_dae.evaluation.table import MetricValue
+from lora_dae.evaluation.metrics.extras import Extras
+from lora_dae.evaluation.metrics.features import FeatureExtractor, stack_images
+from lora_dae.evaluation.metrics.measure import Reference, evaluate_images
+from lora_dae.evaluation.metrics.pattern import pattern_distance
+from lora_dae.evaluation.report.table import MetricValue
 
 FLOOR = "real training photos"  # the floor of distances
 CEILING = "real, through the VAE"  # the ceiling of a latent model

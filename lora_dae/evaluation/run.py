@@ -15,25 +15,27 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from lora_dae.adapter.words import FILE_NAME as WORDS_FILE
+from lora_dae.adapter.words import TOKEN
 from lora_dae.backbone.load import load_backbone
 from lora_dae.backbone.precision import best_device
 from lora_dae.config import Config, to_dict
 from lora_dae.data.sources import load_splits
-from lora_dae.evaluation.examples import PictureGrid, extremes, prompt_grid
-from lora_dae.evaluation.extras import Extras, load_extras
-from lora_dae.evaluation.features import load_features, stack_images
+from lora_dae.evaluation.attributes.labels import studio_classifier
 from lora_dae.evaluation.heldout import HeldOut, overlap, training_pairs
-from lora_dae.evaluation.measure import Reference, build_reference, measure_images
-from lora_dae.evaluation.observe import Observed
-from lora_dae.evaluation.pattern import pattern_distance
-from lora_dae.evaluation.plots import plot_band_power, plot_curves, plot_sizes
-from lora_dae.evaluation.protocol import Protocol, size_warnings
+from lora_dae.evaluation.metrics.extras import Extras, load_extras
+from lora_dae.evaluation.metrics.features import FeatureExtractor, load_features, stack_images
+from lora_dae.evaluation.metrics.measure import Reference, build_reference, measure_images
+from lora_dae.evaluation.metrics.observe import Observed
+from lora_dae.evaluation.metrics.pattern import pattern_distance
+from lora_dae.evaluation.metrics.sizes import add_infinity, size_curves
+from lora_dae.evaluation.metrics.texture import band_power
 from lora_dae.evaluation.references import reference_rows
-from lora_dae.evaluation.report import Page, write_page
-from lora_dae.evaluation.sizes import add_infinity, size_curves
-from lora_dae.evaluation.studio_labels import studio_classifier
-from lora_dae.evaluation.table import MetricValue, ResultsTable
-from lora_dae.evaluation.texture import band_power
+from lora_dae.evaluation.report.examples import PictureGrid, extremes, prompt_grid
+from lora_dae.evaluation.report.page import Page, check_writable, write_page
+from lora_dae.evaluation.report.plots import plot_band_power, plot_curves, plot_sizes
+from lora_dae.evaluation.report.protocol import Protocol, size_warnings
+from lora_dae.evaluation.report.table import MetricValue, ResultsTable
 from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet
 from lora_dae.sampling.sheet import image_grid
@@ -76,6 +78,7 @@ def measure_rows(
     rows: dict[str, np.ndarray],
     held_out: HeldOut,
     split: str,
+    extractor: FeatureExtractor,
     extras: Extras,
     run: LoadedRun | None = None,
     training: HeldOut | None = None,
@@ -84,7 +87,6 @@ def measure_rows(
 
     ``run`` gives the VAE and ``training`` the photos of the reference rows (``evaluation.controls``).
     """
-    extractor = load_features(cfg.evaluation.features).to(best_device())
     real = build_reference(stack_images([p.image for p in held_out.pairs]), held_out.masks, extractor, *extras.more)
     classifier = studio_classifier(held_out.attributes)
     sources = None if held_out.sources is None else stack_images(list(held_out.sources))
@@ -129,6 +131,7 @@ def measure_rows(
         definitions=extras.definitions,
         not_available=extras.not_available,
         mode="text" if held_out.sources is None else "source",
+        method=sampling.method,
         warnings=size_warnings(len(held_out.pairs), len(real), 1),
     )
     # Strength 0 comes first: it is what every other row is compared with.
@@ -179,12 +182,14 @@ def evaluate_run(
     splits = load_splits(cfg.data)
     held_out = HeldOut.take(splits[split], cfg.evaluation.num_samples, cfg.conditioning)
     extras = load_extras(cfg.evaluation, cfg.data.resolution, held_out.captions)
+    extractor = load_features(cfg.evaluation.features).to(best_device())  # what cannot be had costs no drawing
+    check_writable(output)
     rows = draw_rows(run, held_out, console, bf16)
     if on_images is not None:
         on_images(held_out, rows)
     training = training_pairs(splits["train"], held_out) if cfg.evaluation.controls else None
     with console.status("measuring"):
-        table, real, seen = measure_rows(cfg, rows, held_out, split, extras, run, training)
+        table, real, seen = measure_rows(cfg, rows, held_out, split, extractor, extras, run, training)
     if found := overlap(splits, split, len(held_out.pairs)):
         table.protocol.warnings.append(found)
     console.print(table.rich())  # first: whatever becomes of the files, the numbers are there
@@ -253,6 +258,8 @@ def _summary(run_dir: Path, cfg: Config) -> dict[str, str]:
 
 def usage(cfg: Config) -> str:
     """How to draw with the run's files."""
+    if cfg.adapter.kind in ("loha", "lokr"):  # few programs read PEFT's own files of them
+        return 'python sample.py run=<this folder> prompt="a woman wearing a red plaid shirt"'
     base = cfg.backbone.path or "<lora_dae>/backbone/studio/weights"
     lines = [
         "import lora_dae",
@@ -260,11 +267,13 @@ def usage(cfg: Config) -> str:
         "",
         f'pipe = DiffusionPipeline.from_pretrained("{base}")',
     ]
-    if not cfg.adapter.full_finetune:
+    if cfg.adapter.kind == "textual_inversion":
+        lines.append(f'pipe.load_textual_inversion("adapter/{WORDS_FILE}", token="{TOKEN}")')
+    elif not cfg.adapter.full_finetune:
         lines.append(f'lora_dae.attach(pipe, "adapter", strength={cfg.enhancement.strength})')
     else:
         lines.append('pipe.unet = pipe.unet.from_pretrained("adapter/unet")')
-    lines.append(
-        f'image = pipe("a woman wearing a red plaid shirt", guidance_scale={cfg.sampling.guidance_scale}).images[0]'
-    )
+    words = f"{TOKEN} " if cfg.adapter.kind == "textual_inversion" else ""
+    prompt = f"{words}a woman wearing a red plaid shirt"
+    lines.append(f'image = pipe("{prompt}", guidance_scale={cfg.sampling.guidance_scale}).images[0]')
     return "\n".join(lines)

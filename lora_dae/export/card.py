@@ -53,8 +53,10 @@ def model_card(cfg: Config, family: str, files: list[str], metrics: dict[str, An
 def _adapter(cfg: Config) -> str:
     if cfg.adapter.full_finetune:
         return "all UNet weights"
+    if cfg.adapter.kind == "textual_inversion":
+        return f"textual inversion, {cfg.adapter.words} vectors in front of every caption"
     conv = cfg.adapter.conv_rank or cfg.adapter.rank
-    kind = "DoRA" if cfg.adapter.use_dora else "LoRA"
+    kind = {"loha": "LoHa", "lokr": "LoKr"}.get(cfg.adapter.kind, "DoRA" if cfg.adapter.use_dora else "LoRA")
     return f"{kind} on {', '.join(cfg.adapter.targets)}; rank {cfg.adapter.rank}, convolutions {conv}"
 
 
@@ -79,6 +81,7 @@ def _use(cfg: Config, family: str, files: list[str]) -> list[str]:
     lines: list[str] = []
     if FILE_NAME in files:
         strength = cfg.enhancement.strength
+        placement = ', placement="direction"' if cfg.enhancement.placement == "direction" else ""
         source = ', source=Image.open("mannequin.jpg")' if cfg.conditioning == "source" else ""
         lines += [
             "With LoRA-DAE (adapter, enhancement and source photo) on any diffusers pipeline:", "",
@@ -88,7 +91,7 @@ def _use(cfg: Config, family: str, files: list[str]) -> list[str]:
             *(["from PIL import Image"] if source else []),
             "",
             f'pipe = {pipeline}.from_pretrained("{base}")',
-            f'lora_dae.attach(pipe, ".", strength={strength:g})',
+            f'lora_dae.attach(pipe, ".", strength={strength:g}{placement})',
             f"image = pipe({prompt}, guidance_scale={guidance:g}{source}).images[0]",
             "```", "",
             "The LoRA alone, in plain diffusers:", "",

@@ -89,6 +89,11 @@ def _check(request: ExportRequest, cfg: Config) -> None:
         raise ConfigError(f"resize_rank makes an adapter file smaller, which format={request.format} writes none of.")
     if cfg.adapter.full_finetune and request.format not in ("merged", "merged_file"):
         raise ConfigError(f"run={request.run} trained all weights and has no adapter: use format=merged.")
+    kind, merged = cfg.adapter.kind, request.format in ("merged", "merged_file")
+    if kind == "textual_inversion":
+        raise ConfigError(f"run={request.run} learned words, which its adapter folder holds as diffusers reads them.")
+    if kind in ("loha", "lokr") and not merged:
+        raise ConfigError(f"run={request.run} trained {kind}, which format={request.format} cannot hold: use merged.")
     if request.format == "merged_file" and cfg.conditioning == "source":
         raise ConfigError("a single file has no place for the source photo's channels: use format=merged.")
 

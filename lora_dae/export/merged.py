@@ -29,7 +29,9 @@ def write_merged_folder(run: LoadedRun, folder: Path, dtype: str) -> Path:
     pipeline.
     """
     backbone = run.backbone
-    has_source = get_source_input(backbone.unet) is not None
+    # Full fine-tuning has the channels in the UNet itself.
+    doubled = backbone.unet.config["in_channels"] == 2 * backbone.latent_channels
+    has_source = doubled or get_source_input(backbone.unet) is not None
     merge_in_place(backbone.unet, backbone.text_encoders)
     parts: dict[str, Any] = {
         "unet": backbone.unet,

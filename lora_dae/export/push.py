@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from rich.console import Console
 
 from lora_dae.config import ConfigError
@@ -26,8 +26,8 @@ def push_folder(folder: Path, repo_id: str, console: Console) -> bool:
         api = HfApi()
         api.create_repo(repo_id, repo_type="model", exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, repo_type="model", commit_message="LoRA-DAE adapter")
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"push={repo_id} did not work ({reason}); {folder} holds everything that was to go."
         ) from error

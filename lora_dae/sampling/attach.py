@@ -80,11 +80,12 @@ def attach(
     check_adapter(pipe.unet, folder / FILE_NAME, _text_encoders(pipe))
     if files[SOURCE_FILE]:
         dtype, device = pipe.unet.dtype, pipe.unet.device
-        load_source_input(pipe.unet, folder)
+        load_source_input(pipe.unet, folder / SOURCE_FILE)
         pipe.unet.source_input.requires_grad_(False).to(device, dtype)
     pipe.load_lora_weights(folder, weight_name=FILE_NAME, adapter_name=_NAME)
     if merged:
         fuse(pipe.unet)
+        pipe.unet.eval()  # diffusers adds layers in training mode, in which no merged weight is kept
     pipe._lora_dae = Attached(module, strength, placement, files[SOURCE_FILE], merged)
     pipe.__class__ = _attached_class(type(pipe))  # type: ignore[arg-type]
     return pipe

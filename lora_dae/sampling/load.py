@@ -94,18 +94,24 @@ def load_run(run_dir: Path, device: str | torch.device = "cpu", weights: str | N
     return LoadedRun(run_dir, cfg, backbone, module)
 
 
-def prepare_unet(backbone: Backbone, cfg: Config) -> str:
-    """channels_last and the fastest attention here, before anything is injected; returns what was chosen."""
+def prepare_unet(backbone: Backbone, cfg: Config, device: torch.device | None = None) -> str:
+    """channels_last and the fastest attention, before anything is injected; returns what was chosen.
+
+    ``device``: where the UNet will compute, if it is not there yet.
+    """
     backbone.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     backbone.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = cfg.data.resolution // backbone.vae_scale_factor
     shape = (cfg.data.batch_size, backbone.latent_channels, size, size)
+    setting = cfg.backbone.attention
+    if setting == "auto" and (device or backbone.unet.device).type != "cpu":
+        setting = "sdpa"
     chosen = choose_attention(
         backbone.unet,
         torch.bfloat16,
         shape,
         backbone.text_length,
-        cfg.backbone.attention,
+        setting,
         Path(cfg.data.cache_dir) / "attention.json",
     )
     return ", ".join(sorted(set(chosen.values())))

@@ -127,7 +127,8 @@ def sample_latents(
     method = method or Method()
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
     sample = noise * scheduler.init_noise_sigma
-    fresh = type(scheduler).__name__ in FRESH_NOISE and len(generators) > 0
+    stochastic = str(scheduler.config.get("algorithm_type")).startswith("sde")
+    fresh = len(generators) > 0 and (stochastic or type(scheduler).__name__ in FRESH_NOISE)
     extra = {"generator": list(generators)} if fresh else {}
     last = max(len(scheduler.timesteps) - 1, 1)
     with method.around(unet):

@@ -33,13 +33,20 @@ _CLASSES: dict[str, Any] = {
 _EXTRA: dict[str, dict[str, Any]] = {"pndm": {"skip_prk_steps": True}}
 # PNDM and DDIM with leading spacing reach past the last timestep without it.
 _SPACING: dict[str, dict[str, Any]] = {"pndm": {"timestep_spacing": "leading", "steps_offset": 1}}
+_NO_ZERO_SNR = ("heun", "lms", "pndm")
 
 
 def build_scheduler(name: str, base: Any) -> Any:
     """A fresh scheduler called ``name`` (config.SCHEDULERS) on the betas and prediction type of ``base``.
 
-    Raises ConfigError for an unknown name.
+    Raises ConfigError for an unknown name, and for a solver that cannot do the zero terminal SNR of ``base``.
     """
     if name not in _CLASSES:
         raise ConfigError(f"sampling.scheduler={name} is unknown: use one of {', '.join(SCHEDULERS)}.")
-    return _CLASSES[name].from_config(base.config, **_EXTRA.get(name, {}), **_SPACING.get(name, {}))
+    if base.config.get("rescale_betas_zero_snr") and name in _NO_ZERO_SNR:
+        raise ConfigError(
+            f"sampling.scheduler={name} knows no zero terminal SNR, with which this backbone was trained: use ddim, "
+            "euler, dpm++ or unipc."
+        )
+    config = {"clip_sample": False, **base.config}  # diffusers' default would clip latents to [-1, 1]
+    return _CLASSES[name].from_config(config, **_EXTRA.get(name, {}), **_SPACING.get(name, {}))

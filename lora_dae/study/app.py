@@ -83,7 +83,7 @@ def build_app(store: StudyStore) -> Any:
                 raise RefusedError(413, "the request is too large")
         try:
             values = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             values = None
         if not isinstance(values, dict):
             raise RefusedError(400, "the request is no JSON object")

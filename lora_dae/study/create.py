@@ -43,7 +43,8 @@ def create_study(request: CreateRequest, console: Console) -> Path:
     output = Path(request.output)
     if output.exists():
         raise ConfigError(f"output={output} exists: a study is never overwritten, give a new folder.")
-    plan(1, ["a", "b"][: max(1, len(request.runs))], request.raters, request.pairs, request.opinions, True, 0)
+    stand_ins = [str(k) for k in range(max(1, len(request.runs)))]
+    plan(request.num_samples, stand_ins, request.raters, request.pairs, request.opinions, True, 0)
     sets = gather(request.runs, request.split, request.num_samples, console)
     methods = list(sets.methods)
     sources = [item.source for item in sets.items]
@@ -62,8 +63,9 @@ def create_study(request: CreateRequest, console: Console) -> Path:
         "admin": hashed(admin), "rules": asdict(Rules()), "runs": request.runs,
     }  # fmt: skip
     create_database(building / FILE, meta, [i.prompt for i in sets.items], pictures, tokens, trials)
-    links = [f"rater {k + 1:03d}  {request.url}/r/{token}" for k, token in enumerate(tokens)]
-    text = "\n".join([f"admin      {request.url}/admin/{admin}", *links]) + "\n"
+    url = request.url.rstrip("/")
+    links = [f"rater {k + 1:03d}  {url}/r/{token}" for k, token in enumerate(tokens)]
+    text = "\n".join([f"admin      {url}/admin/{admin}", *links]) + "\n"
     path = building / "links.txt"
     path.touch(mode=0o600)  # who has a link can vote
     path.write_text(text, encoding="utf-8")

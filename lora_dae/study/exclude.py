@@ -18,7 +18,7 @@ class Rules:
     min_checks: int = 2  # fewer seen: nothing can be said, the rater stays
     min_passed: float = 0.75  # share of the checks
     min_seconds: float = 0.7  # median time of a vote
-    max_one_side: float = 0.95  # share of one answer among the pairs ...
+    max_one_side: float = 0.95  # share of left, or of right, among the pairs ...
     min_pairs: int = 20  # ... if there are at least so many
 
 
@@ -32,13 +32,13 @@ def excluded(votes: Sequence[VoteRow], rules: Rules) -> dict[int, str]:
         checks = [passed(v) for v in own if v.kind == "check"]
         seconds = median(v.seconds for v in own)
         sides = [v.answer for v in own if v.kind in ("pair", "repeat")]
-        most = max((sides.count(s) for s in set(sides)), default=0)
+        most = max(sides.count(s) for s in ("left", "right"))  # many ties are an opinion
         if len(checks) >= rules.min_checks and sum(checks) < rules.min_passed * len(checks):
             result[rater] = f"passed {sum(checks)} of {len(checks)} attention checks"
         elif seconds < rules.min_seconds:
             result[rater] = f"median time of a vote {seconds:.2f} s"
         elif len(sides) >= rules.min_pairs and most > rules.max_one_side * len(sides):
-            result[rater] = f"gave one answer in {most} of {len(sides)} pairs"
+            result[rater] = f"took one side in {most} of {len(sides)} pairs"
     return result
 
 

@@ -52,6 +52,11 @@ def plan(
     questions = QUESTIONS if with_reference else QUESTIONS[:1]
     pool = [(i, a, b, q) for i in range(num_items) for a, b in combinations(methods, 2) for q in questions]
     singles = [(i, m) for i in range(num_items) for m in methods]
+    if pairs > len(pool) or opinions > len(singles):
+        raise ConfigError(
+            f"pairs={pairs}, opinions={opinions}: there are {len(pool)} comparisons and {len(singles)} pictures, and "
+            "nobody should judge one twice: ask for fewer, or give more prompts (num_samples)."
+        )
     pair_stream = cycle([pool[k] for k in rng.permutation(len(pool))])
     single_stream = cycle([singles[k] for k in rng.permutation(len(singles))])
     result = []

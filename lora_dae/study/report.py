@@ -14,9 +14,9 @@ import numpy as np
 from rich.console import Console
 
 from lora_dae.config import ConfigError
-from lora_dae.evaluation.agreement import Level, krippendorff_alpha
-from lora_dae.evaluation.preference import Vote, judged_win_rates, strengths
-from lora_dae.evaluation.table import without_nan
+from lora_dae.evaluation.report.table import without_nan
+from lora_dae.evaluation.statistics.agreement import Level, krippendorff_alpha
+from lora_dae.evaluation.statistics.preference import Vote, judged_win_rates, strengths
 from lora_dae.study.exclude import Rules, excluded, passed
 from lora_dae.study.plan import QUESTIONS
 from lora_dae.study.store import StudyStore, VoteRow

@@ -17,6 +17,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lora_dae.config import Config, ConfigError, conf_dir, from_dict, register
 from lora_dae.rules import check
@@ -63,10 +65,14 @@ def read_comparison(folder: Path) -> Comparison:
     path = folder / FILE
     if not path.is_file():
         raise ConfigError(f"there is no {path}: give a folder of experiments/ that has one.")
-    values: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} is no YAML: {str(error).splitlines()[0]}.") from error
     expected = {"title", "seeds", "baseline", "metrics", "common", "cells"}
-    if set(values) != expected:
-        raise ConfigError(f"{path} has the keys {', '.join(values)}: give {', '.join(sorted(expected))}.")
+    if not isinstance(values, dict) or set(values) != expected or not isinstance(values["cells"], dict):
+        keys = ", ".join(map(str, values)) or "no keys"
+        raise ConfigError(f"{path} has {keys}: give {', '.join(sorted(expected))}, cells by name.")
     cells = []
     for name, given in values["cells"].items():
         entry = given if isinstance(given, dict) else {"overrides": given}

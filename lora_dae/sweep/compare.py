@@ -10,6 +10,7 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,12 @@ def run_comparison(folder: Path, runs: Path, jobs_at_once: int, extra: Sequence[
     failed = [job for job in jobs if job.state != DONE]
     for job in failed:
         console.print(f"{job.label} {job.state}: {job.error}; log {job.log}", soft_wrap=True, markup=False)
-    write_tables(folder, grid, runs, console)
+    try:
+        write_tables(folder, replace(grid, common=(*grid.common, *extra)), runs, console)
+    except ConfigError as error:
+        if not failed:
+            raise
+        console.print(f"no table: {error}", soft_wrap=True, markup=False)
     return len(failed)
 
 
@@ -80,7 +86,7 @@ def main() -> None:
     parser.add_argument("-j", "--jobs", type=int, default=1)
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--table", action="store_true")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     console = Console()
     try:
         grid = read_comparison(given.folder)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lora_dae.adapter.initial import check_file
 from lora_dae.config import Config, from_dict, to_dict
 
 TRAINING_VERSION = 2  # raise it when the same config begins to train to other weights
@@ -67,6 +69,9 @@ def training_hash(cfg: Config, data_fingerprint: str, backbone_fingerprint: str)
     config = training_part(cfg)
     config["data"].pop("root")
     config["backbone"].pop("path")
+    if cfg.adapter.init_from is not None:  # what it holds, not where it lies
+        check_file(cfg.adapter.init_from)
+        config["adapter"]["init_from"] = hashlib.sha256(Path(cfg.adapter.init_from).read_bytes()).hexdigest()
     return content_hash(
         {
             "version": TRAINING_VERSION,

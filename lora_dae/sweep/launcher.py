@@ -25,7 +25,7 @@ from rich.console import Console
 from lora_dae.config import ConfigError
 from lora_dae.sweep.devices import Devices, visible_gpus
 from lora_dae.sweep.identity import content_hash
-from lora_dae.sweep.jobs import DONE, ELSEWHERE, FAILED, INPUT_ERROR, RUNNING, STOPPED, WAITING, Job
+from lora_dae.sweep.jobs import DONE, ELSEWHERE, FAILED, RUNNING, STOPPED, WAITING, Job
 from lora_dae.sweep.live import LiveTable
 from lora_dae.sweep.locks import try_lock
 
@@ -135,7 +135,7 @@ def run_jobs(jobs: list[Job], make_command: Callable[[Job], list[str]], devices:
                     if job.state in (WAITING, ELSEWHERE) and may_start(job, jobs):
                         _start(job, make_command, devices)
                     elif job.state == RUNNING:
-                        _look(job, jobs, devices)
+                        _look(job, devices)
                 live.update()
                 time.sleep(POLL)
             live.update()
@@ -174,7 +174,7 @@ def _start(job: Job, make_command: Callable[[Job], list[str]], devices: Devices)
         )  # fmt: skip
 
 
-def _look(job: Job, jobs: list[Job], devices: Devices) -> None:
+def _look(job: Job, devices: Devices) -> None:
     assert job.process is not None
     code = job.process.poll()
     if code is None:
@@ -183,10 +183,6 @@ def _look(job: Job, jobs: list[Job], devices: Devices) -> None:
     devices.give_back(job.devices)
     if job.lock is not None:
         job.lock.release()
-    if code == INPUT_ERROR:  # whoever would train the same would fail the same
-        for other in jobs:
-            if other.work == job.work and other.state == WAITING:
-                other.state, other.error = FAILED, f"as job {job.number}: {job.error}"
 
 
 def _stop(running: list[Job]) -> None:

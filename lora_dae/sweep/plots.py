@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lora_dae.evaluation.plots import INK, PALETTE, STYLE
-from lora_dae.evaluation.table import format_name
+from lora_dae.evaluation.report.plots import INK, PALETTE, STYLE
+from lora_dae.evaluation.report.table import format_name
 from lora_dae.sweep.table import COSTS, Row, SweepTable, badness
 
 PREFERRED = ("enhancement.strength", "adapter.rank")  # x and y of the heat map, where they vary

@@ -41,8 +41,8 @@ def write_sweep_report(folder: Path) -> Path:
 
     Raises ConfigError where no run is finished.
     """
-    from lora_dae.evaluation.report import data_uri
-    from lora_dae.evaluation.table import format_name, format_value
+    from lora_dae.evaluation.report.page import data_uri
+    from lora_dae.evaluation.report.table import format_name, format_value
     from lora_dae.sweep import plots
     from lora_dae.sweep.table import COSTS, read_sweep
 

@@ -18,10 +18,11 @@ import numpy as np
 from scipy import stats
 from torch import Tensor
 
+from lora_dae.adapter.atomic import atomic
 from lora_dae.config import ConfigError
-from lora_dae.evaluation.compare import holm
+from lora_dae.evaluation.report.table import ARROWS, MetricValue, format_name, format_value, load_table
 from lora_dae.evaluation.run import row_name
-from lora_dae.evaluation.table import ARROWS, MetricValue, format_name, format_value, load_table
+from lora_dae.evaluation.statistics.compare import holm
 from lora_dae.sweep.cells import Cell, Comparison, run_folder
 from lora_dae.sweep.files import read_json, write_json
 from lora_dae.sweep.table import adapter_megabytes, network_calls
@@ -69,7 +70,8 @@ def difference(cell: Measured, baseline: Measured) -> tuple[float, float]:
     """(mean difference, two-sided p), paired by seed and by image; of |log value| where 1 is best."""
     a, b = _distance(cell), _distance(baseline)
     values = [x - y for x, y in zip(a.values, b.values, strict=True)]
-    replicates = [x - y for x, y in zip(a.replicates, b.replicates, strict=True) if x.shape == y.shape]
+    both = zip(a.replicates, b.replicates, strict=True) if len(a.replicates) == len(b.replicates) else ()
+    replicates = [x - y for x, y in both if x.shape == y.shape]
     mean = float(np.mean(values))
     if len(values) == 1 and not replicates:
         return mean, 1.0
@@ -98,11 +100,12 @@ def collect(grid: Comparison, runs: Path) -> dict[str, dict[str, Measured]]:
 
 def _collect_cell(cell: Cell, folders: Sequence[Path], metrics: Sequence[str]) -> dict[str, Measured]:
     tables = [load_table(folder / "metrics.json") for folder in folders]
-    names = [_row(cell, folder, set(table.methods)) for folder, table in zip(folders, tables, strict=True)]
+    methods = [{**table.references, **table.methods} for table in tables]
+    names = [_row(cell, folder, set(rows)) for folder, rows in zip(folders, methods, strict=True)]
     drawn = [load_replicates(folder) for folder in folders]
     found = {}
     for metric in metrics:
-        rows = [table.methods[name].get(metric) for table, name in zip(tables, names, strict=True)]
+        rows = [known[name].get(metric) for known, name in zip(methods, names, strict=True)]
         if any(row is None or not math.isfinite(row.value) for row in rows):
             continue  # PSNR of a row that saw no source
         kept = [r[f"{name}/{metric}"] for r, name in zip(drawn, names, strict=True) if f"{name}/{metric}" in r]
@@ -202,18 +205,19 @@ def _cell(entry: Mapping[str, Any] | None) -> str:
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """results.json, results.csv and README's block, all from the same numbers."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    head, _, rest = text.partition(BEGIN)
+    if END not in rest:
+        raise ConfigError(f"{path} lacks the markers '{BEGIN}' and '{END}', between which the table goes.")
     write_json(folder / "results.json", results)
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+    with atomic(folder / "results.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["cell", "metric", "value", "low", "high", "difference", "p_holm"])
         for line in csv_lines(results):
             writer.writerow(line)
-    path = folder / "README.md"
-    text = path.read_text(encoding="utf-8")
-    head, _, rest = text.partition(BEGIN)
-    if END not in rest:
-        raise ConfigError(f"{path} lacks the markers '{BEGIN}' and '{END}', between which the table goes.")
-    path.write_text(f"{head}{BEGIN}\n{render(results)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    with atomic(path) as partial:
+        partial.write_text(f"{head}{BEGIN}\n{render(results)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 def csv_lines(results: Mapping[str, Any]) -> list[list[Any]]:

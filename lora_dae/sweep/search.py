@@ -164,7 +164,7 @@ def _one_trial(
         validation.tell(watched, state=states.PRUNED)
         words = f"pruned: {pruned}"
     else:
-        loss = _last_validated(run_dir)
+        loss = _last_reported(validation, watched.number)
         validation.tell(watched, loss, state=states.COMPLETE if loss is not None else states.FAIL)
         if code != 0:
             study.tell(trial, state=states.FAIL)
@@ -190,8 +190,10 @@ def _run(command: list[str], run_dir: Path, watched: Any) -> int:
         )  # fmt: skip
     told: set[int] = set()
     try:
-        while process.poll() is None:
+        ended = False
+        while not ended:
             time.sleep(POLL)
+            ended = process.poll() is not None  # and one more look at what it said last
             for step, loss in read_json(run_dir / "status.json").get("validated", {}).items():
                 if int(step) not in told:
                     told.add(int(step))
@@ -211,9 +213,10 @@ def _run(command: list[str], run_dir: Path, watched: Any) -> int:
                 process.wait()
 
 
-def _last_validated(run_dir: Path) -> float | None:
-    values = read_json(run_dir / "status.json").get("validated", {})
-    return float(values[max(values, key=int)]) if values else None
+def _last_reported(validation: Any, number: int) -> float | None:
+    """The last validation loss that ``_run`` saw: later stages of the run say other things in its status file."""
+    seen = validation.trials[number].intermediate_values
+    return float(seen[max(seen)]) if seen else None
 
 
 def _failures_in_a_row(study: Any, states: Any) -> int:

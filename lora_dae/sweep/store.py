@@ -55,6 +55,7 @@ def run_in_store(cfg: Config) -> Result:
         return Result(run_dir, None)
     train_once(cfg, folder, decision)
     say(run_dir / "status.json", "measuring")
+    (run_dir / "metrics.json").unlink(missing_ok=True)  # of other settings, perhaps
     take_over(folder, run_dir)
     (run_dir / "adapter" / "README.md").unlink(missing_ok=True)  # a link into the store: this run's strength is its own
     write_config(cfg)

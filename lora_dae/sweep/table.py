@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from lora_dae.config import Config, ConfigError, from_dict, to_dict
+from lora_dae.evaluation.report.table import MetricValue, format_value, load_table
 from lora_dae.evaluation.run import row_name
-from lora_dae.evaluation.table import MetricValue, format_value, load_table
 from lora_dae.sampling.loop import Guidance
 from lora_dae.sampling.methods import build_method
 

@@ -75,8 +75,10 @@ class LoraDae(lightning.LightningModule):
     def set_stage(self, stage: str) -> None:
         """Let only what ``stage`` trains require a gradient."""
         self.stage = stage
+        unused = "enhancement.decoder.matcher." if self.cfg.conditioning == "none" else None  # nothing to match with
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in self._kept and _stage_of(name) == stage)
+            trains = name in self._kept and _stage_of(name) == stage
+            parameter.requires_grad_(trains and not (unused and name.startswith(unused)))
 
     @property
     def num_train_timesteps(self) -> int:
@@ -191,7 +193,7 @@ class LoraDae(lightning.LightningModule):
             weight_decay=0.0 if enhancing else cfg.weight_decay,
         )
         steps = max(self.trainer.max_steps, 1)
-        warmup = min(cfg.warmup_steps, max(steps // 10, 1))
+        warmup = max(1, min(cfg.warmup_steps, steps // 10))
 
         def factor(step: int) -> float:
             done = max(step - warmup, 0) / max(steps - warmup, 1)

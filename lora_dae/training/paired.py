@@ -23,7 +23,7 @@ from lora_dae.enhancement.gates import WINDOW
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.sampling.loop import Conditions, Guidance, predict
 
-Photos = Callable[[list[int]], tuple[Tensor, Tensor | None]]
+Photos = Callable[[list[int], list[bool]], tuple[Tensor, Tensor | None]]  # sample numbers, which are mirrored
 Decode = Callable[[Tensor], Tensor]
 Gather = Callable[[Tensor], Tensor]
 # Constants, not the batch's own sizes, so that any number of processes trains the same.
@@ -122,7 +122,8 @@ def refining_loss(
     ``photos`` gives the real and source photos of samples by number, ``decode`` the images of latents.
     """
     clean = batch["latent_mean"]
-    real, source = photos(batch["index"].tolist())
+    turned = batch.get("mirrored")
+    real, source = photos(batch["index"].tolist(), [False] * len(clean) if turned is None else turned.tolist())
     if source is None:
         with torch.no_grad():
             decoded = decode(clean).float()

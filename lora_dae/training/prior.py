@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_dae.adapter.atomic import load_tensors, save_tensors
 from lora_dae.backbone.load import Backbone
+from lora_dae.backbone.tokens import pack_tokens
 from lora_dae.config import Config, ConfigError
 from lora_dae.sampling.draw import Drawer
 from lora_dae.training import together
@@ -43,7 +44,10 @@ class Prior(Callback):
             self.latents = self._draw(pl_module.unet.training).cpu()
             if trainer.is_global_zero:
                 save_tensors({"latents": self.latents}, self.path, {"format": "pt"})
-        self.text = self.backbone.encode_text([self.cfg.objective.prior_caption])[0].cpu()
+        caption = [self.cfg.objective.prior_caption]
+        live = self.cfg.adapter.trains_text  # then a batch has tokens
+        text = pack_tokens(self.backbone.tokenize(caption)) if live else self.backbone.encode_text(caption)
+        self.text = text[0].cpu()
 
     def _draw(self, training: bool) -> Tensor:
         cfg, count = self.cfg, self.cfg.objective.prior_images
@@ -62,5 +66,5 @@ class Prior(Callback):
         device = like["text"].device
         latents = self.latents[[place % len(self.latents) for place in places]].to(device)
         found = {"latent_mean": latents, "latent_std": torch.zeros_like(latents)}
-        found["text"] = self.text.to(like["text"]).expand(len(latents), -1, -1)
+        found["text"] = self.text.to(like["text"]).expand(len(latents), *self.text.shape)
         return found | ({"source": torch.zeros_like(latents)} if "source" in like else {})

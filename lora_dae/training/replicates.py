@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_dae.adapter.atomic import load_tensors, save_tensors
-from lora_dae.evaluation.table import ResultsTable
+from lora_dae.evaluation.report.table import ResultsTable
 
 FILE_NAME = "replicates.safetensors"
 
@@ -16,7 +16,7 @@ def save_replicates(table: ResultsTable, run_dir: Path) -> None:
     """``<row>/<metric>`` -> (R,) float64; runs of one seed and one number of images resampled the same images."""
     found = {
         f"{row}/{metric}": value.replicates
-        for row, metrics in table.methods.items()
+        for row, metrics in {**table.references, **table.methods}.items()
         for metric, value in metrics.items()
         if value.replicates is not None and len(value.replicates) > 0
     }

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from lora_dae.config import Config, ConfigError, from_dict, to_dict
 
 STAGES = ("adapter", "texture", "decoder", "gain")  # in the order in which they train
+OF_MODULE = ("enabled", "gain", "texture", "decoder", "levels", "hidden")  # what its parameters depend on
 
 
 def find_checkpoints(cfg: Config, run_dir: Path) -> dict[str, Path]:
@@ -33,7 +34,11 @@ def find_checkpoints(cfg: Config, run_dir: Path) -> dict[str, Path]:
     if saved.is_file():
         before = to_dict(from_dict(OmegaConf.to_container(OmegaConf.load(saved))))  # type: ignore[arg-type]
         now = to_dict(cfg)
-        for key in ("adapter", "backbone", "conditioning"):
+        for plain in (before, now):
+            del plain["backbone"]["attention"]  # how it computes may change
+            own = plain["enhancement"]
+            plain["enhancement"] = {name: own[name] for name in OF_MODULE}
+        for key in ("adapter", "backbone", "conditioning", "enhancement"):
             if before[key] != now[key]:
                 raise ConfigError(
                     f"{next(iter(found.values()))} was written with another `{key}` than this run's: resume with "

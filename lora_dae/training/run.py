@@ -22,9 +22,9 @@ from lora_dae.data.buckets import parse_buckets
 from lora_dae.data.pair import PairDataset, replace_pixels
 from lora_dae.data.sources import check_mask, check_source, load_splits
 from lora_dae.evaluation.heldout import HeldOut
+from lora_dae.evaluation.report.table import ResultsTable
+from lora_dae.evaluation.report.table_files import COLUMNS, table_rows
 from lora_dae.evaluation.run import evaluate_run, row_name
-from lora_dae.evaluation.table import ResultsTable
-from lora_dae.evaluation.table_files import COLUMNS, table_rows
 from lora_dae.export.command import write_card
 from lora_dae.rules import check
 from lora_dae.sampling.load import load_run

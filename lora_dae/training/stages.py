@@ -65,6 +65,11 @@ class Training:
         self.enhancement = build_enhancement(cfg.enhancement, backbone.latent_channels, cfg.conditioning)
         probe = build_trainer(cfg, run_dir, "32-true", self.steps, [], False)
         self.rank, self.processes = probe.global_rank, probe.world_size
+        if len(splits["val"]) < self.processes:
+            raise ConfigError(
+                f"{self.processes} processes share {len(splits['val'])} validation pairs, and each needs one: raise "
+                "data.val_size or data.val_fraction, or start fewer."
+            )
         self.device = probe.strategy.root_device
         backbone.vae.to(self.device)  # they fill the cache
         backbone.text_encoders_to(self.device)
@@ -79,7 +84,7 @@ class Training:
             )
         self.stores: dict[str, Any] = {}  # all stages read the same rows
         self.data = self._data(cfg.data.batch_size)
-        attention = prepare_unet(backbone, cfg)
+        attention = prepare_unet(backbone, cfg, self.device)
         if cfg.adapter.full_finetune:
             make_full_finetune(backbone.unet)
         else:
@@ -154,9 +159,10 @@ class Training:
             mean, std = self.backbone.encode_images(images)
         return mean.float(), std.float()
 
-    def _photos(self, indices: list[int]) -> tuple[Tensor, Tensor | None]:
+    def _photos(self, indices: list[int], mirrored: list[bool]) -> tuple[Tensor, Tensor | None]:
         """Real photos and source photos of training samples, (B, 3, H, W) in [0, 1], on the training device."""
-        pairs = [self.splits["train"][i] for i in indices]
+        found = [self.splits["train"][i] for i in indices]
+        pairs = [pair.mirrored() if turned else pair for pair, turned in zip(found, mirrored, strict=True)]
 
         def stack(images: list[np.ndarray]) -> Tensor:
             return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self.device).float() / 255
@@ -168,7 +174,7 @@ class Training:
         """Adapter first, then the enhancement on its averaged weights: the gain last, on what all else does."""
         if self.device.type != "cpu" and self.cfg.data.cache != "off":
             self.data.setup()  # everything is cached before the first step, so their memory is free for it
-            self.backbone.rest(self.device, text=not self.cfg.adapter.trains_text)
+            self.backbone.rest(self.device, text=not self.cfg.adapter.trains_text and self.words is None)
         planned = planned_stages(self.cfg, self.enhancement)
         names = [name for name, *_ in planned]
         reached = max((names.index(name) for name in checkpoints if name in names), default=0)

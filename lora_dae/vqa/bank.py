@@ -73,15 +73,14 @@ class Bank:
             text = re.sub(phrase, " ", text)
         found = {}
         for name, options in self.attributes.items():
-            named: dict[str, int] = {}
+            named = []
             for option in options:
                 words = list(self.synonyms.get(name, {}).get(option, []))
                 words += [] if name in self.phrases_only else [option]
-                spans = [m for w in words for m in re.finditer(rf"(?<![\w-]){re.escape(w)}(?![\w-])", text)]
-                if spans:
-                    named[option] = max(m.end() - m.start() for m in spans)
+                if any(re.search(rf"(?<![\w-]){re.escape(w)}(?![\w-])", text) for w in words):
+                    named.append(option)
             if len(named) == 1:
-                found[name] = next(iter(named))
+                found[name] = named[0]
         return found
 
     def questions(self, caption: str, attributes: Mapping[str, str] | None) -> list[Question]:
@@ -134,7 +133,7 @@ def load_bank(path: Path | None = None) -> Bank:
     templates: list[Template] = []
     for number, row in enumerate(data["questions"], start=1):
         templates.append(_template(row, f"{path}, question {number}", attributes, templates))
-    pairs = tuple((str(p["id"]), str(p["text"])) for p in data.get("pairs") or [])
+    pairs = _pairs(data.get("pairs") or [], path)
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return Bank(
         # The digest beside the number: an edited file with a forgotten version is another bank all the same.
@@ -146,6 +145,22 @@ def load_bank(path: Path | None = None) -> Bank:
         ignore=tuple(data.get("ignore") or ()),
         phrases_only=tuple(data.get("phrases_only") or ()),
     )
+
+
+def _pairs(rows: Any, path: Path) -> tuple[tuple[str, str], ...]:
+    """(id, text) of the questions that compare two pictures."""
+    found: dict[str, str] = {}
+    for number, row in enumerate(rows, start=1):
+        where = f"{path}, pair {number}"
+        if not isinstance(row, dict) or set(row) != {"id", "text"}:
+            raise ConfigError(f"{where} needs id and text, and nothing else.")
+        name, text = str(row["id"]), str(row["text"])
+        if name in found:
+            raise ConfigError(f"{where} ({name}) has the id of an earlier pair: ids must differ.")
+        if unknown := set(re.findall(r"{(\w+)}", text)) - {"caption"}:
+            raise ConfigError(f"{where} ({name}) fills in {{{min(unknown)}}}: only {{caption}} can be filled in.")
+        found[name] = text
+    return tuple(found.items())
 
 
 def _template(row: Any, where: str, attributes: Mapping[str, object], before: list[Template]) -> Template:

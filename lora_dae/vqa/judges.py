@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lora_dae.config import ConfigError
-from lora_dae.evaluation.attributes import AttributeClassifier, load_embedded
+from lora_dae.evaluation.attributes.classifier import AttributeClassifier, load_embedded
 from lora_dae.vqa.bank import Question
 
 PROMPT_VERSION = "1"  # of ``prompt``: raise it with every change, answers are cached by it

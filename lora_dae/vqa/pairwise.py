@@ -9,7 +9,7 @@ from itertools import combinations
 
 import numpy as np
 
-from lora_dae.evaluation.preference import Vote
+from lora_dae.evaluation.statistics.preference import Vote
 from lora_dae.vqa.ask import Answer, Task
 from lora_dae.vqa.bank import Question
 

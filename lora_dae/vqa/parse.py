@@ -59,7 +59,7 @@ def parse_score(text: str) -> Parsed:
         told = json.loads(text)
         yes, no = told["yes"], told["no"]
         values = [float(p) for p in (yes, no) if p is not None]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return Parsed(None, "missing")
     if not values or not all(0 <= p <= 1 + 1e-6 for p in values):
         return Parsed(None, "missing")
@@ -71,7 +71,7 @@ def _from_json(text: str, options: Sequence[str]) -> set[str]:
     for match in re.finditer(r"\{[^{}]*\}", text):
         try:
             data = json.loads(match.group())
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             continue
         values = [v for k, v in data.items() if str(k).lower() == "answer"]
         found |= {o for v in values for o in options if _normal(str(v)) == _normal(o)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lora_dae.evaluation.table import MetricValue, format_value
+from lora_dae.evaluation.report.table import MetricValue, format_value
 
 
 def write_markdown(result: dict[str, Any]) -> str:

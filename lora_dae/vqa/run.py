@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lora_dae.config import ConfigError
-from lora_dae.evaluation.compare import compare_paired
 from lora_dae.evaluation.controls import blurred
 from lora_dae.evaluation.pictures import Item, gather
-from lora_dae.evaluation.preference import judged_win_rates, strengths
-from lora_dae.evaluation.table import without_nan
+from lora_dae.evaluation.report.table import without_nan
+from lora_dae.evaluation.statistics.compare import compare_paired
+from lora_dae.evaluation.statistics.preference import judged_win_rates, strengths
 from lora_dae.vqa.ask import Answer, Task, ask_all
 from lora_dae.vqa.bank import Bank, load_bank
 from lora_dae.vqa.cache import AnswerCache

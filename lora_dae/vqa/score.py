@@ -10,10 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lora_dae.evaluation.agreement import Level, krippendorff_alpha
-from lora_dae.evaluation.bootstrap import bootstrap_interval, bootstrap_weights, weighted_means
-from lora_dae.evaluation.compare import Comparison, compare_paired
-from lora_dae.evaluation.table import MetricValue
+from lora_dae.evaluation.report.table import MetricValue
+from lora_dae.evaluation.statistics.agreement import Level, krippendorff_alpha
+from lora_dae.evaluation.statistics.bootstrap import (
+    bootstrap_interval,
+    bootstrap_weights,
+    weighted_means,
+    wilson_interval,
+)
+from lora_dae.evaluation.statistics.compare import Comparison, compare_paired
 from lora_dae.vqa.ask import Answer
 from lora_dae.vqa.bank import Question
 
@@ -96,7 +101,11 @@ def interval(values: np.ndarray, replicates: int, seed: int) -> MetricValue:
     mean = tensor.nanmean().item()
     drawn = weighted_means(tensor, bootstrap_weights(len(values), replicates, seed))
     drawn = drawn[torch.isfinite(drawn)]
-    low, high = bootstrap_interval(mean, drawn)
+    finite = values[np.isfinite(values)]
+    if np.isin(finite, (0, 1)).all():  # a bootstrap of 32 right of 32 would claim certainty
+        low, high = wilson_interval(finite.sum(), len(finite))
+    else:
+        low, high = bootstrap_interval(mean, drawn)
     return MetricValue(mean, max(low, 0.0), min(high, 1.0), "higher", drawn)
 
 
@@ -113,25 +122,29 @@ def compare_methods(
 def judges_agree(answers: Mapping[str, Sequence[Answer]]) -> dict[str, float]:
     """Krippendorff's alpha between judges per subject: nominal, ordinal for grades, interval for scores.
 
-    A unit is one question about one picture; a missing answer is a missing rating; NaN where one judge alone answered.
+    A unit is one picture (or pair); each question has its alpha, as chance agreement differs between questions, and a
+    subject the mean over its questions, weighted by units. A missing answer is a missing rating; NaN where one judge
+    alone answered.
     """
-    kinds: dict[tuple[str, str], dict[tuple[object, ...], dict[str, float]]]
-    kinds = defaultdict(lambda: defaultdict(dict))
+    asked: dict[tuple[str, str], dict[str, dict[tuple[object, ...], dict[str, float]]]]
+    asked = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for judge, rows in answers.items():
         for a in rows:
             q, said = a.task.question, a.parsed.answer
             if said is not None:
                 kind = q.kind if q.kind in LEVELS else ""
-                unit = (a.task.item, a.task.methods, q.id)
                 number = float(said) if q.kind == "score" else float(q.options.index(said))
-                kinds[q.about, kind][unit][judge] = number
+                asked[q.about, kind][q.id][a.task.item, a.task.methods][judge] = number
     result = {}
-    for (about, kind), units in kinds.items():
-        table = np.array([[votes.get(judge, math.nan) for votes in units.values()] for judge in answers])
-        if not kind:
-            # Options of different questions have the same numbers; apart they must be other values of a nominal scale.
-            ids = {i: 100.0 * k for k, i in enumerate(dict.fromkeys(unit[2] for unit in units))}
-            table = table + np.array([ids[unit[2]] for unit in units])
+    for (about, kind), questions in asked.items():
+        alphas, counts = [], []
+        for units in questions.values():
+            table = np.array([[votes.get(judge, math.nan) for votes in units.values()] for judge in answers])
+            alphas.append(krippendorff_alpha(table, LEVELS.get(kind, "nominal")))
+            counts.append(len(units))
+        told = np.isfinite(alphas)
         name = f"{about} ({kind})" if kind else about
-        result[name] = krippendorff_alpha(table, LEVELS.get(kind, "nominal"))
+        result[name] = (
+            float(np.average(np.array(alphas)[told], weights=np.array(counts)[told])) if told.any() else math.nan
+        )
     return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lora_dae.backbone.allocator import keep_freed_memory
 from lora_dae.backbone.layout import STUDIO
 
 
@@ -16,6 +17,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=STUDIO, help="where the diffusers folder goes")
     parser.add_argument("--photos", type=Path, help="a folder of real photos with captions, mixed in")
     args = parser.parse_args()
+    keep_freed_memory()
     if args.step == "autoencoder":
         from lora_dae.backbone.studio import autoencoder
 

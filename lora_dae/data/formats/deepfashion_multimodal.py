@@ -11,6 +11,7 @@ is used has one (12,701 of the published ones do).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +60,13 @@ def read(cfg: DataConfig) -> list[Entry]:
 
 def write(splits: Splits, root: Path) -> None:
     """Source photos and splits are not part of the layout."""
-    captions = {}
-    for number, (_, pair) in enumerate(every_pair(splits)):
+    captions, groups, views = {}, {}, Counter()  # type: ignore[var-annotated]
+    for _, pair in every_pair(splits):
+        number = groups.setdefault(pair.group_id, len(groups))
+        views[number] += 1
         gender = "MEN" if re.search(r"\bman\b", pair.caption) else "WOMEN"
-        name = f"{gender}-{(pair.category or 'Clothes').title().replace(' ', '_')}-id_{number:08d}-01_1_front"
+        kind = (pair.category or "Clothes").title().replace(" ", "_")
+        name = f"{gender}-{kind}-id_{number:08d}-{views[number]:02d}_1_front"
         save_image(root / "images" / f"{name}.jpg", pair.image)
         if pair.mask is not None:
             (root / "segm").mkdir(exist_ok=True)

@@ -57,7 +57,8 @@ def _entry(
         raise ConfigError(f"{where} must name two photos, the model's and the garment's.")
     model, garment = columns[:2]
     id = model.partition("_")[0]
-    captions = [", ".join(phrases[id])] if id in phrases else []
+    said = phrases.get(id, [])
+    captions = [said if isinstance(said, str) else ", ".join(said)] if said else []
     captions += [spoken[name] for name in (model, garment) if name in spoken]
     labels = folder / "label_maps" / f"{id}_4.png"
     return Entry(

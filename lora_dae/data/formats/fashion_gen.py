@@ -101,8 +101,12 @@ def write(splits: Splits, root: Path) -> None:
     h5py = _library()
     root.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[Any]] = {"train": [], "validation": []}
-    for number, (split, pair) in enumerate(every_pair(splits)):
+    groups: dict[str, int] = {}
+    for split, pair in every_pair(splits):
+        number = groups.setdefault(pair.group_id, len(groups))
         rows["validation" if split == "test" else "train"].append((number, pair))
+        if pair.image.shape != rows["train" if rows["train"] else "validation"][0][1].image.shape:
+            raise ConfigError("Fashion-Gen's files hold photos of one size: export without data.buckets.")
     for name, pairs in rows.items():
         side = len(pairs[0][1].image)
         with h5py.File(root / f"fashiongen_{side}_{side}_{name}.h5", "w") as file:
@@ -110,4 +114,4 @@ def write(splits: Splits, root: Path) -> None:
             file["input_description"] = np.array([[pair.caption.encode()] for _, pair in pairs])
             file["input_category"] = np.array([[(pair.category or "").upper().encode()] for _, pair in pairs])
             file["input_productID"] = np.array([[number] for number, _ in pairs])
-            file["index"] = np.array([[number] for number, _ in pairs])
+            file["index"] = np.arange(len(pairs))[:, None]

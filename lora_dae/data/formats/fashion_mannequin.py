@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lora_dae.config import ConfigError, DataConfig
 from lora_dae.data.entry import Entry, FileBlob
-from lora_dae.data.formats.files import SPLIT_NAMES, read_json, read_jsonl, root_of, walk_photos
+from lora_dae.data.formats.files import SPLIT_NAMES, inside, read_json, read_jsonl, root_of, walk_photos
 from lora_dae.data.formats.writing import Splits, every_pair, needs_source, save_image, save_json, save_lines
 
 
@@ -57,13 +57,14 @@ def write(splits: Splits, root: Path) -> None:
     needs_source("fashion_mannequin", splits)
     lines, ids = [], {split: [] for split in splits}  # type: ignore[var-annotated]
     for split, pair in every_pair(splits):
-        save_image(root / "mannequin" / f"{pair.id}.jpg", pair.source)
-        save_image(root / "model" / f"{pair.id}.jpg", pair.image)
+        id = inside(pair.id)
+        save_image(root / "mannequin" / f"{id}.jpg", pair.source)
+        save_image(root / "model" / f"{id}.jpg", pair.image)
         if pair.mask is not None:
-            save_image(root / "mask" / f"{pair.id}.png", pair.mask)
-        row = {"id": pair.id, "text": pair.caption, "group_id": pair.group_id, **(pair.attributes or {})}
+            save_image(root / "mask" / f"{id}.png", pair.mask)
+        row = {"id": id, "text": pair.caption, "group_id": pair.group_id, **(pair.attributes or {})}
         lines.append(json.dumps(row | ({"category": pair.category} if pair.category else {}), ensure_ascii=False))
-        ids[split].append(pair.id)
+        ids[split].append(id)
     save_lines(root / "captions.jsonl", lines)
     save_json(root / "splits.json", ids)
 

@@ -6,10 +6,11 @@ import csv
 import io
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_dae.config import ConfigError, DataConfig
@@ -64,9 +65,26 @@ def read_jsonl(path: Path) -> Iterator[Row]:
 
 def read_csv(path: Path) -> Iterator[Row]:
     """Rows with the number of their last line. Quoted fields may hold line breaks."""
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
-    for row in reader:
-        yield reader.line_num, row
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ConfigError(f"{path} line {reader.line_num} is no CSV ({error}): correct it.") from error
+
+
+def inside(id: str) -> str:
+    """A pair's id as a relative path that cannot leave the folder that it is written into."""
+    return "/".join("_" if part in ("/", "..") else part for part in PurePosixPath(id).parts) or "_"
+
+
+def split_of(*names: str) -> str | None:
+    """The split that a name begins with (``train-00000``, ``validation``): that of the first name that has one."""
+    for name in names:
+        word = re.split(r"[-_.]", name.lower())[0]
+        if word in SPLIT_NAMES:
+            return SPLIT_NAMES[word]
+    return None
 
 
 def walk_photos(root: Path) -> list[Path]:

@@ -27,6 +27,7 @@ from lora_dae.data.formats.files import (
     SPLIT_NAMES,
     Row,
     find,
+    inside,
     read_csv,
     read_jsonl,
     read_text,
@@ -133,6 +134,7 @@ def _from_sidecars(root: Path, cfg: DataConfig) -> list[Entry]:
                 where=name,
                 source=_sibling(root, "source", name),
                 mask=_sibling(root, "mask", name),
+                split=SPLIT_NAMES.get(name.partition("/")[0].lower()) if "/" in name else None,
                 repeats=int(repeated[1]) if repeated else 1,
             )
         )
@@ -171,6 +173,8 @@ def _locate(root: Path, name: str) -> Path:
 def _sibling(root: Path, part: str, name: str) -> FileBlob | None:
     """``source/x.jpg`` or ``mask/x.png`` of the photo ``x.jpg`` or ``images/x.jpg``."""
     relative = Path(name)
+    if relative.is_absolute():  # joined to a folder it would be the photo itself
+        relative = Path(relative.name)
     if not (root / part).is_dir():
         return None
     if relative.parts[0] == "images":
@@ -186,7 +190,7 @@ def write(splits: Splits, root: Path) -> None:
     """images/, source/, mask/ and metadata.jsonl with the splits."""
     lines = []
     for split, pair in every_pair(splits):
-        name = f"{pair.id}.png"
+        name = f"{inside(pair.id)}.png"
         save_image(root / "images" / name, pair.image)
         row: dict[str, Any] = {"file_name": f"images/{name}", "text": pair.caption, "split": split}
         for part in SIBLINGS:

@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_dae.config import ConfigError, DataConfig
 from lora_dae.data.entry import Entry, RowBlob
-from lora_dae.data.formats.files import SPLIT_NAMES
+from lora_dae.data.formats.files import SPLIT_NAMES, split_of
 from lora_dae.data.formats.writing import Splits
 
 NOTICE = "check the licence on the data set's card"
@@ -26,7 +26,13 @@ def read(cfg: DataConfig) -> list[Entry]:
     tables = _load(cfg.root or "")
     entries = []
     for name, table in tables.items():
-        entries += _from_table(cfg.root or "", name, table, SPLIT_NAMES.get(name, "train"))
+        split = split_of(name)
+        if split is None:
+            raise ConfigError(
+                f"data.root={cfg.root} has a split {name}, which is none of {', '.join(SPLIT_NAMES)}: save the ones "
+                "that you want as parquet files with such names."
+            )
+        entries += _from_table(cfg.root or "", name, table, split)
     return entries
 
 
@@ -62,7 +68,7 @@ def _from_table(root: str, name: str, table: Any, split: str) -> list[Entry]:
             Entry(
                 id=str(values.get("id") or f"{name}/{row}"),
                 group_id=str(values.get("group_id") or f"{name}/{row}"),
-                captions=tuple(str(text).strip() for text in texts if str(text).strip()),
+                captions=tuple(text.strip() for text in texts if isinstance(text, str) and text.strip()),
                 image=photo,
                 where=where,
                 source=blob(source),
@@ -103,8 +109,9 @@ def _load(root: str) -> dict[str, Any]:
                 raise ConfigError(f"data.root={root} holds no .parquet file: give one, a folder of them, or a hub id.")
             parts: dict[str, list[str]] = {}
             for file in files:
-                word = file.stem.replace("_", "-").split("-")[0]
-                parts.setdefault(word if word in SPLIT_NAMES else "train", []).append(str(file))
+                parts.setdefault(
+                    split_of(file.stem, "" if file.parent == path else file.parent.name) or "train", []
+                ).append(str(file))
             loaded = datasets.load_dataset("parquet", data_files=parts)
         else:
             name, _, revision = root.partition("@")

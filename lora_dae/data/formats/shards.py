@@ -145,7 +145,7 @@ def _add(tar: tarfile.TarFile, key: str, pairs: PairDataset, index: int) -> dict
     pair = pairs[index]
     words = {
         "id": pair.id, "group_id": pair.group_id, "captions": list(pair.captions or (pair.caption,)),
-        "category": pair.category, "attributes": pair.attributes or {},
+        "category": pair.category, "attributes": pair.attributes or {}, "mirror": _may_mirror(pairs, index),
     }  # fmt: skip
     parts = {}
     for part, data, suffix in _files(pairs, index, pair):
@@ -157,12 +157,21 @@ def _add(tar: tarfile.TarFile, key: str, pairs: PairDataset, index: int) -> dict
     return words | {"parts": parts}
 
 
+def _may_mirror(pairs: PairDataset, index: int) -> bool:
+    return pairs.entries[index].mirror if isinstance(pairs, PhotoPairs) else True
+
+
 def _files(pairs: PairDataset, index: int, pair: Pair) -> Iterator[tuple[str, bytes, str]]:
     """(part, encoded bytes, suffix): a photo's own file where there is one, else a PNG."""
     for part in PARTS:
         if isinstance(pairs, PhotoPairs) and getattr(pairs.entries[index], part) is not None:
             data = getattr(pairs.entries[index], part).read()
-            kind = str(open_image(data).format)
+            photo = open_image(data)
+            kind = str(photo.format)
+            if kind == "PPM":  # bytes of a decoder, many times as large as a PNG
+                file = io.BytesIO()
+                photo.save(file, "PNG")
+                data, kind = file.getvalue(), "PNG"
             yield part, data, {"JPEG": "jpg", "MPO": "jpg"}.get(kind, kind.lower())
         elif getattr(pair, part) is not None:
             file = io.BytesIO()
@@ -191,12 +200,12 @@ def _entry(file: str, row: dict[str, Any]) -> Entry:
         where=f"{file} {row['id']}",
         category=row["category"],
         attributes=row["attributes"],
+        mirror=row.get("mirror", True),
         **blobs,
     )
 
 
 def read_range(url: str, offset: int = 0, size: int = -1) -> bytes:
     """Bytes of a file on disk or in an object store; all of it by default. Raises OSError."""
-    with fsspec.open(url, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
+    files, path = fsspec.core.url_to_fs(url)  # opening the file would read megabytes ahead
+    return files.cat_file(path, offset, None if size < 0 else offset + size)

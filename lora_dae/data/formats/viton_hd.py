@@ -43,6 +43,8 @@ def read(cfg: DataConfig) -> list[Entry]:
             name = line.split()[0]
             garment = name.partition("_")[0]
             spoken = phrases.get(garment, [])
+            if isinstance(spoken, str):
+                spoken = [spoken]
             captions = [", ".join(spoken)] if spoken else []
             if name in tags:
                 words = [tags[name][tag] for tag in TAGS if tag in tags[name]]

@@ -20,7 +20,7 @@ import fsspec
 
 from lora_dae.config import ConfigError, DataConfig
 from lora_dae.data.entry import Entry, RowBlob
-from lora_dae.data.formats.files import PHOTO_SUFFIXES, SPLIT_NAMES
+from lora_dae.data.formats.files import PHOTO_SUFFIXES, split_of
 from lora_dae.data.formats.shards import read_range, write
 
 __all__ = ["read", "write"]  # shards are WebDataset tars with an index beside them
@@ -35,7 +35,7 @@ def read(cfg: DataConfig) -> list[Entry]:
     try:
         files, folder = fsspec.core.url_to_fs(root)
         tars = [folder] if folder.endswith(".tar") else sorted(files.glob(f"{folder}/**/*.tar"))
-        entries = [entry for tar in tars for entry in _entries(files, tar)]
+        entries = [entry for tar in tars for entry in _entries(files, tar, folder)]
     except (OSError, tarfile.TarError, ImportError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -45,10 +45,13 @@ def read(cfg: DataConfig) -> list[Entry]:
     return entries
 
 
-def _entries(files: Any, tar: str) -> Iterator[Entry]:
+def _entries(files: Any, tar: str, root: str) -> Iterator[Entry]:
     url, version = files.unstrip_protocol(tar), str(files.ukey(tar))
-    name = tar.rpartition("/")[2]
-    split = SPLIT_NAMES.get(name.replace("_", "-").split("-")[0])
+    folder, _, name = tar.rpartition("/")
+    parent = "" if folder == root.rstrip("/") else folder.rpartition("/")[2]  # the root's own name is the user's
+    split = split_of(name, parent)
+    if split is not None and split_of(name) is None:  # train/0000.tar and test/0000.tar hold other samples
+        name = f"{parent}/{name}"
 
     def blob(member: Member | None, part: str) -> RowBlob | None:
         return None if member is None else RowBlob(part, version, partial(read_range, url, *member))

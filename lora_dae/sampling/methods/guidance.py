@@ -25,7 +25,10 @@ class ProjectedGuidance(Method):
 
     def guide(self, step: Step) -> Tensor:
         plain = super().guide(step)
-        scale = max(step.guidance.text, step.guidance.source) - 1
+        scales = (
+            (step.guidance.text, step.guidance.source) if step.conditions.source is not None else (step.guidance.text,)
+        )
+        scale = max(scales) - 1
         if scale <= 0:
             return plain
         conditional, guided = step.x0(step.conditional), step.x0(plain)

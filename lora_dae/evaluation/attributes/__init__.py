@@ -1,0 +1,1 @@
+"""The attribute classifier of the studio's photos: ``classifier`` reads; ``fit`` and ``recipe`` made it."""
