@@ -15,9 +15,9 @@ if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def touch():
     blocks = [torch.ones(2**21) for _ in range(8)]  # 8 MB each
-touch()
+touch(), touch()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
+for _ in range(2):
     touch()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """

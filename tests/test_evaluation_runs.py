@@ -60,7 +60,7 @@ def test_own_settings_write_the_runs_report_and_others_never_touch_it(run_dir: P
     _evaluate(f"run={run_dir}")
     own = {f: (run_dir / f).read_bytes() for f in ("metrics.json", "report.html", "table.md", "samples/grid.png")}
     result = json.loads(own["metrics.json"])
-    assert result["protocol"]["guidance_scale"] == 2.0 and result["command"] == f"python evaluate.py run={run_dir}"
+    assert result["protocol"]["guidance_scale"] == 1.75 and result["command"] == f"python evaluate.py run={run_dir}"
     assert {FLOOR, CEILING, "real, blurred"} <= set(result["references"])
     assert "fd_tiny" in result["references"][FLOOR] and "psnr" not in result["references"][FLOOR]
     assert "psnr" in result["references"][CEILING] and "psnr" not in result["methods"]["strength 0"]

@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, tiny_backb
     root = tmp_path_factory.mktemp("attach")
     quick = ("trainer.max_steps=2", "adapter.rank=2", "evaluation.frozen=false", "evaluation.num_samples=2",
              "optimizer.learning_rate=0.1", "data.resolution=32", "sampling.guidance_scale=2",
-             "sampling.num_inference_steps=3")  # fmt: skip
+             "sampling.num_inference_steps=3", "sampling.scheduler=ddim")  # fmt: skip
     folder = ("backbone=folder", "data=folder", f"data.root={tiny_folder}", "data.val_fraction=0.25",
               "data.test_fraction=0.25")  # fmt: skip
     found = {}

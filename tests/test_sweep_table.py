@@ -113,11 +113,11 @@ def test_seeds_become_a_mean_with_students_interval(tmp_path: Path) -> None:
 
 def test_network_calls_of_a_picture() -> None:
     cfg = Config(run_dir="x")
-    assert network_calls(cfg) == 32  # 16 steps, both guidance scales equal: two calls
-    assert network_calls(replace(cfg, sampling=replace(cfg.sampling, source_guidance_scale=1.5))) == 48
+    assert network_calls(cfg) == 24  # 12 steps, both guidance scales equal: two calls
+    assert network_calls(replace(cfg, sampling=replace(cfg.sampling, source_guidance_scale=1.5))) == 36
     plain = replace(cfg.sampling, guidance_scale=1.0, source_guidance_scale=1.0)
-    assert network_calls(replace(cfg, conditioning="none", sampling=plain)) == 16
-    assert network_calls(replace(cfg, conditioning="none", sampling=replace(plain, scheduler="heun"))) == 31
+    assert network_calls(replace(cfg, conditioning="none", sampling=plain)) == 12
+    assert network_calls(replace(cfg, conditioning="none", sampling=replace(plain, scheduler="heun"))) == 23
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpm++", "unipc", "pndm", "euler", "heun", "lms"])

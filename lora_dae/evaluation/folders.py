@@ -62,9 +62,9 @@ def scan(option: str, path: Path, least: int = LEAST) -> PictureFolder:
     for file in files:
         try:
             photo = open_image(file.read_bytes())
+            sizes.append(upright_size(photo))
         except (BadImageError, OSError) as error:
             raise ConfigError(f"{file} {_reason(error)}: replace it or take it out.") from error
-        sizes.append(upright_size(photo))
         if photo.mode in GRAY:
             gray.append(file)
     different = set(sizes)
