@@ -138,3 +138,9 @@ def test_the_printed_command_makes_the_same_request() -> None:
     words = ["runs=[runs/a,b=runs/c@0]", "baseline=b", "controls=false", "bootstrap=50"]
     request = _request("runs=[runs/a,'b=runs/c@0']", *words[1:])
     assert command_of(request) == "python evaluate.py 'runs=[runs/a,b=runs/c@0]' baseline=b bootstrap=50 controls=false"
+
+
+def test_the_door_opens_quickly() -> None:
+    """The command itself loads neither torch nor diffusers: a sweep's parent process needs them never."""
+    code = "import sys, lora_dae.cli; sys.exit(len({'torch', 'diffusers', 'lightning'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -72,6 +72,7 @@ def compare_runs(request: CompareRequest, cfg: EvaluationConfig, console: Consol
     sources_given = held_out.sources is not None
     real = build_reference(stack_images([p.image for p in held_out.pairs]), held_out.masks, *extractors)
     classifier = studio_classifier(held_out.attributes)
+    pattern = pattern_distance(extractor)
     first = request.baseline or names[0]
     methods: dict[str, dict[str, MetricValue]] = {}
     seen: dict[str, Observed] = {}
@@ -90,7 +91,7 @@ def compare_runs(request: CompareRequest, cfg: EvaluationConfig, console: Consol
                 clip=extras.clip,
                 captions=held_out.captions,
                 sources=None if held_out.sources is None else stack_images(list(held_out.sources)),
-                pattern=pattern_distance(extractor),
+                pattern=pattern,
                 more=extras.more,
             )
         if sources_given:  # who drew from the prompt alone is not measured against the photo of the same pair
@@ -106,7 +107,7 @@ def compare_runs(request: CompareRequest, cfg: EvaluationConfig, console: Consol
             backbone = None if run is None else load_backbone(read_config(run).backbone, best_device())
             training = None if splits is None else training_pairs(splits["train"], held_out)
             references = reference_rows(
-                held_out, real, training, backbone, extractor, extras, classifier, cfg.bootstrap, request.seed
+                held_out, real, training, backbone, extractor, extras, classifier, cfg.bootstrap, request.seed, pattern
             )
     seeds = sorted({item.seed for item in sets.items if item.seed is not None})
     curves = size_curves(seen, real.features, extractors, request.seed)

@@ -14,7 +14,7 @@ from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.evaluation.metrics.extras import Extras
 from lora_dae.evaluation.metrics.features import FeatureExtractor, stack_images
 from lora_dae.evaluation.metrics.measure import Reference, evaluate_images
-from lora_dae.evaluation.metrics.pattern import pattern_distance
+from lora_dae.evaluation.metrics.pattern import PatternDistance
 from lora_dae.evaluation.report.table import MetricValue
 
 FLOOR = "real training photos"  # the floor of distances
@@ -32,6 +32,7 @@ def reference_rows(
     classifier: AttributeClassifier | None,
     bootstrap: int,
     seed: int,
+    pattern: PatternDistance | None = None,
 ) -> dict[str, dict[str, MetricValue]]:
     """Real training photos against the real held-out ones, and the held-out ones through the VAE, blurred, sharpened.
 
@@ -70,7 +71,7 @@ def reference_rows(
             captions=held_out.captions,
             perceptual=extras.perceptual,
             sources=None if sources is None else stack_images(list(sources)),
-            pattern=pattern_distance(extractor),
+            pattern=pattern,
             **common,
         )
     return rows

@@ -89,6 +89,7 @@ def measure_rows(
     """
     real = build_reference(stack_images([p.image for p in held_out.pairs]), held_out.masks, extractor, *extras.more)
     classifier = studio_classifier(held_out.attributes)
+    pattern = pattern_distance(extractor)
     sources = None if held_out.sources is None else stack_images(list(held_out.sources))
     methods: dict[str, dict[str, MetricValue]] = {}
     seen: dict[str, Observed] = {}
@@ -106,7 +107,7 @@ def measure_rows(
             clip=extras.clip,
             captions=held_out.captions,
             sources=sources,
-            pattern=pattern_distance(extractor),
+            pattern=pattern,
             more=extras.more,
         )
     references = {}
@@ -114,6 +115,7 @@ def measure_rows(
         references = reference_rows(
             held_out, real, training, None if run is None else run.backbone, extractor, extras, classifier,
             cfg.evaluation.bootstrap, cfg.seed,
+            pattern,
         )  # fmt: skip
     sampling = cfg.sampling
     protocol = Protocol(

