@@ -67,9 +67,9 @@ class SourceTexture(nn.Module):
             match, carried, carried_rest = None, own, rest
             if source is not None:
                 source = source.float()
-                theirs, their_rest = split_bands(source, self.levels)
+                theirs = split_bands(source, self.levels)[0]
                 # The finest band repeats itself, and a blurred image lacks it: the others say what belongs where.
-                match = self.matcher(rest + sum(own[1:]), their_rest + sum(theirs[1:]))
+                match = self.matcher(x - own[0], source - theirs[0])
                 carried, carried_rest = split_bands(warp(source, match.flow), self.levels)
                 # Between two places the finest band cancels: it comes whole from the nearest one.
                 carried[0] = warp(theirs[0], match.flow, "nearest")
