@@ -43,6 +43,7 @@ def choose_attention(
     text_length: int,
     setting: str = "auto",
     memory: Path | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, str]:
     """Sets the attention processors of ``unet`` and returns which shape got which (plain or sdpa).
 
@@ -52,11 +53,12 @@ def choose_attention(
     The two round differently, so the choice is kept in the JSON file ``memory``: the next run on this
     machine takes the same one, and a seed gives the same weights again.
 
-    Call it before LoRA is injected or input channels are added. Raises ConfigError for an unknown setting.
+    ``device``: where the UNet will compute, if it is not there yet. Call it before LoRA is injected or input
+    channels are added. Raises ConfigError for an unknown setting.
     """
     if setting not in (*PROCESSORS, "auto"):
         raise ConfigError(f"backbone.attention={setting} is unknown: use auto, plain or sdpa.")
-    if setting == "auto" and unet.device.type != "cpu":
+    if setting == "auto" and (device or unet.device).type != "cpu":
         setting = "sdpa"
     if setting != "auto":
         unet.set_attn_processor(PROCESSORS[setting]())

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from rich.progress import track
 from lora_dae.config import ConfigError, DataConfig
 from lora_dae.data.decode import BadImageError, decode
 from lora_dae.data.entry import Entry, FileBlob
+from lora_dae.data.formats.files import inside
 
 PARTS = ("garment", "person")
 LONGEST_SIDE = 1024  # pixels of the photo that is shown to the model, and of its mask
@@ -32,11 +33,11 @@ Segment = Callable[[np.ndarray], np.ndarray]  # uint8 (H, W, 3) sRGB to bool (H,
 
 def mask_path(folder: Path, id: str) -> Path:
     """The mask of the photo ``id``, always inside ``folder``. Suffixes stay: a.jpg and a.png have one each."""
-    parts = ["_" if part in ("/", "..") else part for part in PurePosixPath(id).parts]
-    name = f"{parts[-1]}.png"
+    *folders, stem = inside(id).split("/")
+    name = f"{stem}.png"
     if len(name.encode()) > LONGEST_NAME:
         name = f"{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}.png"
-    return folder.joinpath(*parts[:-1], name)
+    return folder.joinpath(*folders, name)
 
 
 def add_masks(entries: list[Entry], cfg: DataConfig) -> list[Entry]:

@@ -103,15 +103,13 @@ def prepare_unet(backbone: Backbone, cfg: Config, device: torch.device | None = 
     backbone.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = cfg.data.resolution // backbone.vae_scale_factor
     shape = (cfg.data.batch_size, backbone.latent_channels, size, size)
-    setting = cfg.backbone.attention
-    if setting == "auto" and (device or backbone.unet.device).type != "cpu":
-        setting = "sdpa"
     chosen = choose_attention(
         backbone.unet,
         torch.bfloat16,
         shape,
         backbone.text_length,
-        setting,
+        cfg.backbone.attention,
         Path(cfg.data.cache_dir) / "attention.json",
+        device,
     )
     return ", ".join(sorted(set(chosen.values())))

@@ -169,14 +169,16 @@ def _files(pairs: PairDataset, index: int, pair: Pair) -> Iterator[tuple[str, by
             photo = open_image(data)
             kind = str(photo.format)
             if kind == "PPM":  # bytes of a decoder, many times as large as a PNG
-                file = io.BytesIO()
-                photo.save(file, "PNG")
-                data, kind = file.getvalue(), "PNG"
+                data, kind = _png(photo), "PNG"
             yield part, data, {"JPEG": "jpg", "MPO": "jpg"}.get(kind, kind.lower())
         elif getattr(pair, part) is not None:
-            file = io.BytesIO()
-            Image.fromarray(np.asarray(getattr(pair, part))).save(file, "PNG")
-            yield part, file.getvalue(), "png"
+            yield part, _png(Image.fromarray(np.asarray(getattr(pair, part)))), "png"
+
+
+def _png(photo: Image.Image) -> bytes:
+    file = io.BytesIO()
+    photo.save(file, "PNG")
+    return file.getvalue()
 
 
 def _put(tar: tarfile.TarFile, name: str, data: bytes) -> int:

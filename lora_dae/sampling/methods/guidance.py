@@ -25,10 +25,8 @@ class ProjectedGuidance(Method):
 
     def guide(self, step: Step) -> Tensor:
         plain = super().guide(step)
-        scales = (
-            (step.guidance.text, step.guidance.source) if step.conditions.source is not None else (step.guidance.text,)
-        )
-        scale = max(scales) - 1
+        text, source = step.guidance.text, step.guidance.source
+        scale = (text if step.conditions.source is None else max(text, source)) - 1
         if scale <= 0:
             return plain
         conditional, guided = step.x0(step.conditional), step.x0(plain)
