@@ -16,6 +16,7 @@ from lora_dae.config import ConfigError
 from lora_dae.data.catalog import Catalog, Facts, difference_hash, examine
 from lora_dae.data.decode import BadImageError, check_background, decode, open_image, remarks
 from lora_dae.data.entry import FileBlob, RowBlob, pixels_as_file
+from lora_dae.data.square import fit_square
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -28,6 +29,20 @@ def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
 
 def noise(width: int = 24, height: int = 16) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_large_jpegs_read_at_a_fraction_look_the_same() -> None:
+    """Against the whole file: what is read is at least twice what is kept of it, so that Lanczos has what it needs."""
+    y, x = np.mgrid[0:1200, 0:900]
+    scene = np.stack([127 + 60 * np.sin(x / 7 + k) + 60 * np.sin(y / 5 + x / 11) for k in range(3)], axis=-1)
+    data = encoded(Image.fromarray(scene.clip(0, 255).astype(np.uint8)), "JPEG", quality=95)
+    whole, fraction = decode(data), decode(data, draft=2 * 256)
+    assert whole.size == (900, 1200) and fraction.size == (900, 1200)  # half would be 450, below 512
+    for side, size in ((224, (450, 600)), (112, (225, 300)), (512, (900, 1200))):
+        fraction = decode(data, draft=2 * side)
+        assert fraction.size == size
+        error = fit_square(whole, side, whole=True).astype(float) - fit_square(fraction, side, whole=True)
+        assert 10 * np.log10(255**2 / np.square(error).mean()) > 40
 
 
 def test_exif_turns_the_photo() -> None:

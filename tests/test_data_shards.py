@@ -71,6 +71,19 @@ def test_object_storage_and_webdataset_read_the_same(written: Path) -> None:
     assert samples[0]["png"] == photo.read_bytes()  # files as they are
 
 
+def test_shards_of_shards_are_the_same(written: Path) -> None:
+    """Files as they are, what may not be mirrored, and the order."""
+    metadata = written / "photos" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace('"category": "dress"', '"category": "dress", "mirror": false'))
+    cfg = DataConfig(name="folder", root=str(written / "photos"), resolution=32, cache_dir=str(written / "cache"))
+    shards.write(dict(load_photos(cfg)), written / "first")
+    shards.write(load_splits(config(written / "first")), written / "second")
+    for file in ("train-000000.tar", "train-000000.index.jsonl"):
+        assert (written / "second" / file).read_bytes() == (written / "first" / file).read_bytes()
+    mirrors = {json.loads(line)["mirror"] for line in (written / "first/train-000000.index.jsonl").open()}
+    assert mirrors == {True, False}
+
+
 def test_what_may_not_be_mirrored_stays_so_and_raw_pixels_become_png(tmp_path: Path) -> None:
     pixels = [np.random.default_rng(k).integers(0, 256, (32, 32, 3), dtype=np.uint8) for k in range(2)]
     blobs = [RowBlob(str(k), "1", partial(pixels_as_file, pixels[k])) for k in range(2)]

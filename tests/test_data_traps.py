@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_photos
 from PIL import Image
 
-from lora_dae.config import ConfigError, DataConfig
+from lora_dae.config import CaptionConfig, ConfigError, DataConfig
+from lora_dae.data import sources
+from lora_dae.data.__main__ import main
+from lora_dae.data.entry import Entry, FileBlob
 from lora_dae.data.formats import folder
 from lora_dae.data.pair import Pair
-from lora_dae.data.sources import load_photos
+from lora_dae.data.sources import check_outside, load_photos
+from lora_dae.data.splits import split_entries
 
 
 class Named:
@@ -39,7 +45,7 @@ def config(root: Path, name: str = "folder") -> DataConfig:
 
 def save_photo(path: Path, pixels: np.ndarray | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(sum(path.name.encode())).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    noise = np.random.default_rng(sum(os.fsencode(path.name))).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(noise if pixels is None else pixels).save(path)
 
 
@@ -100,3 +106,80 @@ def test_a_quote_that_is_never_closed_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"a hat\n')
     with pytest.raises(ConfigError, match=r"metadata.csv line \d is no CSV"):
         folder.read(config(tmp_path))
+
+
+def test_a_garment_in_two_published_splits_is_only_tested_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def listed(split: str, *groups: str) -> list[Entry]:
+        return [Entry(f"{split} {g}", g, ("a hat",), FileBlob(Path("x")), split=split) for g in groups]
+
+    entries = listed("train", *"abcd") + listed("val", *"cde") + listed("test", *"dfg")
+    parts = split_entries(entries, 0.1, 0.1, 0)
+    assert {name: "".join(e.group_id for e in part) for name, part in parts.items()} == {
+        "train": "ab", "val": "ce", "test": "dfg"
+    }  # fmt: skip
+
+    write_photos(tmp_path / "data", 12)
+    table = tmp_path / "data" / "metadata.jsonl"
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    rows = [row | {"split": "test" if k < 3 else "train", "group_id": str(k % 10)} for k, row in enumerate(rows)]
+    table.write_text("\n".join(map(json.dumps, rows)))
+    splits = load_photos(config(tmp_path / "data"))
+    assert len(splits["test"]) == 3 and sum(map(len, splits.values())) == 10
+    assert "2 photos are left out" in capsys.readouterr().err
+
+
+def test_names_that_are_no_text_are_spelled_so_that_they_can_be_kept(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8 in a file's name: used, and listed under a name that can be printed."""
+    for number in range(5):
+        save_photo(tmp_path / "data" / os.fsdecode(b"\xff%d.png" % number))
+    cfg = config(tmp_path / "data")
+    cfg.captions = CaptionConfig(missing="file_name")
+    splits = load_photos(cfg)
+    assert sorted(e.id for part in splits.values() for e in part.entries) == [f"\\xff{k}.png" for k in range(5)]
+    pair = splits["train"][0]
+    assert pair.image.shape == (32, 32, 3) and (pair.id + pair.caption + splits["train"].fingerprint).encode()
+    Path(os.fsdecode(os.fsencode(tmp_path / "data") + b"/\xff0.png")).write_bytes(b"no photo")
+    with pytest.raises(ConfigError, match=r"\\xff0.png cannot be read as an image"):
+        load_photos(cfg)
+
+
+def test_half_a_character_in_a_list_is_one_sentence(tmp_path: Path) -> None:
+    write_photos(tmp_path / "data", 3)
+    with (tmp_path / "data" / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "000.png", "text": "a \\ud83d hat"}\n')
+    with pytest.raises(ConfigError, match=r"line 4 holds \\ud83d, which is half of a character"):
+        load_photos(config(tmp_path / "data"))
+    whole = '{"file_name": "000.png", "text": "a \\ud83d\\udc57"}\n'
+    (tmp_path / "data" / "metadata.jsonl").write_text(whole)
+    assert folder.read(config(tmp_path / "data"))[0].caption == "a \N{DRESS}"
+
+
+@pytest.mark.parametrize("command", ["inspect", "export --layout hf", "shards", "caption --model m", "masks --model m"])
+def test_no_command_writes_into_the_data(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_photos(tmp_path / "data", 4)
+    monkeypatch.chdir(tmp_path / "data")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as caught:
+        main([*command.split(), "--to", "new", "data=folder", "data.root=.", f"data.cache_dir={tmp_path / 'cache'}"])
+    assert caught.value.code == 2 and "--to=new lies in data.root=." in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_is_never_kept_in_the_data(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ConfigError, match="run_dir=.* which is only read"):
+        check_outside(config(tmp_path / "data"), tmp_path / "data" / "runs" / "first", "run_dir")
+    check_outside(config(tmp_path / "data"), tmp_path / "runs", "run_dir")
+
+
+def test_what_buckets_mean_for_drawing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_photos(tmp_path / "data", 4)
+    cfg = config(tmp_path / "data")
+    cfg.buckets = ["auto"]
+    sources._say_once.cache_clear()  # what was said once is not said again
+    load_photos(cfg)
+    assert "drawn and measured in squares of 32 x 32" in " ".join(capsys.readouterr().err.split())

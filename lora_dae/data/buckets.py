@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from lora_dae.config import ConfigError
-from lora_dae.data.square import edge_colors, paste
+from lora_dae.data.square import Box, fill, paste, resample, resample_mask
 
 MAX_CROP = 0.05
 AREA_RANGE = (0.7, 1.4)  # of resolution squared
@@ -60,7 +60,7 @@ def cut_share(size: Size, bucket: Size) -> float:
     return 1 - min(wide, tall) / max(wide, tall)
 
 
-def crop_box(size: Size, bucket: Size) -> tuple[float, float, float, float]:
+def crop_box(size: Size, bucket: Size) -> Box:
     """The centered box (left, top, right, bottom) that is kept: as much as the bucket takes, never below 95 %."""
     width, height = size
     scale = min(width / bucket[0], height / bucket[1])
@@ -79,31 +79,22 @@ def origin_of(size: Size, bucket: Size) -> tuple[int, int, int, int]:
 
 def fit_bucket(photo: Image.Image, bucket: Size) -> np.ndarray:
     """An RGB photo as uint8 (height, width, 3) of the bucket."""
-    scaled = _scale(photo, bucket, Image.Resampling.LANCZOS)
-    if scaled.size == bucket:
-        return np.array(scaled)
-    canvas = np.empty((bucket[1], bucket[0], 3), np.uint8)
-    first, last = edge_colors(scaled, sideways=scaled.width < bucket[0])
-    canvas[:] = last
-    if scaled.width < bucket[0]:
-        canvas[:, : bucket[0] // 2] = first
-    else:
-        canvas[: bucket[1] // 2] = first
-    return paste(canvas, np.asarray(scaled))
+    return fill(resample(photo, *_target(photo.size, bucket)), bucket)
 
 
 def fit_bucket_mask(mask: Image.Image, photo: Image.Image, bucket: Size) -> np.ndarray:
     """A mask of ``photo`` (bright = garment) as uint8 (height, width) of 0 and 255, cropped like its photo."""
     mask = ImageOps.exif_transpose(mask).convert("L").resize(photo.size, Image.Resampling.NEAREST)
-    scaled = np.asarray(_scale(mask, bucket, Image.Resampling.BOX))
-    return paste(np.zeros((bucket[1], bucket[0]), np.uint8), np.where(scaled >= 128, 255, 0))
+    scaled = resample_mask(mask, *_target(photo.size, bucket))
+    return paste(np.zeros((bucket[1], bucket[0]), np.uint8), scaled)
 
 
-def _scale(photo: Image.Image, bucket: Size, filter: Image.Resampling) -> Image.Image:
-    left, top, right, bottom = box = crop_box(photo.size, bucket)
+def _target(size: Size, bucket: Size) -> tuple[Box, Size]:
+    """The box to use, and the size that it gets."""
+    left, top, right, bottom = box = crop_box(size, bucket)
     scale = min(bucket[0] / (right - left), bucket[1] / (bottom - top))
     width, height = round((right - left) * scale), round((bottom - top) * scale)
-    return photo.resize((min(max(width, 1), bucket[0]), min(max(height, 1), bucket[1])), filter, box=box)
+    return box, (min(max(width, 1), bucket[0]), min(max(height, 1), bucket[1]))
 
 
 def _all_sizes(resolution: int, step: int) -> list[Size]:

@@ -6,9 +6,10 @@ Every layout under ``formats/`` is a function from ``data.*`` to a list of ``Ent
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +26,11 @@ class Blob(Protocol):
     def read(self) -> bytes: ...
 
 
+def spelled(path: PurePath | str) -> str:
+    """The path as text that can be hashed, stored and printed; bytes that are no UTF-8 become ``\\xff``."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 @dataclass(frozen=True, slots=True)
 class FileBlob:
     """A file on disk. Both methods raise OSError as the file system does."""
@@ -33,7 +39,7 @@ class FileBlob:
 
     @property
     def name(self) -> str:
-        return str(self.path)
+        return spelled(self.path)
 
     def stamp(self) -> str:
         stat = self.path.stat()

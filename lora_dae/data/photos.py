@@ -17,7 +17,7 @@ from lora_dae.data.entry import Blob, Entry
 from lora_dae.data.pair import Lazy, Pair
 from lora_dae.data.square import fit_mask, fit_square, has_plain_backdrop
 
-FIT_VERSION = 2  # raise it when the same photo would give other pixels
+FIT_VERSION = 3  # raise it when the same photo would give other pixels
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ console = Console(stderr=True)
 def load_splits(cfg: DataConfig) -> dict[str, PairDataset]:
     """train, val and test. The studio is rendered if its cache is empty; photos are checked file by file."""
     if cfg.name == "shards":
+        check_outside(cfg, Path(cfg.cache_dir), "data.cache_dir")
         return shards.load(cfg)
     if cfg.name != "studio":
         return dict(load_photos(cfg))
@@ -81,6 +82,9 @@ def load_photos(cfg: DataConfig) -> dict[str, PhotoPairs]:
             f"data.root={cfg.root} has too few different photos ({groups}) to train, validate and test on: "
             "at least 3 are needed, and some in each published split."
         )
+    leaking = len(usable) - sum(map(len, splits.values()))
+    if leaking:
+        console.print(f"{leaking} photos are left out: their garments are also in a published split that is held out")
     facts = {entry.id: f for entry, f in usable}
     _tell([f["image"] for f in facts.values()], fit)
     splits["train"] = [entry for entry in splits["train"] for _ in range(entry.repeats)]
@@ -165,6 +169,11 @@ def _check_all_or_none(entries: list[Entry], part: str) -> None:
 
 def _tell(photos: list[Facts], fit: Fit) -> None:
     """What a person should know about photos that are used: enlarged ones, first frames, converted colors."""
+    if fit.buckets:
+        _say_once(
+            f"trained in the sizes of data.buckets, drawn and measured in squares of {fit.resolution} x "
+            f"{fit.resolution}: there, oblong photos are cropped or padded"
+        )
     enlarged = 0
     for photo in photos:
         width, height = fit.size(photo)

@@ -15,7 +15,8 @@ def split_entries(entries: list[Entry], val_fraction: float, test_fraction: floa
     Ours go by a hash of (seed, group id), so that a group keeps its split when photos are added. A split that
     the hash would leave empty gets the group next in line, so three groups are enough; with fewer, a split
     stays empty. A published train split without a validation split gives some of its groups to that; a published
-    validation split without a test split is tested on.
+    validation split without a test split is tested on. What a published split trains on although another shows the
+    same group is left out, so that test photos stay those that were published.
     """
     if any(entry.split in ("val", "test") for entry in entries):
         return _published(entries, val_fraction, seed)
@@ -36,6 +37,10 @@ def _published(entries: list[Entry], val_fraction: float, seed: int) -> dict[str
     parts: dict[str, list[Entry]] = {name: [e for e in entries if (e.split or "train") == name] for name in SPLITS}
     if not parts["test"]:
         parts["val"], parts["test"] = [], parts["val"]
+    held_out: set[str] = set()
+    for name in reversed(SPLITS):
+        parts[name] = [entry for entry in parts[name] if entry.group_id not in held_out]
+        held_out.update(entry.group_id for entry in parts[name])
     if parts["val"]:
         return parts
     place, groups = _in_order(parts["train"], seed)

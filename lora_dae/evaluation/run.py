@@ -134,7 +134,7 @@ def measure_rows(
         not_available=extras.not_available,
         mode="text" if held_out.sources is None else "source",
         method=sampling.method,
-        warnings=size_warnings(len(held_out.pairs), len(real), 1),
+        warnings=[*size_warnings(len(held_out.pairs), len(real), 1), *bucket_warnings(cfg)],
     )
     # Strength 0 comes first: it is what every other row is compared with.
     order = sorted(methods, key=lambda name: name != row_name(0.0))
@@ -144,6 +144,16 @@ def measure_rows(
     curves = size_curves({name: seen[name] for name in order}, real.features, (extractor, *extras.more), cfg.seed)
     protocol.not_available.update(add_infinity(methods, curves))
     return ResultsTable({name: methods[name] for name in order}, protocol, references, curves), real, seen
+
+
+def bucket_warnings(cfg: Config) -> list[str]:
+    """What training in several sizes means for numbers that are taken in one."""
+    if not cfg.data.buckets:
+        return []
+    return [
+        "trained in buckets of several sizes, drawn and measured in squares alone: oblong real photos are cropped or "
+        "padded, and nothing here says how well the other sizes are drawn"
+    ]
 
 
 def write_grid(rows: dict[str, np.ndarray], held_out: HeldOut, path: Path, count: int = GRID_ROWS) -> np.ndarray:

@@ -20,7 +20,7 @@ from lora_dae.backbone.load import load_backbone
 from lora_dae.config import Config, to_dict
 from lora_dae.data.buckets import parse_buckets
 from lora_dae.data.pair import PairDataset, replace_pixels
-from lora_dae.data.sources import check_mask, check_source, load_splits
+from lora_dae.data.sources import check_mask, check_outside, check_source, load_splits
 from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.evaluation.report.table import ResultsTable
 from lora_dae.evaluation.report.table_files import COLUMNS, table_rows
@@ -65,6 +65,7 @@ def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Tr
     """Train every stage and, on rank 0, export. Raises ConfigError for bad input before weights are loaded."""
     check(cfg)
     run_dir = Path(cfg.run_dir)
+    check_outside(cfg.data, run_dir, "run_dir")
     checkpoints = find_checkpoints(cfg, run_dir)
     folder = inspect_backbone(cfg.backbone, cfg.data.resolution)
     for bucket in parse_buckets(cfg.data.buckets, cfg.data.resolution, cfg.data.bucket_step):

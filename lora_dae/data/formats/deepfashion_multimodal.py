@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from lora_dae.config import ConfigError, DataConfig
-from lora_dae.data.entry import Entry, FileBlob
+from lora_dae.data.entry import Entry, FileBlob, spelled
 from lora_dae.data.formats.files import read_json, root_of, walk_photos
 from lora_dae.data.formats.label_map import mask_of_classes
 from lora_dae.data.formats.writing import Splits, every_pair, save_image, save_json
@@ -45,7 +45,7 @@ def read(cfg: DataConfig) -> list[Entry]:
         category = parts[3].replace("_", " ").lower()
         entries.append(
             Entry(
-                id=photo.name,
+                id=spelled(photo.name),
                 group_id=parts[1],
                 captions=(text,) if text else (),
                 image=FileBlob(photo),

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 
 from lora_dae.config import ConfigError, DataConfig
-from lora_dae.data.entry import Entry, FileBlob
+from lora_dae.data.entry import Entry, FileBlob, spelled
 from lora_dae.data.formats.files import SPLIT_NAMES, inside, read_json, read_jsonl, root_of, walk_photos
 from lora_dae.data.formats.writing import Splits, every_pair, needs_source, save_image, save_json, save_lines
 
@@ -72,7 +72,7 @@ def write(splits: Splits, root: Path) -> None:
 def _by_id(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in walk_photos(folder):
-        id = path.relative_to(folder).with_suffix("").as_posix()
+        id = spelled(path.relative_to(folder).with_suffix("").as_posix())
         if id in found:
             raise ConfigError(f"{path} and {found[id].name} have one id, {id}: rename or remove one of them.")
         found[id] = path

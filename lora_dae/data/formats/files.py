@@ -42,10 +42,24 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON ({error.msg}, line {error.lineno}): correct it.") from error
+    refuse_halves(text, value, str(path))
+    return value
+
+
+def refuse_halves(text: str, value: Any, where: str) -> None:
+    """ConfigError for what JSON can escape and no file or tokenizer can take: one half of a surrogate pair."""
+    if "\\ud" not in text.lower():
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise ConfigError(f"{where} holds {half}, which is half of a character: write that text anew.") from error
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
@@ -60,6 +74,7 @@ def read_jsonl(path: Path) -> Iterator[Row]:
             raise ConfigError(f"{path} line {number} is not JSON ({error.msg}): correct that line.") from error
         if not isinstance(row, dict):
             raise ConfigError(f'{path} line {number} must be an object like {{"file_name": ..., "text": ...}}.')
+        refuse_halves(line, row, f"{path} line {number}")
         yield number, row
 
 

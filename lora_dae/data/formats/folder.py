@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_dae.config import ConfigError, DataConfig
-from lora_dae.data.entry import Entry, FileBlob
+from lora_dae.data.entry import Entry, FileBlob, spelled
 from lora_dae.data.formats.files import (
     PHOTO_SUFFIXES,
     SPLIT_NAMES,
@@ -120,6 +120,7 @@ def _from_sidecars(root: Path, cfg: DataConfig) -> list[Entry]:
     entries = []
     for photo, caption in zip(photos, captions, strict=True):
         name = photo.relative_to(root).as_posix()
+        id = spelled(name)
         repeated = REPEATS.fullmatch(photo.parent.name) if photo.parent != root else None
         if caption is None and repeated:
             caption = repeated[2].replace("_", " ")
@@ -127,11 +128,11 @@ def _from_sidecars(root: Path, cfg: DataConfig) -> list[Entry]:
             raise ConfigError(f"{photo} has no caption: write {photo.with_suffix('.txt').name} beside it.")
         entries.append(
             Entry(
-                id=name,
-                group_id=name,
+                id=id,
+                group_id=id,
                 captions=(caption,) if caption else (),
                 image=FileBlob(photo),
-                where=name,
+                where=id,
                 source=_sibling(root, "source", name),
                 mask=_sibling(root, "mask", name),
                 split=SPLIT_NAMES.get(name.partition("/")[0].lower()) if "/" in name else None,

@@ -60,15 +60,16 @@ class ShardPairs:
         return self.ends[-1] if self.ends else 0
 
     def __getitem__(self, index: int) -> Pair:
-        pairs, row = self._find(index)
+        pairs, row = self.find(index)
         return pairs[row]
 
     def facts(self, index: int) -> dict[str, Facts]:
         """What the index says about the record's files."""
-        pairs, row = self._find(index)
+        pairs, row = self.find(index)
         return pairs.facts[row]
 
-    def _find(self, index: int) -> tuple[PhotoPairs, int]:
+    def find(self, index: int) -> tuple[PhotoPairs, int]:
+        """The shard that holds the record, and its row there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard = bisect_right(self.ends, index)
@@ -143,12 +144,13 @@ def write(splits: Splits, root: Path, per_shard: int = PER_SHARD) -> None:
 def _add(tar: tarfile.TarFile, key: str, pairs: PairDataset, index: int) -> dict[str, Any]:
     """Writes one record's files; returns its line of the index."""
     pair = pairs[index]
+    entry = _entry_of(pairs, index)
     words = {
         "id": pair.id, "group_id": pair.group_id, "captions": list(pair.captions or (pair.caption,)),
-        "category": pair.category, "attributes": pair.attributes or {}, "mirror": _may_mirror(pairs, index),
+        "category": pair.category, "attributes": pair.attributes or {}, "mirror": entry is None or entry.mirror,
     }  # fmt: skip
     parts = {}
-    for part, data, suffix in _files(pairs, index, pair):
+    for part, data, suffix in _files(entry, pair):
         facts = examine(RowBlob(part, "", partial(bytes, data)))
         offset = _put(tar, f"{key}{'' if part == 'image' else f'.{part}'}.{suffix}", data)
         place = [facts.digest, facts.width, facts.height, facts.remark, facts.reason, facts.hash]
@@ -157,15 +159,20 @@ def _add(tar: tarfile.TarFile, key: str, pairs: PairDataset, index: int) -> dict
     return words | {"parts": parts}
 
 
-def _may_mirror(pairs: PairDataset, index: int) -> bool:
-    return pairs.entries[index].mirror if isinstance(pairs, PhotoPairs) else True
+def _entry_of(pairs: PairDataset, index: int) -> Entry | None:
+    """What the source said of a pair whose photos are files."""
+    if isinstance(pairs, ShardPairs):
+        shard, row = pairs.find(index)
+        return shard.entries[row]
+    return pairs.entries[index] if isinstance(pairs, PhotoPairs) else None
 
 
-def _files(pairs: PairDataset, index: int, pair: Pair) -> Iterator[tuple[str, bytes, str]]:
+def _files(entry: Entry | None, pair: Pair) -> Iterator[tuple[str, bytes, str]]:
     """(part, encoded bytes, suffix): a photo's own file where there is one, else a PNG."""
     for part in PARTS:
-        if isinstance(pairs, PhotoPairs) and getattr(pairs.entries[index], part) is not None:
-            data = getattr(pairs.entries[index], part).read()
+        blob = None if entry is None else getattr(entry, part)
+        if blob is not None:
+            data = blob.read()
             photo = open_image(data)
             kind = str(photo.format)
             if kind == "PPM":  # bytes of a decoder, many times as large as a PNG

@@ -19,8 +19,8 @@ from typing import Any
 import fsspec
 
 from lora_dae.config import ConfigError, DataConfig
-from lora_dae.data.entry import Entry, RowBlob
-from lora_dae.data.formats.files import PHOTO_SUFFIXES, split_of
+from lora_dae.data.entry import Entry, RowBlob, spelled
+from lora_dae.data.formats.files import PHOTO_SUFFIXES, refuse_halves, split_of
 from lora_dae.data.formats.shards import read_range, write
 
 __all__ = ["read", "write"]  # shards are WebDataset tars with an index beside them
@@ -57,6 +57,7 @@ def _entries(files: Any, tar: str, root: str) -> Iterator[Entry]:
         return None if member is None else RowBlob(part, version, partial(read_range, url, *member))
 
     for key, parts, spoken in _records(files, tar):
+        key = spelled(key)
         where = f"{tar} {key}"
         words = _words(spoken.get("json", b"{}"), f"{where}.json")
         texts: list[Any] = [spoken.get("txt", b"").decode("utf-8-sig", errors="replace")]
@@ -89,6 +90,7 @@ def _words(text: bytes, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where} is not JSON ({error}): write that tar anew.") from error
     if not isinstance(words, dict):
         raise ConfigError(f'{where} must be an object like {{"text": ...}}: write that tar anew.')
+    refuse_halves(text.decode(), words, where)
     return words
 
 
