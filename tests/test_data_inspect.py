@@ -74,7 +74,7 @@ def test_the_command_writes_a_sheet_that_stands_alone(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     scene(0).save(root / "17.png")
-    row = '\n{"file_name": "0.png", "text": "<script>alert(1)</script>", "split": "test"}'
+    row = '\n{"file_name": "0.png", "text": "<script>alert(1)</script>", "split": "test", "group_id": "x"}'
     with (root / "metadata.jsonl").open("a") as file:
         file.write(row)
     arguments = ["inspect", "--to", str(tmp_path / "sheet.html"), "data=folder", f"data.root={root}"]

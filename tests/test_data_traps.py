@@ -18,7 +18,7 @@ from lora_dae.data.__main__ import main
 from lora_dae.data.entry import Entry, FileBlob
 from lora_dae.data.formats import folder
 from lora_dae.data.pair import Pair
-from lora_dae.data.sources import check_outside, load_photos
+from lora_dae.data.sources import load_photos
 from lora_dae.data.splits import split_entries
 
 
@@ -167,13 +167,6 @@ def test_no_command_writes_into_the_data(
         main([*command.split(), "--to", "new", "data=folder", "data.root=.", f"data.cache_dir={tmp_path / 'cache'}"])
     assert caught.value.code == 2 and "--to=new lies in data.root=." in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_run_is_never_kept_in_the_data(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    with pytest.raises(ConfigError, match="run_dir=.* which is only read"):
-        check_outside(config(tmp_path / "data"), tmp_path / "data" / "runs" / "first", "run_dir")
-    check_outside(config(tmp_path / "data"), tmp_path / "runs", "run_dir")
 
 
 def test_what_buckets_mean_for_drawing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,7 @@ def test_buckets_and_all_caches_train_alike(tiny_backbone: Path, photos: Path, t
         run_dir = tmp_path / cache
         training.run(config(tiny_backbone, run_dir, tmp_path / "cache", f"data.cache={cache}", *options))
         seen[cache] = losses(run_dir)
-        assert (run_dir / "report.html").is_file()
+        assert "buckets of several sizes" in (run_dir / "report.html").read_text()
     assert len(seen["disk"]) == 3 and seen["disk"] == seen["memory"]
     np.testing.assert_allclose(seen["off"], seen["disk"], rtol=5e-3)  # half precision on disk
     validated = {cache: losses(tmp_path / cache, "val/loss") for cache in seen}  # in both sizes as well
@@ -142,6 +142,15 @@ def test_buckets_that_the_backbone_cannot_take(tiny_backbone: Path, photos: Path
     options = ("data=folder", f"data.root={photos}", "data.buckets=[60x64]", "data.bucket_step=4")
     with pytest.raises(ConfigError, match="60x64, not a multiple of 8"):
         training.run(config(tiny_backbone, tmp_path / "run", tmp_path / "cache", *options))
+
+
+def test_a_run_is_never_kept_in_the_data(tiny_backbone: Path, photos: Path, tmp_path: Path) -> None:
+    before = sorted(photos.rglob("*"))
+    with pytest.raises(ConfigError, match="run_dir=.* which is only read"):
+        training.run(
+            config(tiny_backbone, photos / "runs" / "a", tmp_path / "cache", "data=folder", f"data.root={photos}")
+        )
+    assert sorted(photos.rglob("*")) == before
 
 
 def test_garment_weight_needs_masks(tiny_backbone: Path, tiny_folder: Path, tmp_path: Path) -> None:

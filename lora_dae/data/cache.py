@@ -14,6 +14,7 @@ draw anew. ``store.py`` has the files.
 from __future__ import annotations
 
 import hashlib
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,7 +35,7 @@ from lora_dae.data.store import DTYPE, Arrays, RowStore
 
 FORMAT = 2  # raise it when the meaning of the rows changes
 BATCH_SIZE = 32
-DECODERS = 4
+DECODERS = min(max(os.cpu_count() or 1, 4), 16)  # threads: Pillow and OpenCV work without Python's lock
 
 EncodeImages = Callable[[np.ndarray], tuple[Tensor, Tensor]]
 EncodeText = Callable[[list[str]], Tensor]
