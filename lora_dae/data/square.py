@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -72,15 +71,18 @@ def _target(size: tuple[int, int], resolution: int, whole: bool) -> tuple[Box, t
 def resample(photo: Image.Image, box: Box, size: tuple[int, int]) -> np.ndarray:
     """The ``box`` of an RGB photo, to whole pixels, at ``size`` (width, height), as uint8 (height, width, 3).
 
-    Shrunk with Lanczos. Enlarged with cubic convolution: there is nothing to keep from aliasing, it comes as near to
-    the scene as Lanczos (a test compares them), and takes a tenth of the time.
+    With Lanczos: torch's where it has one, which gives what Pillow's gives up to rounding in a fraction of the time.
     """
     left, top, right, bottom = whole_pixels(box)
     if size == (right - left, bottom - top):
         return np.array(photo)[top:bottom, left:right]
-    if size[0] < right - left or size[1] < bottom - top:
-        return np.array(photo.resize(size, Image.Resampling.LANCZOS, box=(left, top, right, bottom)))
-    return cv2.resize(np.asarray(photo)[top:bottom, left:right], size, interpolation=cv2.INTER_CUBIC)
+    import torch  # here, because listing and checking photos needs none
+
+    if not hasattr(torch._C._nn, "_upsample_lanczos2d_aa"):
+        return np.array(photo.crop((left, top, right, bottom)).resize(size, Image.Resampling.LANCZOS))
+    pixels = torch.from_numpy(np.array(photo.crop((left, top, right, bottom)))).permute(2, 0, 1)[None]
+    scaled = torch.nn.functional.interpolate(pixels, size[::-1], mode="lanczos", antialias=True)
+    return scaled[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def resample_mask(mask: Image.Image, box: Box, size: tuple[int, int]) -> np.ndarray:

@@ -81,7 +81,7 @@ def check_pictures(images: PictureFolder, reference: PictureFolder, resolution: 
                 some = ", ".join(f"{w} x {h}" for (w, h), _ in Counter(folder.sizes).most_common(3))
                 raise ConfigError(
                     f"{folder.where} holds pictures of {len(set(folder.sizes))} sizes ({some}): give resolution=256, "
-                    "say, to scale all of them and pad them to squares."
+                    "say, to scale all of them (Lanczos) and pad them to squares."
                 )
         if images.size != reference.size:
             raise ConfigError(
@@ -156,8 +156,7 @@ def resizing(resolution: int | None) -> str:
     """For the protocol: how they came to that size."""
     if resolution is None:
         return "none: measured as they are"
-    scaled = f"Lanczos (enlarged: bicubic) to {resolution} pixels on the long side"
-    return f"{scaled}, padded to a square with the edge's color, both sets alike"
+    return f"Lanczos to {resolution} pixels on the long side, padded to a square with the edge's color, both sets alike"
 
 
 def formats(*folders: PictureFolder) -> str:

@@ -90,7 +90,7 @@ def _words(text: bytes, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where} is not JSON ({error}): write that tar anew.") from error
     if not isinstance(words, dict):
         raise ConfigError(f'{where} must be an object like {{"text": ...}}: write that tar anew.')
-    refuse_halves(text.decode(), words, where)
+    refuse_halves(text.decode(errors="replace"), words, where)
     return words
 
 

@@ -41,7 +41,7 @@ class Protocol:
     not_available: dict[str, str] = field(default_factory=dict)  # metric -> why
     mode: str = "source"  # one of MODES
     method: str = "none"  # one of config.METHODS, inside the sampler
-    resize: str = "none: drawn at this size; real photos: Lanczos (up: bicubic), cropped or padded to the square"
+    resize: str = "none: drawn at this size; the real photos are scaled (Lanczos) and cropped or padded to the square"
     files: str = "8 bits a channel, nothing compressed between drawing and measuring"
     pixels: str = ""  # where they are no square of ``resolution``
     warnings: list[str] = field(default_factory=list)  # what makes these numbers say less than they seem to
