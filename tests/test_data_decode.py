@@ -34,7 +34,7 @@ def noise(width: int = 24, height: int = 16) -> Image.Image:
 def test_large_jpegs_read_at_a_fraction_look_the_same() -> None:
     """Against the whole file: what is read is at least twice what is kept of it, so that Lanczos has what it needs."""
     y, x = np.mgrid[0:1200, 0:900]
-    scene = np.stack([127 + 60 * np.sin(x / 7 + k) + 60 * np.sin(y / 5 + x / 11) for k in range(3)], axis=-1)
+    scene = np.stack([127 + 60 * np.sin(x / 19 + k) + 60 * np.sin(y / 13 + x / 31) for k in range(3)], axis=-1)
     data = encoded(Image.fromarray(scene.clip(0, 255).astype(np.uint8)), "JPEG", quality=95)
     whole, fraction = decode(data), decode(data, draft=2 * 256)
     assert whole.size == (900, 1200) and fraction.size == (900, 1200)  # half would be 450, below 512
