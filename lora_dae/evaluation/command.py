@@ -137,9 +137,12 @@ def _compare(request: EvaluateRequest, console: Console) -> None:
 
 
 def requested(own: Config, request: Any) -> Config:
-    """The run's config with the request's numbers, where given."""
+    """The run's config with the request's numbers, where given; the studio renders as many pairs as are asked for."""
     sampling, evaluation = overridden_sampling(own.sampling, request), overridden(own.evaluation, request)
     cfg = replace(own, sampling=sampling, evaluation=evaluation)
+    size = f"{request.split}_size"
+    if own.data.name == "studio" and evaluation.num_samples > getattr(own.data, size):
+        cfg = replace(cfg, data=replace(own.data, **{size: evaluation.num_samples}))
     if request.strength is not None:
         cfg = replace(cfg, enhancement=replace(cfg.enhancement, strength=request.strength))
     return cfg
