@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+DEV := .venv/.dev
 
 .DEFAULT_GOAL := help
 
@@ -12,28 +13,34 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup
-setup: $(READY) ## create .venv and install everything into it
+setup: $(DEV) ## create .venv and install everything into it, tools and tests' libraries too
 
+# Training needs neither tests nor tools, so it does not wait for them.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	@touch $@
+
+$(DEV): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@ $(READY)
 
 .PHONY: train
 train: $(READY) ## fine-tune, sample, measure and report: experiment=rank16 on the shipped backbone
 	$(BIN)/python train.py experiment=rank16 $(ARGS)
 
 .PHONY: test
-test: $(READY) ## all tests
+test: $(DEV) ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 .PHONY: lint
-lint: $(READY) ## style and formatting (ruff)
+lint: $(DEV) ## style and formatting (ruff)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 .PHONY: types
-types: $(READY) ## type hints (mypy)
+types: $(DEV) ## type hints (mypy)
 	$(BIN)/mypy
 
 .PHONY: backbone

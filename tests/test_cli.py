@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from lora_dae.cli import _one_sentence
-from lora_dae.config import Config, ConfigError, EvaluationConfig, conf_dir, from_dict, to_dict
+from lora_dae.config import Config, ConfigError, DataConfig, EvaluationConfig, conf_dir, from_dict, to_dict
 from lora_dae.evaluation.command import EvaluateRequest, command_of, evaluate, folder_of, requested
 from lora_dae.rules import check
 
@@ -91,6 +91,15 @@ def test_evaluating_again_overrides_what_is_given_and_keeps_the_rest() -> None:
     )
     assert (changed.sampling.guidance_scale, changed.sampling.seed, changed.enhancement.strength) == (1.4, 5, 0.5)
     assert changed.sampling.scheduler == cfg.sampling.scheduler
+
+
+def test_the_studio_has_as_many_test_pairs_as_are_asked_for() -> None:
+    studio = Config(run_dir="x", data=DataConfig(test_size=8, val_size=4))
+    assert requested(studio, _request("run=x", "num_samples=6")).data == studio.data
+    assert requested(studio, _request("run=x", "num_samples=20")).data.test_size == 20
+    assert requested(studio, _request("run=x", "num_samples=20", "split=val")).data.val_size == 20
+    photos = Config(run_dir="x", data=DataConfig(name="folder", root="photos", test_size=8))
+    assert requested(photos, _request("run=x", "num_samples=20")).data == photos.data
 
 
 def test_other_settings_than_the_runs_own_get_a_folder_of_their_own(tmp_path: Path) -> None:

@@ -109,9 +109,9 @@ class BandGain(nn.Module):
     def _log_gain(self, features: Tensor, excess: Tensor, log_snr: Tensor, phi: Tensor, first_order: Tensor) -> Tensor:
         log_snr = log_snr.clamp(-LAMBDA_RANGE, LAMBDA_RANGE)
         scale, shift = self.film(noise_features(log_snr, phi)).chunk(2, dim=1)
-        hidden = self.spatial(_pointwise(self.input, features))
+        hidden = self.spatial(pointwise(self.input, features))
         hidden = functional.silu(hidden * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
-        calibration, discretization = _pointwise(self.output, hidden).chunk(2, dim=1)
+        calibration, discretization = pointwise(self.output, hidden).chunk(2, dim=1)
 
         log_gain = self.max_log_gain * torch.tanh(calibration + phi * first_order * discretization)
         budgeted = (log_gain - 0.5 * excess.clamp_min(0)).clamp_min(0)
@@ -125,9 +125,9 @@ def noise_window(log_snr: Tensor) -> Tensor:
     return ramp * ramp * (3 - 2 * ramp)
 
 
-def _pointwise(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``layer`` over the channels of (B, C, H, W). With few channels much faster on CPU than a 1x1 convolution."""
-    y = torch.bmm(layer.weight.expand(len(x), -1, -1), x.flatten(2))  # `@` would copy into another layout
+def pointwise(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+    """A ``layer`` of 1 x 1 over the channels of (B, C, H, W). With few channels much faster on CPU than convolving."""
+    y = torch.bmm(layer.weight.flatten(1).expand(len(x), -1, -1), x.flatten(2))  # `@` would copy into another layout
     if layer.bias is not None:
         y = y + layer.bias[:, None]
     return y.unflatten(2, x.shape[2:])

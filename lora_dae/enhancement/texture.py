@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_dae.enhancement.bands import local_log_energy, split_bands
+from lora_dae.enhancement.gates import pointwise
 from lora_dae.enhancement.match import Match, Matcher, warp
 
 _SCALE = 0.25  # log energies span about [-9, 4]
@@ -67,12 +68,9 @@ class SourceTexture(nn.Module):
             match, carried, carried_rest = None, own, rest
             if source is not None:
                 source = source.float()
-                theirs = split_bands(source, self.levels)[0]
                 # The finest band repeats itself, and a blurred image lacks it: the others say what belongs where.
-                match = self.matcher(x - own[0], source - theirs[0])
+                match = self.matcher(x - own[0], source - split_bands(source, 1)[0][0])
                 carried, carried_rest = split_bands(warp(source, match.flow), self.levels)
-                # Between two places the finest band cancels: it comes whole from the nearest one.
-                carried[0] = warp(theirs[0], match.flow, "nearest")
             gaps = [c - o for c, o in zip(carried, own, strict=True)]
             gain, gate = self._gates(own, carried, gaps, carried_rest - rest, match, conditions).chunk(2, dim=1)
             delta = torch.zeros_like(x)
@@ -102,9 +100,9 @@ class SourceTexture(nn.Module):
         far = (rest_gap.square().mean(1, keepdim=True) + _FLOOR).log()
         features = torch.cat([local_log_energy(own), local_log_energy(carried), local_log_energy(gaps), far], dim=1)
         flag = torch.full_like(sure, float(match is not None))
-        hidden = self.spatial(self.input(torch.cat([features * _SCALE, sure, flag], dim=1)))
+        hidden = self.spatial(pointwise(self.input, torch.cat([features * _SCALE, sure, flag], dim=1)))
         if self.film is not None:
             assert conditions is not None
             scale, shift = self.film(conditions)[:, :, None, None].chunk(2, dim=1)
             hidden = hidden * (1 + scale) + shift
-        return self.output(functional.silu(hidden))
+        return pointwise(self.output, functional.silu(hidden))

@@ -193,6 +193,9 @@ def evaluate_run(
     cfg = run.cfg
     splits = load_splits(cfg.data)
     held_out = HeldOut.take(splits[split], cfg.evaluation.num_samples, cfg.conditioning)
+    if len(held_out.pairs) < cfg.evaluation.num_samples:
+        asked = cfg.evaluation.num_samples
+        console.print(f"the {split} split has {len(held_out.pairs)} pairs, not the {asked} asked for: all are taken")
     extras = load_extras(cfg.evaluation, cfg.data.resolution, held_out.captions)
     extractor = load_features(cfg.evaluation.features).to(best_device())  # what cannot be had costs no drawing
     check_writable(output)

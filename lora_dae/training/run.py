@@ -21,6 +21,7 @@ from lora_dae.config import Config, to_dict
 from lora_dae.data.buckets import parse_buckets
 from lora_dae.data.pair import PairDataset, replace_pixels
 from lora_dae.data.sources import check_mask, check_outside, check_source, load_splits
+from lora_dae.enhancement.module import build_enhancement
 from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.evaluation.report.table import ResultsTable
 from lora_dae.evaluation.report.table_files import COLUMNS, table_rows
@@ -87,6 +88,7 @@ def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Tr
         write_config(cfg)
     trained.fit(checkpoints)
     if trained.rank == 0:
+        trained.calibrate()
         trained.export()
     del trained.module
     return trained
@@ -117,7 +119,8 @@ def measure(cfg: Config, loggers: list[Any], device: torch.device, bf16: bool) -
     flat = {f"test/{m}/{k}".replace(" ", "_"): v.value for m, row in table.methods.items() for k, v in row.items()}
     own = table.methods.get(row_name(cfg.enhancement.strength)) or table.methods.get(row_name(0.0), {})
     flat |= {f"test/{name}": metric.value for name, metric in own.items()}  # the run's own row, for comparing runs
-    last = sum(steps for _, steps, _ in planned_stages(cfg, loaded.enhancement))
+    whole = build_enhancement(cfg.enhancement, loaded.backbone.latent_channels, cfg.conditioning)
+    last = sum(steps for _, steps, _ in planned_stages(cfg, whole))
     for logger in others:
         if isinstance(logger, tracking.StagedLogger):
             logger.offset = 0

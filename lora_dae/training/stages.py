@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from lora_dae.export.command import export_beside
 from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.load import ENHANCEMENT_FILE, prepare_unet
 from lora_dae.training import callbacks, together, tracking
+from lora_dae.training.calibrate import PAIRS, calibrate_gain
 from lora_dae.training.ema import EMACallback
 from lora_dae.training.module import LoraDae, NonFiniteLossError
 from lora_dae.training.prior import Prior
@@ -233,16 +235,20 @@ class Training:
         if ema.ema is not None:
             ema.ema.swap_in(trainable_parameters(self.module))
 
+    def _drawer(self) -> Drawer:
+        """What draws with the weights as they stand, without enhancement."""
+        cfg, bf16 = self.cfg, self.precision.startswith("bf16")
+        return Drawer(self.backbone, None, "none", cfg.conditioning, cfg.data.resolution, cfg.sampling, bf16)
+
+    def _prompts(self, held_out: HeldOut) -> list[str]:
+        return [c if self.words is None else self.words.prompt(c) for c in held_out.captions]
+
     @torch.no_grad()
     def _grid(self, ema: EMACallback, step: int) -> None:
         """The fixed validation prompts on the averaged weights, as they stand now; each process draws its share."""
         cfg = self.cfg
         held_out = HeldOut.take(self.splits["val"], cfg.tracking.num_grid_prompts, cfg.conditioning)
-        drawer = Drawer(
-            self.backbone, None, "none", cfg.conditioning, cfg.data.resolution,
-            cfg.sampling, self.precision.startswith("bf16"),
-        )  # fmt: skip
-        captions = [c if self.words is None else self.words.prompt(c) for c in held_out.captions]
+        drawer, captions = self._drawer(), self._prompts(held_out)
         own, sources = list(together.share(len(held_out.pairs))), held_out.sources
         with ema.swapped(self.module):
             drawn = drawer.images([captions[i] for i in own], None if sources is None else sources[own], indices=own)
@@ -253,6 +259,18 @@ class Training:
             {f"step {step}": images}, held_out, self.run_dir / "samples" / f"step_{step:06d}.png", len(images)
         )
         tracking.log_image(self.loggers, "val/samples", grid, step)
+
+    def calibrate(self) -> None:
+        """Keep as much of the gain as the validation pairs ask for, and say how much."""
+        if self.enhancement is None or self.enhancement.gain is None:
+            return
+        if len(self.splits["val"]) < 4:
+            console.print("all of the gain is kept: 4 validation pairs are needed to judge it", highlight=False)
+            return
+        held_out = HeldOut.take(self.splits["val"], PAIRS, self.cfg.conditioning)
+        drawer = replace(self._drawer(), enhancement=self.enhancement, placement=self.cfg.enhancement.placement)
+        found = calibrate_gain(drawer, held_out, self._prompts(held_out))
+        console.print(str(found), highlight=False, soft_wrap=True)
 
     def export(self) -> None:
         """Write adapter/: the averaged weights in the formats that other programs read."""

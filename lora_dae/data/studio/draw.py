@@ -80,7 +80,7 @@ def rounded(mask: Array, radius: float, light: tuple[float, float], strength: fl
     return 1 - strength * (0.55 * toward + 0.22 * (1 - rim) ** 2)
 
 
-def _box(mask: Array) -> tuple[slice, slice]:
+def box_of(mask: Array) -> tuple[slice, slice]:
     """The rectangle that holds all of the mask: most parts cover little of the picture."""
     x, y, w, h = cv2.boundingRect((mask > 1e-3).astype(np.uint8))
     return slice(y, y + h), slice(x, x + w)
@@ -88,7 +88,7 @@ def _box(mask: Array) -> tuple[slice, slice]:
 
 def tint(color: Array | tuple[float, ...], light: Array, mask: Array) -> Array:
     """A flat color times a light field, RGB in [0, 1], computed only where the mask is set."""
-    box = _box(mask)
+    box = box_of(mask)
     image = np.zeros((*mask.shape, 3), np.float32)
     image[box] = np.clip(np.asarray(color, np.float32) * light[box][..., None], 0, 1)
     return image
@@ -96,7 +96,7 @@ def tint(color: Array | tuple[float, ...], light: Array, mask: Array) -> Array:
 
 def over(canvas: Array, color: Array | tuple[float, ...], mask: Array) -> None:
     """Composite ``color`` (RGB or image) over the canvas in place."""
-    box = _box(mask)
+    box = box_of(mask)
     m, c = mask[box][..., None], np.asarray(color, np.float32)
     region = canvas[box]
     region += m * ((c[box] if c.ndim == 3 else c) - region)
@@ -110,5 +110,5 @@ def changed(before: Array, after: Array, threshold: float) -> Array:
 
 def darken(canvas: Array, mask: Array, amount: float) -> None:
     """Multiply the canvas by 1 - amount where the mask is set, in place."""
-    box = _box(mask)
+    box = box_of(mask)
     canvas[box] *= (1 - amount * mask[box])[..., None]

@@ -48,14 +48,15 @@ class Tailor:
         shadow: float = 0.35,
     ) -> None:
         """Composite one panel: texture, bent by its folds, shaded by folds and roundness."""
-        s = self.body.scale
-        gx = cv2.Sobel(folds, cv2.CV_32F, 1, 0, ksize=3) * (s / 27)
-        gy = cv2.Sobel(folds, cv2.CV_32F, 0, 1, ksize=3) * (s / 27)
+        s, box = self.body.scale, draw.box_of(mask)
+        gx = cv2.Sobel(folds, cv2.CV_32F, 1, 0, ksize=3)[box] * (s / 27)
+        gy = cv2.Sobel(folds, cv2.CV_32F, 0, 1, ksize=3)[box] * (s / 27)
+        u, v = (np.broadcast_to(x, mask.shape)[box] for x in (u, v))
         color = self._texture(u + 0.10 * gx, v + 0.10 * gy)
-        lit = draw.rounded(mask, radius * s, self.light)
+        lit = draw.rounded(mask, radius * s, self.light)[box]
         lit = lit * np.clip(1 - 1.5 * (gx * self.light[0] + gy * self.light[1]), 0.62, 1.3)
         draw.darken(canvas, draw.blur(mask, 0.05 * s), shadow)
-        draw.over(canvas, np.clip(color * lit[..., None], 0, 1), mask)
+        draw.over(canvas[box], np.clip(color * lit[..., None], 0, 1), mask[box])
         self.mask = np.maximum(self.mask, mask)
 
     def _folds(self, vertical: int, amount: float) -> Array:
