@@ -140,12 +140,12 @@ def requested(own: Config, request: Any) -> Config:
     """The run's config with the request's numbers, where given; the studio renders as many pairs as are asked for."""
     sampling, evaluation = overridden_sampling(own.sampling, request), overridden(own.evaluation, request)
     cfg = replace(own, sampling=sampling, evaluation=evaluation)
-    if own.data.name == "studio":
+    if own.data.name == "studio" and request.num_samples is not None:
         test_size, val_size = own.data.test_size, own.data.val_size
         if request.split == "val":
-            val_size = max(val_size, evaluation.num_samples)
+            val_size = max(val_size, request.num_samples)
         else:
-            test_size = max(test_size, evaluation.num_samples)
+            test_size = max(test_size, request.num_samples)
         cfg = replace(cfg, data=replace(own.data, test_size=test_size, val_size=val_size))
     if request.strength is not None:
         cfg = replace(cfg, enhancement=replace(cfg.enhancement, strength=request.strength))
