@@ -6,7 +6,8 @@ weights at latents of 32 x 32 and 64 x 64 (``--models``; 5 GB of memory and minu
     attach       attach() (LoRA, source input, enhancement) / load_lora_weights() of the same file
     diffusers    a sampling step with load_lora_weights() / without LoRA; fused: after fuse_lora()
     unmerged     the same by attach(), strength 0; + enhancement at strength 1
-    merged       by attach(merged=True), the merging of each call included
+    merged       by attach(merged=True), after the call has merged
+    merging      what a call needs for that, in plain steps
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from rich.console import Console
 import lora_dae
 from benchmarks.timing import show
 from lora_dae.adapter.files import save_adapter
+from lora_dae.adapter.fused import merged_once
 from lora_dae.adapter.inject import inject
 from lora_dae.backbone.layout import CONFIGS, STUDIO
 from lora_dae.config import AdapterConfig
@@ -119,21 +122,27 @@ def measure(model: str, steps: int, repeats: int, device: torch.device, dtype: t
             "merged": (attached(True), off, detach),
             "merged + enhancement": (attached(True), on, detach),
         }
-        times: dict[str, list[float]] = {name: [] for name in [*variants, "load", "attach"]}
+        times: dict[str, list[float]] = {name: [] for name in [*variants, "load", "attach", "merging"]}
         for repeat in range(repeats + 1):  # the first one warms up
             for name, (prepare, more, undo) in variants.items():
-                loading = seconds_of(prepare, device)
-                step = seconds_of(lambda more=more: pipe(**arguments, **more), device)  # type: ignore[misc]
+                loading, merges = seconds_of(prepare, device), name.startswith("merged")
+                with merged_once(pipe.unet) if merges else nullcontext():
+                    one = {**arguments, "num_inference_steps": 1, **more}
+                    first = seconds_of(lambda one=one: pipe(**one), device) if merges else 0.0  # type: ignore[misc]
+                    step = seconds_of(lambda more=more: pipe(**arguments, **more), device) / steps  # type: ignore[misc]
                 undo()
                 if repeat:
-                    times[name].append(step / steps)
+                    times[name].append(step)
                     if name in ("diffusers", "unmerged"):
                         times["load" if name == "diffusers" else "attach"].append(loading)
+                    if name == "merged":
+                        times["merging"].append(first - step)
     median = {name: statistics.median(values) for name, values in times.items()}
     ratios = {f"{model}: {name} / plain": median[name] / median["plain"] for name in list(variants)[1:]}
     return {
         f"{model}: plain step, seconds": median["plain"],
         **ratios,
+        f"{model}: merging, in plain steps": median["merging"] / median["plain"],
         f"{model}: attach / load_lora_weights": median["attach"] / median["load"],
     }
 

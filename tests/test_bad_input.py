@@ -20,6 +20,7 @@ from compose import config
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from family_models import write_backbone
+from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 from rich.console import Console
 from safetensors import safe_open
@@ -156,6 +157,19 @@ def test_refused_upload_says_where_the_files_are(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("lora_dae.export.push.HfApi", lambda: SimpleNamespace(create_repo=refuse))
     with pytest.raises(ConfigError, match=r"push=a/b did not work \(.*\); .* holds everything"):
         push_folder(tmp_path, "a/b", Console())
+
+
+@pytest.mark.parametrize("offline", [False, True], ids=["unreachable", "offline"])
+def test_upload_to_a_hub_that_cannot_be_reached(offline: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real request to a port where nobody listens, and one that HF_HUB_OFFLINE forbids: no file is touched."""
+    monkeypatch.setattr("lora_dae.export.push.get_token", lambda: "hf_token")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("lora_dae.export.push.HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9", token="hf_token"))
+    (tmp_path / "a.safetensors").write_bytes(b"whole")
+    with pytest.raises(ConfigError, match=r"push=a/b did not work \(.+\); .* holds everything") as caught:
+        push_folder(tmp_path, "a/b", Console())
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    assert (tmp_path / "a.safetensors").read_bytes() == b"whole"
 
 
 def test_adapter_of_another_family_is_refused_when_a_run_is_drawn(

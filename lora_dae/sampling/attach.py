@@ -12,6 +12,7 @@ pipelines do not know of each other.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -37,7 +38,6 @@ from lora_dae.enhancement.module import EnhancementModule
 
 ENHANCEMENT_FILE = "enhancement.safetensors"
 _NAME = "lora_dae"  # of the adapter in the pipeline
-_SIDES = ("height", "width")
 
 
 @dataclass
@@ -124,7 +124,8 @@ def _attached_class(plain: Any) -> type:
         state: Attached = self._lora_dae
         strength = state.strength if enhancement_strength is None else enhancement_strength
         once = merged_once(self.unet) if state.merged else nullcontext()
-        photos = _photos(self, state, source, kwargs)
+        given = inspect.signature(plain.__call__).bind_partial(self, *args, **kwargs).arguments
+        photos = _photos(self, state, source, given)
         latents = None if photos is None else _encode(self, photos)
         with once, _enhanced(self, state, strength, latents), _refined(self, state, strength, photos):
             with _with_source(self, latents):
@@ -200,19 +201,30 @@ def _for_batch(latents: Tensor, batch: int, guided: bool) -> Tensor:
     return torch.cat([torch.zeros_like(shown), shown]) if guided else shown
 
 
-def _photos(pipe: Any, state: Attached, source: Any, kwargs: dict[str, Any]) -> Tensor | None:
+def _photos(pipe: Any, state: Attached, source: Any, given: dict[str, Any]) -> Tensor | None:
     """PIL images or uint8 (H, W, 3) arrays as (S, 3, H, W) in [0, 1], fitted into the image's square as in training."""
     if source is None:
         return None
     if not state.has_source:
         raise ConfigError("this run was trained on captions alone: leave source out.")
-    factor = pipe.vae_scale_factor
-    height, width = (kwargs.get(side) or pipe.unet.config.sample_size * factor for side in _SIDES)
+    height, width = _size(pipe, given)
     if height != width:
         raise ConfigError(f"source needs a square image, not {height} x {width}: give the same height and width.")
     photos = source if isinstance(source, list | tuple) else [source]
     squares = [fit_square(upright_rgb(_picture(photo)), height, whole=True) for photo in photos]
     return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 255
+
+
+def _size(pipe: Any, given: dict[str, Any]) -> tuple[int, int]:
+    """(height, width) of what a call with these arguments draws: as asked for, as its image, or the UNet's own.
+
+    Only inpainting leaves its image out of this.
+    """
+    usual = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    height, width = given.get("height"), given.get("width")
+    if height is None and width is None and given.get("image") is not None and "mask_image" not in given:
+        height, width = pipe.image_processor.preprocess(given["image"]).shape[-2:]
+    return height or usual, width or usual
 
 
 @torch.no_grad()

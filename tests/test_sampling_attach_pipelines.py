@@ -1,0 +1,180 @@
+"""attach() on every pipeline class it names, with a source photo, offloaded models, and in several threads at once."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import accelerate.hooks
+import numpy as np
+import pytest
+import torch
+from adapter_models import randomize
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
+from family_models import write_backbone
+from PIL import Image
+
+import lora_dae
+from lora_dae.adapter.files import save_adapter
+from lora_dae.adapter.inject import inject
+from lora_dae.adapter.source_input import attach_source_input, save_source_input
+from lora_dae.backbone.load import load_backbone
+from lora_dae.config import AdapterConfig, BackboneConfig, ConfigError
+from lora_dae.enhancement.files import save_enhancement
+from lora_dae.enhancement.module import EnhancementModule
+
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+OTHER = Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 40, 3), np.uint8))
+SQUARE = {"height": 32, "width": 32}
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sd15": (StableDiffusionPipeline, SQUARE),
+    "sd15-img2img": (StableDiffusionImg2ImgPipeline, {"image": PHOTO, "strength": 0.8}),
+    "sd15-inpaint": (StableDiffusionInpaintPipeline, {"image": PHOTO, "mask_image": PHOTO.convert("L"), **SQUARE}),
+    "sd15-controlnet": (StableDiffusionControlNetPipeline, {"image": PHOTO}),
+    "sdxl": (StableDiffusionXLPipeline, SQUARE),
+    "sdxl-img2img": (StableDiffusionXLImg2ImgPipeline, {"image": PHOTO, "strength": 0.8}),
+    "sdxl-inpaint": (StableDiffusionXLInpaintPipeline, {"image": PHOTO, "mask_image": PHOTO.convert("L"), **SQUARE}),
+    "sdxl-controlnet": (StableDiffusionXLControlNetPipeline, {"image": PHOTO}),
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Adapter folders of random weights by family: LoRA, source input, and an enhancement that reads the source."""
+    root, found = tmp_path_factory.mktemp("adapters"), {}
+    for family in ("sd15", "sdxl"):
+        unet = load_backbone(BackboneConfig(path=str(write_backbone(root / f"{family}_base", family)))).unet
+        attach_source_input(unet)
+        inject(unet, AdapterConfig(["cross_attention", "conv"], rank=2))
+        randomize(unet)
+        module = EnhancementModule(source_channels=4, decoder=True)
+        module.requires_grad_(True)
+        randomize(module)
+        found[family] = root / family
+        save_adapter(unet, found[family])
+        save_source_input(unet, found[family])
+        save_enhancement(module, found[family] / "enhancement.safetensors")
+    return found
+
+
+def build(case: str, adapters: dict[str, Path]) -> Any:
+    """A plain pipeline of this case."""
+    family, cls = case.split("-")[0], CASES[case][0]
+    base = adapters[family].parent / f"{family}_base"
+    parts = {}
+    if case.endswith("controlnet"):
+        unet = load_backbone(BackboneConfig(path=str(base))).unet
+        torch.manual_seed(0)
+        parts["controlnet"] = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8))
+        for block in [*parts["controlnet"].controlnet_down_blocks, parts["controlnet"].controlnet_mid_block]:
+            torch.nn.init.normal_(block.weight, std=0.1)  # zero at first, and without any effect
+    pipe = cls.from_pretrained(base, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe: Any, case: str, **more: Any) -> np.ndarray:
+    usual = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "np"}
+    return pipe("a red dress", generator=torch.Generator().manual_seed(0), **{**usual, **CASES[case][1], **more}).images
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_part_acts_and_detaching_leaves_nothing(case: str, adapters: dict[str, Path]) -> None:
+    pipe = build(case, adapters)
+    before = draw(pipe, case)
+    reference = build(case, adapters)
+    reference.load_lora_weights(adapters[case.split("-")[0]])
+    lora = draw(reference, case)
+    lora_dae.attach(pipe, adapters[case.split("-")[0]], strength=0.5)
+    assert np.array_equal(draw(pipe, case, enhancement_strength=0.0), lora)  # that is plain diffusers with the LoRA
+    shown = [draw(pipe, case), draw(pipe, case, source=PHOTO), draw(pipe, case, source=OTHER)]
+    seen = [before, lora, *shown, draw(pipe, case, source=OTHER, enhancement_strength=0.0)]
+    for k, one in enumerate(seen):
+        assert np.isfinite(one).all() and not any(np.array_equal(one, other) for other in seen[:k])
+    assert np.array_equal(draw(lora_dae.detach(pipe), case), before)
+
+
+def test_callback_sees_every_step_and_may_change_it(adapters: dict[str, Path]) -> None:
+    pipe = lora_dae.attach(build("sd15", adapters), adapters["sd15"])
+    steps: list[int] = []
+
+    def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append(step)
+        if step == 1:
+            tensors["latents"] = torch.zeros_like(tensors["latents"])
+        return tensors
+
+    plain = draw(pipe, "sd15", source=PHOTO)
+    changed = draw(pipe, "sd15", source=PHOTO, callback_on_step_end=stop)
+    assert steps == sorted(steps) and len(steps) >= 3 and not np.array_equal(plain, changed)
+
+
+@pytest.mark.parametrize("first", ["attach", "offload"])
+@pytest.mark.parametrize("case", ["sd15", "sdxl"])
+def test_offloaded_models_draw_the_same_with_a_source(
+    first: str, case: str, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """enable_model_cpu_offload() before and after; a CPU stands in for the accelerator, the hooks are accelerate's."""
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.get_device", lambda: "cpu:0")
+    expected = draw(lora_dae.attach(build(case, adapters), adapters[case]), case, source=PHOTO)
+    fetched: list[Any] = []
+    original = accelerate.hooks.CpuOffload.pre_forward
+
+    def note(self: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        fetched.append(module)
+        return original(self, module, *args, **kwargs)
+
+    monkeypatch.setattr(accelerate.hooks.CpuOffload, "pre_forward", note)
+    pipe = build(case, adapters)
+    if first == "offload":
+        pipe.enable_model_cpu_offload()
+    lora_dae.attach(pipe, adapters[case])
+    if first == "attach":
+        pipe.enable_model_cpu_offload()
+    assert np.array_equal(draw(pipe, case, source=PHOTO), expected)
+    names = [next(name for name, part in pipe.components.items() if part is module) for module in fetched]
+    assert names[0] == "vae"  # for the source, before anything else
+    assert {"text_encoder", "unet", "vae"} <= set(names)
+    assert np.array_equal(draw(pipe, case, source=PHOTO), expected)  # and once more, from where the models are now
+
+
+def test_size_comes_from_where_the_pipeline_takes_it(adapters: dict[str, Path]) -> None:
+    """By position, by keyword, or from the image: the source is fitted into the same square."""
+    pipe = lora_dae.attach(build("sd15", adapters), adapters["sd15"])
+    named = draw(pipe, "sd15", source=PHOTO, height=48, width=48)
+    usual = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "np", "source": PHOTO}
+    placed = pipe("a red dress", 48, 48, generator=torch.Generator().manual_seed(0), **usual).images
+    assert named.shape == (1, 48, 48, 3) and np.array_equal(named, placed)
+    with pytest.raises(ConfigError, match="needs a square image, not 48 x 32"):
+        draw(pipe, "sd15", source=PHOTO, height=48)
+    pipe = lora_dae.attach(build("sd15-img2img", adapters), adapters["sd15"])
+    assert draw(pipe, "sd15-img2img", image=PHOTO.resize((64, 64)), source=PHOTO).shape == (1, 64, 64, 3)
+    with pytest.raises(ConfigError, match="needs a square image"):
+        draw(pipe, "sd15-img2img", image=PHOTO.resize((64, 32)), source=PHOTO)
+
+
+def test_several_pipelines_serve_at_once(adapters: dict[str, Path]) -> None:
+    """Each in a thread of its own, at another strength: bit for bit what each draws alone."""
+    cases = [("sd15", 0.3), ("sd15", 1.0), ("sdxl", 0.6)]
+    pipes = [lora_dae.attach(build(case, adapters), adapters[case], strength=s) for case, s in cases]
+
+    def several(number: int) -> list[np.ndarray]:
+        case = cases[number][0]
+        return [draw(pipes[number], case, source=PHOTO if k % 2 else None) for k in range(4)]
+
+    alone = [several(number) for number in range(len(pipes))]
+    with ThreadPoolExecutor(len(pipes)) as pool:
+        together = list(pool.map(several, range(len(pipes))))
+    for one, other in zip(alone, together, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
