@@ -106,7 +106,12 @@ def test_foreign_pages_and_nonsense_are_refused(address: str, study: Path) -> No
 def test_pictures_are_served_by_name_only(address: str, study: Path) -> None:
     token = links(study)[5]
     name = next((study / "pictures").iterdir()).name
-    assert ask(f"{address}/picture/{token}/{name}")[0] == 200
+    status, data, headers = ask(f"{address}/picture/{token}/{name}")
+    assert (
+        status == 200 and data == (study / "pictures" / name).read_bytes() and "immutable" in headers["cache-control"]
+    )
+    again = ask(f"{address}/picture/{token}/{name}", headers={"If-None-Match": headers["etag"]})
+    assert again[:2] == (304, b"")
     for path in ("../study.db", "..%2fstudy.db", "%2e%2e%2flinks.txt", "....//links.txt", name + "%00", "study.db"):
         assert ask(f"{address}/picture/{token}/{path}")[0] == 404, path
     for path in ("/docs", "/openapi.json", "/links.txt", "/admin", "/admin/", "/"):
