@@ -1,4 +1,4 @@
-"""How much of the trained gain a run keeps: judged on the run's own sampler and validation pairs.
+"""How much of the trained gain a run keeps: judged on validation pairs, drawn with the default sampling.
 
 The gain learns from a few chains of random settings, each step judged on its own. Where a backbone can hardly draw
 its data, or guidance has filled every deficit already, small errors of many steps add up to too much texture. So the

@@ -24,7 +24,7 @@ from lora_dae.adapter.words import LearnedWords, encode_with_words, save_words
 from lora_dae.backbone.load import Backbone
 from lora_dae.backbone.precision import choose_precision
 from lora_dae.backbone.tokens import pack_tokens
-from lora_dae.config import Config, ConfigError, to_dict
+from lora_dae.config import Config, ConfigError, SamplingConfig, to_dict
 from lora_dae.data.captions import long_captions
 from lora_dae.data.module import PairDataModule
 from lora_dae.data.pair import PairDataset
@@ -268,7 +268,10 @@ class Training:
             console.print("all of the gain is kept: 4 validation pairs are needed to judge it", highlight=False)
             return
         held_out = HeldOut.take(self.splits["val"], PAIRS, self.cfg.conditioning)
-        drawer = replace(self._drawer(), enhancement=self.enhancement, placement=self.cfg.enhancement.placement)
+        # Not with the run's own sampling: trainings are kept by what they depend on, and that is not among it.
+        placement = self.cfg.enhancement.placement
+        sampling = SamplingConfig(scheduler="ddim") if placement == "direction" else SamplingConfig()
+        drawer = replace(self._drawer(), enhancement=self.enhancement, placement=placement, cfg=sampling)
         found = calibrate_gain(drawer, held_out, self._prompts(held_out))
         console.print(str(found), highlight=False, soft_wrap=True)
 
