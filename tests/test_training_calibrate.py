@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lora_dae.config import SamplingConfig
 from lora_dae.data.pair import Pair
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.evaluation.heldout import HeldOut
@@ -41,6 +42,9 @@ class Chain:
 
     enhancement: EnhancementModule | None
     deficit: float
+    cfg: SamplingConfig = field(
+        default_factory=lambda: SamplingConfig(batch_size=3)
+    )  # 8 pairs: the last batch is short
 
     @property
     def backbone(self) -> SimpleNamespace:

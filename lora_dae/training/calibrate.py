@@ -40,18 +40,18 @@ class Calibration:
 
 
 def calibrate_gain(drawer: Drawer, held_out: HeldOut, captions: Sequence[str]) -> Calibration:
-    """Keep the best share of ``drawer.enhancement``'s gain, in place; sampler and noise are the drawer's own.
+    """Keep the best share of ``drawer.enhancement``'s gain, in place; it draws as the drawer is set.
 
     A share above 0 is kept only if it is nearer to the real photos than 0 is on both halves of the pairs.
     """
     module = drawer.enhancement
     assert module is not None and module.gain is not None
     real = drawer.backbone.encode_images(np.stack([pair.image for pair in held_out.pairs]))[0]
-    gaps = {}
+    gaps, size = {}, drawer.cfg.batch_size
     with merged_once(drawer.backbone.unet):
         for share in SHARES:
             trial = replace(drawer, enhancement=with_share(module, share))
-            drawn = trial.latents(list(captions), held_out.sources, 1.0, list(range(len(real))))
+            drawn = torch.cat([_drawn(trial, held_out, captions, k, size) for k in range(0, len(real), size)])
             gaps[share] = (_gap(drawn[0::2], real[0::2], module.levels), _gap(drawn[1::2], real[1::2], module.levels))
     better = [s for s in SHARES if s > 0 and all(g < g0 for g, g0 in zip(gaps[s], gaps[0.0], strict=True))]
     share = min(better, key=lambda s: sum(gaps[s]), default=0.0)
@@ -77,6 +77,13 @@ def keep_share(module: EnhancementModule, share: float) -> None:
     else:
         module.gain.output.weight.zero_()
         module.gain.output.bias.zero_()
+
+
+def _drawn(drawer: Drawer, held_out: HeldOut, captions: Sequence[str], first: int, size: int) -> Tensor:
+    """Latents of one batch, at strength 1."""
+    at, sources = slice(first, first + size), held_out.sources
+    indices = list(range(len(captions)))[at]
+    return drawer.latents(list(captions[at]), None if sources is None else sources[at], 1.0, indices)
 
 
 def _gap(drawn: Tensor, real: Tensor, levels: int) -> float:

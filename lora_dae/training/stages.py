@@ -270,7 +270,8 @@ class Training:
         held_out = HeldOut.take(self.splits["val"], PAIRS, self.cfg.conditioning)
         # Not with the run's own sampling: trainings are kept by what they depend on, and that is not among it.
         placement = self.cfg.enhancement.placement
-        sampling = SamplingConfig(scheduler="ddim") if placement == "direction" else SamplingConfig()
+        scheduler = "ddim" if placement == "direction" else SamplingConfig.scheduler
+        sampling = SamplingConfig(scheduler, batch_size=self.cfg.sampling.batch_size)
         drawer = replace(self._drawer(), enhancement=self.enhancement, placement=placement, cfg=sampling)
         found = calibrate_gain(drawer, held_out, self._prompts(held_out))
         console.print(str(found), highlight=False, soft_wrap=True)
