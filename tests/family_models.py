@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 from adapter_models import FAMILIES
 from conftest import TOKEN_LENGTH, write_tokenizer
-from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -90,3 +99,19 @@ def write_single_file(file: Path, folder: Path, extra: dict[str, torch.Tensor] |
     )
     save_file({k: v.contiguous() for k, v in tensors.items()} | (extra or {}), file)
     return file
+
+
+ENCODERS = ("text_encoder", "text_encoder_2")
+
+
+def pipeline(folder: Path) -> Any:
+    """Plain diffusers' pipeline of a folder that ``write_backbone`` wrote."""
+    cls = StableDiffusionXLPipeline if (folder / "text_encoder_2").is_dir() else StableDiffusionPipeline
+    pipe = cls.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def encoders(pipe: Any) -> dict[str, Any]:
+    """Its text encoders by name."""
+    return {name: getattr(pipe, name) for name in ENCODERS if getattr(pipe, name, None) is not None}

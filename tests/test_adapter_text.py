@@ -12,8 +12,7 @@ import pytest
 import torch
 from adapter_models import randomize
 from compose import config
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from family_models import write_backbone
+from family_models import encoders, pipeline, write_backbone
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -51,17 +50,6 @@ CASES = {
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("text")
     return {family: write_backbone(root / family, family) for family in FAMILY}
-
-
-def pipeline(folder: Path) -> Any:
-    cls = StableDiffusionXLPipeline if (folder / "text_encoder_2").is_dir() else StableDiffusionPipeline
-    pipe = cls.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def encoders(pipe: Any) -> dict[str, Any]:
-    return {name: getattr(pipe, name) for name in ("text_encoder", "text_encoder_2") if getattr(pipe, name, None)}
 
 
 def trained(folder: Path, cfg: AdapterConfig) -> Any:

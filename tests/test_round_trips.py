@@ -19,8 +19,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_models import randomize
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from family_models import write_backbone
+from family_models import ENCODERS, encoders, pipeline, write_backbone
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -46,24 +45,12 @@ CASES = {
     "text encoder": AdapterConfig([*BOTH, "text_encoder"], rank=4, alpha=8, conv_rank=3, conv_alpha=1),
 }
 FAMILY = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
-ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("round_trips")
     return {family: write_backbone(root / family, family) for family in FAMILY}
-
-
-def pipeline(folder: Path) -> Any:
-    cls = StableDiffusionXLPipeline if (folder / "text_encoder_2").is_dir() else StableDiffusionPipeline
-    pipe = cls.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def encoders(pipe: Any) -> dict[str, Any]:
-    return {name: getattr(pipe, name) for name in ENCODERS if getattr(pipe, name, None) is not None}
 
 
 def trained(folder: Path, cfg: AdapterConfig) -> Any:

@@ -9,7 +9,7 @@ from lora_dae.config import ConfigError
 from lora_dae.enhancement.module import EnhancementModule
 
 FORMAT = "lora-dae-enhancement"
-VERSION = "2"  # 2: source texture and decoder stage
+VERSION = "3"  # 3: the finest band of source texture is carried as the others are
 
 
 def save_enhancement(module: EnhancementModule, path: str | Path) -> Path:

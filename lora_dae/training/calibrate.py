@@ -81,9 +81,9 @@ def keep_share(module: EnhancementModule, share: float) -> None:
 
 def _drawn(drawer: Drawer, held_out: HeldOut, captions: Sequence[str], first: int, size: int) -> Tensor:
     """Latents of one batch, at strength 1."""
-    at, sources = slice(first, first + size), held_out.sources
-    indices = list(range(len(captions)))[at]
-    return drawer.latents(list(captions[at]), None if sources is None else sources[at], 1.0, indices)
+    some, sources = list(captions[first : first + size]), held_out.sources
+    shown = None if sources is None else sources[first : first + size]
+    return drawer.latents(some, shown, 1.0, list(range(first, first + len(some))))
 
 
 def _gap(drawn: Tensor, real: Tensor, levels: int) -> float:
