@@ -1,7 +1,7 @@
-"""``python -m benchmarks.memory``: the memory that ``plan=true`` predicts for a step, against a real CPU step.
+"""``python -m benchmarks.memory``: the memory that ``plan=true`` predicts, against a real CPU step.
 
-In a process of its own per measurement: the highest resident memory from before the model is built until after one step
-of the optimizer, by the kernel's own mark (Linux). Beside it the same step counted on real tensors.
+The step is taken as Training sets it up, in a process of its own per measurement: once with its tensors counted, and
+once with the most resident memory of the whole process, by the kernel's own mark (Linux), after loading.
 """
 
 from __future__ import annotations
@@ -13,44 +13,39 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from rich.console import Console
 
 from benchmarks.timing import show
 from lora_dae.cli import typed
 from lora_dae.config import Config, conf_dir, register
-
-console = Console()
-
-
-def resident(which: str) -> int:
-    """Bytes: VmRSS now, or VmHWM, the most since ``reset``."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{which}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {which} in /proc/self/status")
 
 
 def reset() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def real_step(cfg: Config, counted: bool) -> dict[str, int]:
-    """Bytes over the start of one step, as Training sets the model up; ``counted`` by PeakMemory instead."""
+def peak() -> int:
+    """Bytes: the most resident memory since ``reset``."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmHWM in /proc/self/status")
+
+
+def real_step(cfg: Config, counted: bool) -> int:
+    """Bytes at the largest moment of two steps: of tensors (``counted``), or of the process."""
     import torch
     from diffusers.models.attention_processor import AttnProcessor2_0
 
+    import lora_dae.training.run  # noqa: F401  # a run's libraries
     from lora_dae.adapter.inject import inject, trainable_parameters
     from lora_dae.adapter.source_input import attach_source_input
-    from lora_dae.backbone.load import WEIGHTS, load_backbone
+    from lora_dae.backbone.allocator import keep_freed_memory
+    from lora_dae.backbone.load import load_backbone
     from lora_dae.training.memory import PeakMemory
 
-    torch.nn.functional.conv2d(torch.zeros(1, 8, 8, 8), torch.zeros(8, 8, 3, 3))  # libraries are loaded
-    before = resident("VmRSS")
+    keep_freed_memory()  # as the commands do
     backbone = load_backbone(cfg.backbone)
-    beside = sum(p.numel() * p.element_size() for p in backbone.vae.parameters())
-    beside += sum(p.numel() * p.element_size() for e in backbone.text_encoders.values() for p in e.parameters())
     unet = backbone.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    assert unet.dtype == WEIGHTS[cfg.backbone.weights]
     unet.set_attn_processor(AttnProcessor2_0())
     inject(unet, cfg.adapter)
     if cfg.conditioning == "source":
@@ -64,26 +59,26 @@ def real_step(cfg: Config, counted: bool) -> dict[str, int]:
     text = torch.randn(len(x), backbone.text_length, unet.config["cross_attention_dim"])
 
     def step() -> None:
-        loss = unet(x, torch.zeros(len(x)), encoder_hidden_states=text).sample.square().mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=cfg.trainer["precision"] == "bf16-mixed"):
+            loss = unet(x, torch.zeros(len(x)), encoder_hidden_states=text).sample.float().square().mean()
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     if counted:
         step()  # so that the optimizer's moments are there, as the plan has them
-        optimizer.zero_grad()
-        held = sum(p.numel() * p.element_size() for p in unet.parameters()) + 12 * sum(p.numel() for p in average)
+        moments = [value for state in optimizer.state.values() for value in state.values()]
         with PeakMemory() as memory:
+            memory.hold([*unet.parameters(), *average, *moments, x, text])
             step()
-        return {"bytes": held + memory.peak}
+        return memory.peak
     reset()
     step()
-    optimizer.zero_grad()
-    first = resident("VmHWM") - before - beside
     step()
-    return {"bytes": first, "second": resident("VmHWM") - before - beside}
+    return peak()
 
 
-def in_a_process(cfg: Config, counted: bool) -> dict[str, int]:
+def in_a_process(cfg: Config, counted: bool) -> int:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(real_step, (cfg, counted))
 
@@ -95,21 +90,25 @@ def main() -> None:
     args = parser.parse_args()
     if not sys.platform.startswith("linux"):
         parser.error("it reads Linux' /proc")
+    import lora_dae.training.run  # noqa: F401  # as train.py has loaded it when it plans
     from lora_dae.training.plan import make_plan
 
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         base = ["run_dir=build/none", "trainer.precision=32-true", "backbone.attention=sdpa"]
-        cfg = typed(compose("train", [*base, *args.overrides]))
-    plan = make_plan(cfg).step_peak
-    counted, real = in_a_process(cfg, True)["bytes"], in_a_process(cfg, False)
+        given = {override.split("=")[0] for override in args.overrides}
+        cfg = typed(compose("train", [*(b for b in base if b.split("=")[0] not in given), *args.overrides]))
+    plan = make_plan(cfg)
+    counted, real = in_a_process(cfg, True), in_a_process(cfg, False)
+    planned = plan.libraries + plan.resting + plan.step_peak  # encoding is not measured here
     results: dict[str, Any] = {
-        "planned, MB": plan / 1e6,
-        "counted on real tensors, MB": counted / 1e6,
-        "process, first step, MB": real["bytes"] / 1e6,
-        "process, two steps, MB": real["second"] / 1e6,
-        "planned / counted": plan / counted,
-        "planned / process": plan / real["second"],
+        "libraries, MB": plan.libraries / 1e6,
+        "tensors of a step, planned, MB": plan.step_peak / 1e6,
+        "tensors of a step, counted, MB": counted / 1e6,
+        "process, planned, MB": planned / 1e6,
+        "process, measured, MB": real / 1e6,
+        "planned / counted": plan.step_peak / counted,
+        "planned / measured": planned / real,
     }
     show(results, args.output)
 

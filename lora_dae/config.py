@@ -57,7 +57,7 @@ class BackboneConfig:
     vae_path: str | None = None  # another VAE (SDXL's fp16-fix, TAESD); None = the backbone's own
     prediction_type: str = "auto"  # auto (as the backbone says) | epsilon | v_prediction
     zero_terminal_snr: bool | None = None  # None = as the backbone says
-    weights: str = "fp32"  # of the frozen UNet: fp32 | bf16 | fp16; what trains stays fp32
+    weights: str = "fp32"  # of the frozen UNet: fp32 | bf16 | fp16 | int8 (half of bf16); what trains stays fp32
     gradient_checkpointing: bool = False
     attention: str = "auto"  # auto (measured at start) | plain | sdpa
     text_chunks: int = 1  # captions of up to 75 tokens a chunk; above 1 plain pipelines need prompt_embeds

@@ -38,7 +38,7 @@ def check(cfg: Config) -> None:
     _one_of("adapter.kernel", cfg.adapter.kernel, ("fused", "peft"))
     _one_of("tracking.logger", cfg.tracking.logger, LOGGERS)
     _one_of("backbone.prediction_type", cfg.backbone.prediction_type, ("auto", "epsilon", "v_prediction"))
-    _one_of("backbone.weights", cfg.backbone.weights, ("fp32", "bf16", "fp16"))
+    _one_of("backbone.weights", cfg.backbone.weights, ("fp32", "bf16", "fp16", "int8"))
     _one_of("export.dtype", cfg.export.dtype, ("fp32", "fp16", "bf16"))
     for group in cfg.adapter.targets:
         _one_of("adapter.targets", group, TARGET_GROUPS)
@@ -107,6 +107,8 @@ def check(cfg: Config) -> None:
         )
     if cfg.adapter.init_from is not None and cfg.adapter.full_finetune:
         raise ConfigError("adapter.init_from starts an adapter, but adapter.full_finetune=true trains none: drop one.")
+    if cfg.backbone.weights == "int8" and cfg.adapter.full_finetune:
+        raise ConfigError("adapter.full_finetune=true trains weights that backbone.weights=int8 freezes: drop one.")
     if cfg.objective.prior_weight > 0 and cfg.adapter.init_from is not None:
         raise ConfigError(
             "objective.prior_weight keeps to the frozen backbone, which adapter.init_from changes: drop one."

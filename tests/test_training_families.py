@@ -53,12 +53,14 @@ def short(root: Path, run_dir: Path, photos: Path, backbone: str, *overrides: st
 CASES = {
     "sd15": (),
     "sd15-v": ("backbone.prediction_type=v_prediction",),
+    "sd15-v-ztsnr": ("backbone.prediction_type=v_prediction", "backbone.zero_terminal_snr=true"),
     "sd15-checkpointing": ("backbone.gradient_checkpointing=true",),
     "sd21": ("adapter.use_dora=true",),
     "sd21-v-ztsnr": ("backbone.prediction_type=v_prediction", "backbone.zero_terminal_snr=true"),
     "sdxl": (),
     "sdxl-v-ztsnr": ("backbone.prediction_type=v_prediction", "backbone.zero_terminal_snr=true"),
     "sdxl-bf16": ("backbone.weights=bf16", "trainer.precision=bf16-mixed"),
+    "sdxl-int8": ("backbone.weights=int8", "trainer.precision=bf16-mixed"),
 }
 
 

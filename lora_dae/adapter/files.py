@@ -30,6 +30,7 @@ from lora_dae.adapter.source_input import SourceInput, detach_source_input
 from lora_dae.adapter.targets import base_layer
 from lora_dae.adapter.text import COMPONENTS, load_text, merge_text, own_name, text_state
 from lora_dae.backbone.family import family_of_width
+from lora_dae.backbone.int8 import is_int8
 from lora_dae.config import ConfigError
 
 FILE_NAME = LORA_WEIGHT_NAME_SAFE  # pytorch_lora_weights.safetensors: what diffusers looks for in a folder
@@ -103,7 +104,12 @@ def merged_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 def merge_in_place(unet: UNet2DConditionModel, encoders: Mapping[str, nn.Module] | None = None) -> None:
-    """What merged_unet does, without a second copy in memory; text ``encoders`` are merged alike."""
+    """What merged_unet does, without a second copy in memory; text ``encoders`` are merged alike.
+
+    Raises ValueError for weights in int8, which have no room for what is added.
+    """
+    if any(is_int8(module) for module in unet.modules()):
+        raise ValueError("the UNet's weights are in int8: load it with weights=fp32 to merge an adapter into it")
     for encoder in (encoders or {}).values():
         merge_text(encoder)
     source_input = detach_source_input(unet)

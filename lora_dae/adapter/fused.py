@@ -10,8 +10,10 @@ layers; the same for convolutions):
 Parameters, names and files stay PEFT's. Layers with few positions (a time embedding) keep PEFT's order, which
 is the cheaper one there; so does every case that PEFT treats apart (dropout, DoRA, several adapters, merged).
 
+A weight that is held in int8 (backbone/int8.py) is merged again in the backward pass, instead of being kept for it.
+
 While a model only samples, ``merged_once`` keeps each W + s B A (or DoRA's rescaled one) from its first call on. The
-frozen weights are not touched, so leaving it is exact.
+frozen weights are not touched, so leaving it is exact. Not those in int8, which are there to save that memory.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ import torch.nn.functional as F
 from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from lora_dae.backbone.int8 import is_int8
 
 
 def fuse(model: nn.Module) -> int:
@@ -60,6 +64,8 @@ def merged_once(model: nn.Module) -> Iterator[None]:
 def _kept_weight(layer: Any, x: Tensor, extra: bool) -> tuple[Tensor, Tensor | None] | None:
     """(whole weight, bias) for an input like ``x``, kept since an earlier call; None outside of merged_once."""
     if layer.kept is None or extra or torch.is_grad_enabled() or layer.disable_adapters or layer.merged:
+        return None
+    if is_int8(layer.base_layer):
         return None
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1 or layer.lora_bias[active[0]] or layer.training:
@@ -120,7 +126,7 @@ class FusedLinear(Linear):
         if name is None or not merging_pays(x.numel() // x.shape[-1], base.in_features, base.out_features):
             return super().forward(x, *args, **kwargs)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return _LinearProduct.apply(x, base.weight, base.bias, a, b, self.scaling[name], _compute_dtype(x))
+        return _LinearProduct.apply(x, base, a, b, self.scaling[name], _compute_dtype(x))
 
 
 class FusedConv2d(Conv2d):
@@ -139,8 +145,7 @@ class FusedConv2d(Conv2d):
         if name is None or not merging_pays(positions, base.weight[0].numel(), base.out_channels):
             return super().forward(x, *args, **kwargs)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        geometry = (base.stride, base.padding)
-        return _ConvProduct.apply(x, base.weight, base.bias, a, b, self.scaling[name], _compute_dtype(x), geometry)
+        return _ConvProduct.apply(x, base, a, b, self.scaling[name], _compute_dtype(x))
 
 
 def _merge(weight: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -152,49 +157,63 @@ def _merge(weight: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtyp
     return merged.to(dtype)
 
 
+def _keep(ctx: Any, x: Tensor, base: Any, a: Tensor, b: Tensor, scale: float, merged: Tensor) -> None:
+    """What the backward needs; the merged weight too, but where it can only be a copy of one that is held smaller."""
+    ctx.base, ctx.scale = base, scale
+    ctx.save_for_backward(x, a, b, *(() if is_int8(base) else (merged,)))
+
+
+def _kept(ctx: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x, a, b, merged)"""
+    x, a, b, *merged = ctx.saved_tensors
+    return x, a, b, merged[0] if merged else _merge(ctx.base.weight, a, b, ctx.scale, x.dtype)
+
+
+def _bias(base: Any, dtype: torch.dtype) -> Tensor | None:
+    return None if base.bias is None else base.bias.to(dtype)
+
+
 class _LinearProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale, dtype):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, base, a, b, scale, dtype):  # type: ignore[no-untyped-def]
         with torch.autocast(x.device.type, enabled=False):
-            x, merged = x.to(dtype), _merge(weight, a, b, scale, dtype)
-            ctx.save_for_backward(x, merged, a, b)
-            ctx.scale = scale
-            return F.linear(x, merged, None if bias is None else bias.to(dtype))
+            x, merged = x.to(dtype), _merge(base.weight, a, b, scale, dtype)
+            _keep(ctx, x, base, a, b, scale, merged)
+            return F.linear(x, merged, _bias(base, dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, merged, a, b = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(grad.device.type, enabled=False):
+            x, a, b, merged = _kept(ctx)
             dx = grad @ merged if ctx.needs_input_grad[0] else None
             rows, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
             # The scale enters where the tensors are smallest.
             db = (rows.T @ (x @ a.to(x.dtype).T)).to(b.dtype) * ctx.scale
             da = ((rows @ b.to(x.dtype)).T @ x).to(a.dtype) * ctx.scale
-        return dx, None, None, da, db, None, None
+        return dx, None, da, db, None, None
 
 
 class _ConvProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scale, dtype, geometry):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, base, a, b, scale, dtype):  # type: ignore[no-untyped-def]
         with torch.autocast(x.device.type, enabled=False):
-            x, merged = x.to(dtype), _merge(weight, a, b, scale, dtype)
-            ctx.save_for_backward(x, merged, a, b)
-            ctx.scale, ctx.geometry = scale, geometry
-            return F.conv2d(x, merged, None if bias is None else bias.to(dtype), *geometry)
+            x, merged = x.to(dtype), _merge(base.weight, a, b, scale, dtype)
+            _keep(ctx, x, base, a, b, scale, merged)
+            return F.conv2d(x, merged, _bias(base, dtype), base.stride, base.padding)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, merged, a, b = ctx.saved_tensors
-        stride, padding = ctx.geometry
+        stride, padding = ctx.base.stride, ctx.base.padding
 
         def gradients(weight: Tensor, output: Tensor, which: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
             return torch.ops.aten.convolution_backward(
                 output, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1, which
             )
 
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(grad.device.type, enabled=False):
+            x, a, b, merged = _kept(ctx)
             dx = gradients(merged, grad, (True, False, False))[0] if ctx.needs_input_grad[0] else None
             low = a.to(x.dtype)
             if x.is_contiguous(memory_format=torch.channels_last):
@@ -206,4 +225,4 @@ class _ConvProduct(torch.autograd.Function):
             n, _, height, width = grad.shape
             g = (rows @ up).view(n, height, width, -1).permute(0, 3, 1, 2)
             da = gradients(low, g, (False, True, False))[1].to(a.dtype) * ctx.scale
-        return dx, None, None, da, db, None, None, None
+        return dx, None, da, db, None, None

@@ -24,7 +24,7 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.models.upsampling import Upsample2D
-from torch import nn
+from torch import Tensor, nn
 
 from lora_dae.config import UNET_GROUPS, ConfigError
 
@@ -68,7 +68,7 @@ def is_spatial_conv(module: nn.Module) -> bool:
 def largest_rank(module: nn.Module) -> int:
     """Rank of the layer's full weight matrix: min(in, out), for a convolution min(in * k * k, out)."""
     weight = base_layer(module).weight
-    assert isinstance(weight, nn.Parameter)
+    assert isinstance(weight, Tensor)
     return min(weight.shape[0], weight[0].numel())
 
 

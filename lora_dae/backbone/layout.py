@@ -289,11 +289,10 @@ def _digest(file: Path) -> bytes:
     size = file.stat().st_size
     with file.open("rb") as stream:
         if size <= WHOLE_FILE_BYTES:
-            digest.update(stream.read())
-        else:
-            digest.update(str(size).encode())
-            digest.update(stream.read(min(size, int.from_bytes(stream.read(8), "little"))))
-            for slice_number in range(SLICES):
-                stream.seek((size - SLICE_BYTES) * slice_number // (SLICES - 1))
-                digest.update(stream.read(SLICE_BYTES))
+            return hashlib.file_digest(stream, "sha256").digest()  # piece by piece
+        digest.update(str(size).encode())
+        digest.update(stream.read(min(size, int.from_bytes(stream.read(8), "little"))))
+        for slice_number in range(SLICES):
+            stream.seek((size - SLICE_BYTES) * slice_number // (SLICES - 1))
+            digest.update(stream.read(SLICE_BYTES))
     return digest.digest()

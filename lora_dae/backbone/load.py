@@ -15,13 +15,15 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lora_dae.backbone import pooled
+from lora_dae.backbone.int8 import to_int8
 from lora_dae.backbone.layout import BackboneFolder, inspect_backbone
 from lora_dae.backbone.parts import load_part, load_scheduler, load_tokenizer
 from lora_dae.config import BackboneConfig, ConfigError
 
 ENCODE_BATCH_SIZE = 16
 ENCODE_PIXELS = 16 * 256 * 256  # at once: an SDXL VAE takes about 1.5 GB for a photo of 1024 x 1024
-WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of the UNet by backbone.weights; int8 holds its blocks in int8 (int8.py) and the rest so.
+WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
 
 
 @dataclass
@@ -203,6 +205,8 @@ def load_backbone(cfg: BackboneConfig, device: str | torch.device = "cpu") -> Ba
     else:
         vae = load_part(AutoencoderKL, folder, "vae", device, fp32)
     unet = load_part(UNet2DConditionModel, folder, "unet", device, WEIGHTS[cfg.weights])
+    if cfg.weights == "int8":
+        to_int8(unet)
     pooled.hook_into(unet, folder.vae_scale_factor)
     if cfg.gradient_checkpointing:
         unet.enable_gradient_checkpointing()  # not reentrant: LoRA's inputs need no gradient of their own

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+
+from lora_dae.backbone.int8 import is_int8
 
 
 class PeakMemory(TorchDispatchMode):
@@ -23,6 +26,11 @@ class PeakMemory(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Count what was there before, which operations would otherwise show as new by giving out views of it."""
+        for tensor in tensors:
+            self._see(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -55,7 +63,8 @@ def materialize(module: nn.Module, frozen: torch.dtype) -> None:
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
             if parameter is not None:
-                dtype = parameter.dtype if parameter.requires_grad else frozen
+                kept = parameter.requires_grad or (is_int8(part) and name != "bias")
+                dtype = parameter.dtype if kept else frozen
                 last = parameter.ndim == 4 and not parameter.requires_grad
                 layout = torch.channels_last if last else torch.contiguous_format
                 weight = torch.empty(parameter.shape, dtype=dtype, device="cpu", memory_format=layout)
