@@ -144,27 +144,37 @@ def current_level(scheduler: Any, timestep: Tensor | int | float) -> tuple[float
 
 
 def next_level(scheduler: Any, timestep: Tensor | int | float) -> tuple[float, float]:
-    """(alpha, sigma) that the current step leads to, as numbers; call before ``scheduler.step``.
+    """(alpha, sigma) that the current step leads to, as numbers; call before ``scheduler.step``."""
+    return step_levels(scheduler, timestep)[1]
 
-    Needs ``set_timesteps``. Follows each scheduler's own rule: DDIM and PNDM subtract a constant stride, DDPM
-    looks its predecessor up, the others read the next entry of their sigma table.
+
+def step_levels(scheduler: Any, timestep: Tensor | int | float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(alpha, sigma) that the current step starts from, and that it leads to; call before ``scheduler.step``.
+
+    Needs ``set_timesteps``. Follows each scheduler's own rule: DDIM and PNDM subtract a constant stride, DDPM looks its
+    predecessor up, the others read the next entry of their sigma table. The later stages of Heun's and PNDM's steps
+    evaluate the network where the stage before led to, and start again from where that one started.
     """
     if hasattr(scheduler, "sigmas"):
         index = _step_index(scheduler, timestep)
-        last = len(scheduler.sigmas) - 1
-        following = min(index + 1, last)
-        if scheduler.sigmas[following] == scheduler.sigmas[index]:  # Heun lists every inner level twice
-            following = min(index + 2, last)
-        return _table_level(scheduler, following)
-    cumprod = _alphas_cumprod(scheduler)
+        if not getattr(scheduler, "state_in_first_order", True):  # Heun's second stage
+            index -= 1
+        following = min(index + 1, len(scheduler.sigmas) - 1)
+        return _table_level(scheduler, index), _table_level(scheduler, following)
+    time = int(timestep)
     if hasattr(scheduler, "previous_timestep"):
-        previous = int(scheduler.previous_timestep(int(timestep)))
+        start, end = time, int(scheduler.previous_timestep(time))
     else:
         stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-        previous = int(timestep) - stride
-    if previous < 0:
-        return _cumprod_level(getattr(scheduler, "final_alpha_cumprod", 1.0))
-    return _cumprod_level(cumprod[previous])
+        start, end = time, time - stride
+        stage = getattr(scheduler, "counter", 0)
+        if not scheduler.config.get("skip_prk_steps", True) and stage < len(scheduler.prk_timesteps):  # Runge-Kutta
+            start, end = int(scheduler.prk_timesteps[stage // 4 * 4]), time - (0 if stage % 2 else stride // 2)
+        elif stage == 1:
+            start, end = time + stride, time
+    cumprod = _alphas_cumprod(scheduler)
+    last = getattr(scheduler, "final_alpha_cumprod", 1.0)
+    return _cumprod_level(cumprod[start]), _cumprod_level(cumprod[end] if end >= 0 else last)
 
 
 def _check_prediction_type(prediction_type: str) -> None:

@@ -110,20 +110,35 @@ def test_sigma_space_vector_of_training_timesteps():
 
 
 @pytest.mark.parametrize(
-    "name", [*WITH_ORIGINAL[:1], *WITH_ORIGINAL[2:], *CONVERTING, "PNDMScheduler"]
-)  # all but DDPM, which draws noise
-def test_next_level_is_where_the_step_leads(name):
-    """With the true noise as network output, a deterministic step lands on the next level exactly."""
-    scheduler = build(name, "epsilon", **({"skip_prk_steps": True} if name == "PNDMScheduler" else {}))
+    ("name", "options"),
+    [(name, {}) for name in [*WITH_ORIGINAL[:1], *WITH_ORIGINAL[2:], *CONVERTING]]  # all but DDPM, which draws noise
+    + [("PNDMScheduler", {"skip_prk_steps": skip, "steps_offset": 1}) for skip in (True, False)],
+)
+def test_every_step_leads_from_one_level_to_the_other(name, options):
+    """With the true noise as network output, a deterministic step lands on its level; all stages of a step start alike.
+
+    So do the second stages of Heun and PNDM, whose network is evaluated where the first one led to.
+    """
+    scheduler = build(name, "epsilon", **options)
     scheduler.set_timesteps(7)
     x0, noise = torch.randn(2, 1, 4, 4, 4, dtype=torch.float64).float()
-    timestep = scheduler.timesteps[0]
-    scheduler.scale_model_input(x0, timestep)
-    alpha, sigma = diffusion.current_level(scheduler, timestep)
-    next_alpha, next_sigma = diffusion.next_level(scheduler, timestep)
-    assert next_sigma / next_alpha < sigma / alpha
-    result = scheduler.step(noise, timestep, alpha * x0 + sigma * noise).prev_sample
-    torch.testing.assert_close(result, next_alpha * x0 + next_sigma * noise, rtol=1e-3, atol=1e-3)
+    sample = reached = before = None
+    for timestep in scheduler.timesteps:
+        scheduler.scale_model_input(x0, timestep)
+        alpha, sigma = diffusion.current_level(scheduler, timestep)
+        start, end = diffusion.step_levels(scheduler, timestep)
+        assert end == diffusion.next_level(scheduler, timestep)
+        assert end[1] / end[0] < start[1] / start[0]
+        if sample is None:
+            assert start == (alpha, sigma)
+            sample = alpha * x0 + sigma * noise
+        else:
+            assert reached == pytest.approx((alpha, sigma), abs=1e-6)
+            if start != (alpha, sigma):  # a later stage of the step before
+                assert start == before
+        sample, reached, before = scheduler.step(noise, timestep, sample).prev_sample, end, start
+        torch.testing.assert_close(sample, end[0] * x0 + end[1] * noise, rtol=1e-3, atol=1e-3)
+    assert end[1] < 0.1
 
 
 def test_snr_and_half_log_snr():

@@ -30,7 +30,14 @@ from diffusers import (
 from torch import Tensor
 
 from lora_dae.config import PLACEMENTS, ConfigError
-from lora_dae.diffusion import current_level, is_sigma_space, next_level, predict_x0, x0_delta_to_output_delta
+from lora_dae.diffusion import (
+    current_level,
+    is_sigma_space,
+    next_level,
+    predict_x0,
+    step_levels,
+    x0_delta_to_output_delta,
+)
 from lora_dae.enhancement.gates import WINDOW
 from lora_dae.enhancement.module import EnhancementModule
 
@@ -198,7 +205,7 @@ def gate_inputs(
     x0 = clean(model_output)
     conditional = _conditional_part(conditional, len(sample))
     x0_cond = x0 if conditional is None or conditional is model_output else clean(conditional)
-    h = _step_size((alpha, sigma), next_level(scheduler, timestep))
+    h = _step_size(*step_levels(scheduler, timestep))
     return GateInputs(x0, x0_cond, sample.float(), alpha, sigma, h, first_order_share(scheduler, eta))
 
 
