@@ -150,10 +150,12 @@ def check_bad(bad: list[BadFile], total: int, max_fraction: float, what: str, ca
     if not bad:
         return None
     path = Path(cache_dir) / "bad_files.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
+    partial = path.with_name(f"bad_files.partial{os.getpid()}")
+    with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("file", "reason"))
         writer.writerows((b.name, b.reason) for b in bad)
+    os.replace(partial, path)  # runs side by side write it too
     share = len(bad) / max(total, 1)
     if share > max_fraction:
         shown = "; ".join(f"{b.name} {b.reason}" for b in bad[:5]) + (f"; and {len(bad) - 5} more" if bad[5:] else "")
