@@ -112,7 +112,7 @@ def make_plan(cfg: Config) -> Plan:
         images=images,
         cache=images * (arrays * sample + text),
         adapter_file=4 * trainable,
-        checkpoint=4 * 4 * trainable,  # weights, Adam's two moments, moving average
+        checkpoint=10 * trainable,  # weights; Adam's two moments and the moving average in 2 bytes each (compact.py)
         encoding_peak=encoding_peak,
         resting=resting,
         step_peak=step_peak,

@@ -37,6 +37,7 @@ from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.load import ENHANCEMENT_FILE, prepare_unet
 from lora_dae.training import callbacks, together, tracking
 from lora_dae.training.calibrate import PAIRS, calibrate_gain
+from lora_dae.training.compact import CompactState
 from lora_dae.training.ema import EMACallback
 from lora_dae.training.module import LoraDae, NonFiniteLossError
 from lora_dae.training.prior import Prior
@@ -192,7 +193,7 @@ class Training:
         path = self.run_dir / "checkpoints" / f"{stage}.ckpt"
         stop = together.StopTogether()
         extra: list[Any] = [
-            ema, interrupt, callbacks.Checkpoint(path, validation_interval(cfg, steps)), stop,
+            ema, CompactState(ema), interrupt, callbacks.Checkpoint(path, validation_interval(cfg, steps)), stop,
             callbacks.Throughput(data.batch_size), callbacks.StepProgress(stage), *self.extra_callbacks,
         ]  # fmt: skip
         if stage == "adapter" and cfg.tracking.sample_every_n_steps > 0:
