@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_dae.backbone.studio import autoencoder, people, recipe
+from lora_dae.backbone.studio import autoencoder, people, recipe, words
 from lora_dae.backbone.studio.autoencoder import LATENT_CHANNELS, build, fit_encoder
 from lora_dae.backbone.studio.recipe import Averaged, Optimizer, Schedule
 from lora_dae.data.studio.attributes import draw_look
@@ -141,3 +141,30 @@ def test_a_face_lies_where_the_loss_counts_heads(monkeypatch: pytest.MonkeyPatch
         head = weights[i] == people.HEAD_WEIGHT
         assert change.sum() > 0 and change[head].sum() > 0.85 * change.sum()
         assert 10 < head.sum() < 100 and np.nonzero(head)[0].mean() < 32 / 4
+
+
+def test_the_vocabulary_of_trained_weights_stays(tmp_path: Path) -> None:
+    """A text encoder's rows are its words' numbers."""
+    (tmp_path / "vocab.json").write_text('{"a</w>": 7, "shirt</w>": 3}')
+    assert words.write_tokenizer(tmp_path) == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["vocab.json"]
+
+
+def test_what_is_seen_close_shows_heads_and_hands_as_they_lie_in_the_photo() -> None:
+    """Every crop is a window of its photo's latents with the weights of the same places, and has a head or a hand."""
+    weights, models = people.weights_of(Looks(), 32)  # type: ignore[arg-type]
+    photos = np.arange(40, dtype=np.float32)[:, None, None, None] * 1024 + np.arange(1024).reshape(1, 1, 32, 32)
+    tokens = torch.arange(40)[:, None, None] * torch.ones(1, 3, 5, dtype=torch.long)
+    z, weight, ids = people.close(np.random.default_rng(0), photos, weights, tokens, models)
+    assert z.shape == (people.CROPS, 1, people.CROP_SIZE, people.CROP_SIZE) and ids.shape == (people.CROPS, 5)
+    heads = 0
+    for crop, places, text in zip(z[:, 0].long(), weight, ids, strict=True):
+        photo_index, first = divmod(int(crop[0, 0]), 1024)
+        top, left = divmod(first, 32)
+        window = (slice(top, top + people.CROP_SIZE), slice(left, left + people.CROP_SIZE))
+        assert photo_index in models and text.tolist() == [photo_index] * 5
+        assert np.array_equal(crop.numpy(), photos[photo_index, 0][window].astype(int))
+        assert np.array_equal(places.numpy(), weights[photo_index][window].astype(np.float32))
+        assert places.max() > 1
+        heads += int(places.max() == people.HEAD_WEIGHT)
+    assert heads >= 0.6 * people.CROPS

@@ -26,9 +26,11 @@ PROMPTS = (
     "a purple dress on a mannequin, gray background",
 )
 # What no clock can tell of the shipped weights, from which every further training begins.
+EARLIER_STEPS, EARLIER_MINUTES = 9_094, 157
 HISTORY = """The UNet's first 6,701 steps (115 minutes) weighted every place alike (min-SNR gamma 5, 8 to 12 % photos);
-after that heads and hands count for more, the low noise too (gamma 20), and 70 % of the studio photos show models
-instead of 45 %."""
+for the next 2,393 heads and hands counted for more, the low noise too (gamma 20), and 70 % of the studio photos showed
+models instead of 45 %. All of these saw 8,000 BASE photos. The rest sees 24,000, in its first third also close
+(`backbone/studio/people.py`)."""
 PARTS = ("vae", "unet", "text_encoder")
 SHEET_PROMPTS = (*PROMPTS, f"{PHOTO_PREFIX}a blue t-shirt", f"{PHOTO_PREFIX}black pants")
 
@@ -61,7 +63,7 @@ def _sheet(weights: Path) -> None:
     for k, prompt in enumerate(SHEET_PROMPTS):
         generator = torch.Generator().manual_seed(k)
         images += pipe(
-            prompt, num_images_per_prompt=2, num_inference_steps=25, guidance_scale=4.0, generator=generator
+            prompt, num_images_per_prompt=2, num_inference_steps=25, guidance_scale=2.0, generator=generator
         ).images
     columns = 10
     sheet = Image.new("RGB", (128 * columns, 128 * (len(images) // columns)))
@@ -91,7 +93,7 @@ def _text(work: Path, weights: Path, rows: dict[str, dict[str, float]]) -> str:
             "",
             "![samples](samples.jpg)",
             "",
-            f"Plain `StableDiffusionPipeline`, 25 DDIM steps, guidance 4. {size:.1f} MB in float16.",
+            f"Plain `StableDiffusionPipeline`, 25 DDIM steps, guidance 2. {size:.1f} MB in float16.",
             "",
             "| part | class | training | wall-clock on 2 CPU cores |",
             "|---|---|---|---|",
@@ -99,7 +101,7 @@ def _text(work: Path, weights: Path, rows: dict[str, dict[str, float]]) -> str:
             f"| {ae_steps:,} steps of {autoencoder.BATCH} crops of 64 x 64 "
             f"| {ae_minutes:.0f} minutes |",
             f"| unet | UNet2DConditionModel, {count['unet']:.2f} M parameters "
-            f"| {unet_steps:,} steps of {BATCH} | {unet_minutes:.0f} minutes |",
+            f"| {EARLIER_STEPS + unet_steps:,} steps of {BATCH} | {EARLIER_MINUTES + unet_minutes:.0f} minutes |",
             f"| text_encoder | CLIPTextModel, {count['text_encoder']:.2f} M parameters | with the unet | |",
             "",
             HISTORY,
@@ -116,7 +118,7 @@ def _text(work: Path, weights: Path, rows: dict[str, dict[str, float]]) -> str:
             "## What it was trained on",
             "",
             f"* {recipe.BASE_TRAIN:,} BASE photos of the procedural studio (this package, Apache-2.0): flat-lays,",
-            "  mannequins and models in solid cloth and coarse patterns. UNet, text encoder and autoencoder.",
+            "  mannequins and models in solid cloth and coarse patterns: UNet and text encoder (autoencoder: 8,000).",
             f"* {recipe.TARGET_TRAIN:,} TARGET pairs of the procedural studio: autoencoder only, never the UNet.",
             "* about 4,500 garment photos of github.com/alexeygrigorev/clothing-dataset (CC0-1.0), at 128 pixels:",
             "  18 % of the autoencoder's and 6 to 12 % of the UNet's batches.",

@@ -1,9 +1,9 @@
 """Step 2 of the recipe: the UNet and its text encoder, trained together on BASE latents.
 
 v-prediction (2202.00512) with min-SNR weights (gamma 20, 2303.09556: 5 leaves the low noise, where faces are
-decided, almost out), heads and hands weighted (``people``), SD's scaled-linear schedule, 10 % of the captions
-dropped for classifier-free guidance; bf16 autocast, channels_last, the attention that measures fastest; EMA
-weights are what ships.
+decided, almost out), heads and hands weighted and at first also seen close (``people``), SD's scaled-linear schedule,
+10 % of the whole photos' captions dropped for classifier-free guidance; bf16 autocast, channels_last, the
+attention that measures fastest; EMA weights are what ships.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BATCH, WIDTH, VARIANTS, PHOTO_SHARE = 16, 128, 3, 0.06
 MODEL_SHARE = 0.45  # of the studio photos: drawn from models alone, the rest from all views
 MIN_SNR_GAMMA = 20.0
 MUON_LR = 2e-3
-PHOTO_PREFIX = "a product photo of "
+PHOTO_PREFIX, CLOSE_PREFIX = "a product photo of ", "close up of "
 
 
 def build(vocabulary: int, eos: int) -> tuple[UNet2DConditionModel, CLIPTextModel]:
@@ -92,12 +92,12 @@ def encode(vae: AutoencoderTiny, images: np.ndarray, file: Path) -> np.ndarray:
     return np.load(file, mmap_mode="r")
 
 
-def base_tokens(data: StudioDataset, tokenizer: CLIPTokenizer) -> Tensor:
+def base_tokens(data: StudioDataset, tokenizer: CLIPTokenizer, prefix: str = "") -> Tensor:
     """Token ids (N, VARIANTS, L): several wordings of each caption."""
     texts = []
     for i in range(len(data)):
         look = draw_look(data.seed, data.start + i, data.domain)
-        texts += [caption(look, stream(data.seed, data.start + i, f"words{v}")) for v in range(VARIANTS)]
+        texts += [prefix + caption(look, stream(data.seed, data.start + i, f"words{v}")) for v in range(VARIANTS)]
     return tokenize(tokenizer, texts).view(len(data), VARIANTS, -1)
 
 
@@ -138,6 +138,7 @@ def train(minutes: float, work: Path, weights: Path, photo_root: Path | None, se
     eos_vocabulary = words.write_tokenizer(weights / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(weights / "tokenizer")
     tokens, val_tokens = base_tokens(data, tokenizer), base_tokens(val, tokenizer)[:, 0]
+    close_tokens = base_tokens(data, tokenizer, CLOSE_PREFIX)
     side = latents.shape[-1]
     (places, models), (val_places, val_models) = people.weights_of(data, side), people.weights_of(val, side)
     empty = tokenize(tokenizer, [""])[0]
@@ -166,19 +167,22 @@ def train(minutes: float, work: Path, weights: Path, photo_root: Path | None, se
         share = schedule.tick()
         rng = np.random.default_rng((seed, schedule.step))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + schedule.step)
-        n_real = int(rng.binomial(BATCH, PHOTO_SHARE)) if len(real) else 0
-        n_studio = BATCH - n_real
-        of_models = rng.uniform(size=n_studio) < MODEL_SHARE
-        rows = np.where(of_models, rng.choice(models, n_studio), rng.integers(len(latents), size=n_studio))
-        variant = rng.integers(VARIANTS, size=n_studio)
-        real_rows = rng.integers(max(len(real_latents), 1), size=n_real)
-        z = torch.from_numpy(np.concatenate([latents[rows], real_latents[real_rows]]).astype(np.float32))
-        ids = torch.cat([tokens[rows, variant], real_tokens[real_rows]])
-        ids = torch.where(torch.from_numpy(rng.uniform(size=BATCH) < 0.1)[:, None], empty, ids)
-        t = torch.randint(0, 1000, (BATCH,), generator=generator)
+        if schedule.step % 2 and schedule.spent < people.CLOSE_SHARE * schedule.seconds:
+            z, weight, ids = people.close(rng, latents, places, close_tokens, models)
+        else:
+            n_real = int(rng.binomial(BATCH, PHOTO_SHARE)) if len(real) else 0
+            n_studio = BATCH - n_real
+            of_models = rng.uniform(size=n_studio) < MODEL_SHARE
+            rows = np.where(of_models, rng.choice(models, n_studio), rng.integers(len(latents), size=n_studio))
+            variant = rng.integers(VARIANTS, size=n_studio)
+            real_rows = rng.integers(max(len(real_latents), 1), size=n_real)
+            z = torch.from_numpy(np.concatenate([latents[rows], real_latents[real_rows]]).astype(np.float32))
+            ids = torch.cat([tokens[rows, variant], real_tokens[real_rows]])
+            ids = torch.where(torch.from_numpy(rng.uniform(size=BATCH) < 0.1)[:, None], empty, ids)
+            weight = torch.ones(z.shape[0], *z.shape[2:])
+            weight[:n_studio] = torch.from_numpy(places[rows].astype(np.float32))
+        t = torch.randint(0, 1000, (len(z),), generator=generator)
         noise = torch.randn(z.shape, generator=generator)
-        weight = torch.ones(z.shape[0], *z.shape[2:])
-        weight[:n_studio] = torch.from_numpy(places[rows].astype(np.float32))
         loss = model.loss(z, ids, t, noise, weight).mean()
         loss.backward()
         optimizer.step(share, clip=1.0)

@@ -18,7 +18,7 @@ from lora_dae.data.sources import load_photos
 from lora_dae.data.studio.dataset import StudioDataset
 
 RESOLUTION = 128
-BASE_TRAIN, BASE_VAL, TARGET_TRAIN, TARGET_VAL = 8_000, 512, 4_000, 512
+BASE_TRAIN, BASE_VAL, TARGET_TRAIN, TARGET_VAL = 24_000, 512, 4_000, 512
 console = Console()
 
 

@@ -26,7 +26,12 @@ def corpus() -> list[str]:
 
 
 def write_tokenizer(folder: Path) -> int:
-    """Write ``vocab.json``, ``merges.txt`` and the configs of a CLIPTokenizer; returns the vocabulary size."""
+    """Write ``vocab.json``, ``merges.txt`` and the configs of a CLIPTokenizer; returns the vocabulary size.
+
+    A vocabulary that is there stays: weights know its numbers, and a new training gives some letters others.
+    """
+    if (folder / "vocab.json").is_file():
+        return len(json.loads((folder / "vocab.json").read_text()))
     tokenizer = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
