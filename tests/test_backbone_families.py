@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from lora_dae.backbone.family import unet_family
 from lora_dae.backbone.hub import REPOSITORIES
 from lora_dae.backbone.layout import CONFIGS, inspect_backbone
 from lora_dae.backbone.load import encode_batch, load_backbone
-from lora_dae.backbone.parts import clip_vocabulary
+from lora_dae.backbone.parts import clip_vocabulary, load_tokenizer
 from lora_dae.backbone.pooled import pooled_width, unpack
 from lora_dae.config import AdapterConfig, BackboneConfig, ConfigError
 from lora_dae.diffusion import alpha_sigma
@@ -103,15 +104,16 @@ def test_noise_schedule_is_normalized(family: str, folders: dict[str, Path]) -> 
     assert float(alpha[0]) == pytest.approx(math.sqrt(1 - 0.00085), abs=1e-6)
 
 
-def test_zero_terminal_snr(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("family", FAMILY)
+def test_zero_terminal_snr(family: str, folders: dict[str, Path]) -> None:
     settings = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
-    scheduler = load_backbone(config(folders["sd15"], **settings)).scheduler
+    scheduler = load_backbone(config(folders[family], **settings)).scheduler
     assert scheduler.config.prediction_type == "v_prediction"
     assert float(scheduler.alphas_cumprod[-1]) == 0
     scheduler.set_timesteps(4)
     assert int(scheduler.timesteps[0]) == 999
     with pytest.raises(ConfigError, match="predicts v"):
-        inspect_backbone(config(folders["sd15"], zero_terminal_snr=True))
+        inspect_backbone(config(folders[family], zero_terminal_snr=True))
 
 
 def test_zero_terminal_snr_can_be_switched_off(tmp_path: Path) -> None:
@@ -204,6 +206,13 @@ def test_single_file_without_its_familys_configs(folders: dict[str, Path], tmp_p
     """The packaged configs are of the full size; a tiny file does not fit them, and is told so before loading."""
     file = write_single_file(tmp_path / "x.safetensors", folders["sd21"])
     with pytest.raises(ConfigError, match="no plain SD 2.x .* 4 -> 8 channels, expected 4 -> 320"):
+        inspect_backbone(BackboneConfig(name="file", path=str(file), prediction_type="v_prediction"))
+
+
+def test_checkpoint_of_sd2_has_to_be_told_what_it_predicts(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The base models and those of 768 pixels have weights of the same names and shapes."""
+    file = write_single_file(tmp_path / "x.safetensors", folders["sd21"])
+    with pytest.raises(ConfigError, match="does not say what it predicts: set backbone.prediction_type=epsilon"):
         inspect_backbone(BackboneConfig(name="file", path=str(file)))
 
 
@@ -221,6 +230,18 @@ def test_clip_vocabulary_is_the_real_one() -> None:
     assert [vocabulary[t] for t in ("<|startoftext|>", "a</w>", "diagram</w>", "<|endoftext|>")] == [
         49406, 320, 22697, 49407,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "padding"),
+    [("sd1", "tokenizer", 49407), ("sd2", "tokenizer", 0), ("sdxl", "tokenizer", 49407), ("sdxl", "tokenizer_2", 0)],
+)
+def test_checkpoints_get_their_familys_tokenizer(family: str, part: str, padding: int, tmp_path: Path) -> None:
+    """Of the package: 77 tokens, padded as published (CLIP with its end mark, OpenCLIP with 0)."""
+    told = {"path": CONFIGS / family, "single_file": tmp_path / "x.safetensors"}
+    tokenizer = load_tokenizer(SimpleNamespace(**told), part)  # type: ignore[arg-type]
+    tokens = tokenizer(["a diagram"], padding="max_length", max_length=tokenizer.model_max_length).input_ids[0]
+    assert tokens == [49406, 320, 22697, 49407, *[padding] * 73]
 
 
 def full_unet(family: str) -> UNet2DConditionModel:

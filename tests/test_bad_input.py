@@ -6,6 +6,7 @@ test_adapter_atomic.py.
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -21,7 +22,14 @@ from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from family_models import write_backbone
 from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -129,8 +137,10 @@ def answer(status: int) -> httpx.Response:
         (RepositoryNotFoundError("none", response=answer(404)), "does not exist on the hub or is private"),
         (HfHubHTTPError("down", response=answer(503)), "is not in the cache and the hub cannot be reached"),
         (ConnectionError("no route"), "is not in the cache and the hub cannot be reached"),
+        (HTTPError("peer closed connection"), "is not in the cache and the hub cannot be reached"),
+        (RevisionNotFoundError("none", response=answer(404)), "has no revision 462165984030d82259a11f4367a4eed1"),
     ],
-    ids=["gated", "unknown", "down", "offline"],
+    ids=["gated", "unknown", "down", "offline", "lost", "revision"],
 )
 def test_hub(error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which id, which cache folder, and the way without the hub."""
@@ -147,6 +157,17 @@ def test_hub(error: Exception, message: str, tmp_path: Path, monkeypatch: pytest
         inspect_backbone(BackboneConfig(name="sdxl"))
     said = str(caught.value)
     assert "stabilityai/stable-diffusion-xl-base-1.0" in said and str(tmp_path) in said and "backbone.path" in said
+
+
+def test_disk_full_while_a_model_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(repo: str, **options: Any) -> str:
+        raise LocalEntryNotFoundError("none") if options.get("local_files_only") else OSError(errno.ENOSPC, "No space")
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match="stable-diffusion-2-1 does not fit into the cache .*HF_HOME") as caught:
+        inspect_backbone(BackboneConfig(name="sd21"))
+    assert str(tmp_path) in str(caught.value)
 
 
 def test_refused_upload_says_where_the_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

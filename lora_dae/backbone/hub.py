@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from lora_dae.config import BackboneConfig, ConfigError
 
@@ -21,15 +28,24 @@ _WANTED = ["model_index.json", *(f"{part}/*{end}" for part in _PARTS for end in 
 _UNWANTED = ["*.fp16.safetensors", "*.non_ema.safetensors", "*openvino*", "*flax*"]
 
 
+def repository(cfg: BackboneConfig) -> tuple[str, str | None] | None:
+    """(id, revision) of the hub model that ``cfg`` names; None where it names files, or the shipped backbone."""
+    if cfg.path is not None:
+        return None
+    if cfg.repo is not None:
+        return cfg.repo, cfg.revision
+    pinned = REPOSITORIES.get(cfg.name)
+    return None if pinned is None else (pinned[0], cfg.revision or pinned[1])
+
+
 def fetch(cfg: BackboneConfig) -> Path:
     """The folder of the hub model that ``cfg`` names; the cache is asked first, so it works offline once fetched.
 
     Raises ConfigError, with the id, the cache and the way without the hub, if it is in neither.
     """
-    repo, revision = REPOSITORIES.get(cfg.name, (None, None))
-    repo = cfg.repo or repo
-    revision = cfg.revision or (revision if cfg.repo is None else None)
-    assert repo is not None
+    named = repository(cfg)
+    assert named is not None
+    repo, revision = named
     choice: dict[str, Any] = {"revision": revision, "allow_patterns": _WANTED, "ignore_patterns": _UNWANTED}
     try:
         return Path(snapshot_download(repo, local_files_only=True, **choice))
@@ -49,5 +65,14 @@ def fetch(cfg: BackboneConfig) -> Path:
         raise ConfigError(
             f"{repo} does not exist on the hub or is private: check backbone.repo, or {offline}."
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except RevisionNotFoundError as error:
+        raise ConfigError(
+            f"{repo} has no revision {revision} on the hub: check backbone.revision, or {offline}."
+        ) from error
+    except (HTTPError, OSError) as error:  # HTTPError: the connection was lost in the middle of a file
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise ConfigError(
+                f"{repo} does not fit into the cache {constants.HF_HUB_CACHE}: make room there, or set HF_HOME to "
+                "another disk; what has arrived is kept."
+            ) from error
         raise ConfigError(f"{repo} is not in the cache and the hub cannot be reached: {offline}.") from error

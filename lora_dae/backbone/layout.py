@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_dae.backbone.family import FAMILIES, read_shapes, unet_family
-from lora_dae.backbone.hub import REPOSITORIES, fetch
+from lora_dae.backbone.hub import fetch, repository
 from lora_dae.config import BackboneConfig, ConfigError
 
 STUDIO = Path(__file__).parent / "studio" / "weights"
@@ -114,7 +114,7 @@ def inspect_backbone(cfg: BackboneConfig, resolution: int | None = None) -> Back
 def _locate(cfg: BackboneConfig) -> Path:
     """The diffusers folder or the single file."""
     if cfg.path is None:
-        if cfg.repo is not None or cfg.name in REPOSITORIES:
+        if repository(cfg) is not None:
             return fetch(cfg)
         if cfg.name != "studio":
             kind = "checkpoint (.safetensors)" if cfg.name == "file" else "diffusers folder"
@@ -148,6 +148,11 @@ def _inspect_file(file: Path, cfg: BackboneConfig) -> BackboneFolder:
     family = unet_family(unet)
     if "v_pred" in shapes and cfg.prediction_type == "auto":  # markers that trainers leave in such checkpoints
         cfg = replace(cfg, prediction_type="v_prediction", zero_terminal_snr="ztsnr" in shapes or cfg.zero_terminal_snr)
+    if family == "sd2" and cfg.prediction_type == "auto" and cfg.configs is None:
+        raise ConfigError(
+            f"{file} is SD 2.x and does not say what it predicts: set backbone.prediction_type=epsilon (base models, "
+            "512 pixels) or v_prediction (768 pixels)."
+        )
     configs = Path(cfg.configs).expanduser() if cfg.configs is not None else CONFIGS / family
     if not (configs / "model_index.json").is_file():
         raise ConfigError(f"backbone.configs={cfg.configs} is not a folder of configs in diffusers' layout.")
