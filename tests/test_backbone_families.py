@@ -216,10 +216,35 @@ def test_checkpoint_of_sd2_has_to_be_told_what_it_predicts(folders: dict[str, Pa
         inspect_backbone(BackboneConfig(name="file", path=str(file)))
 
 
-def test_missing_vocabulary(folders: dict[str, Path], tmp_path: Path) -> None:
-    path = write_backbone(tmp_path / "copy", "sd15")
-    (path / "tokenizer" / "vocab.json").unlink()
-    with pytest.raises(ConfigError, match="has no vocab.json"):
+@pytest.mark.parametrize(
+    ("part", "file", "content", "message"),
+    [
+        ("tokenizer", "vocab.json", None, "has no vocab.json"),
+        ("tokenizer", "merges.txt", None, "has no merges.txt"),
+        (
+            "tokenizer_2",
+            "tokenizer_config.json",
+            None,
+            "tokenizer_2 has no tokenizer_config.json",
+        ),  # 77 tokens are said there
+        ("tokenizer", "vocab.json", b"{", "cannot be read"),
+        ("tokenizer_2", "merges.txt", b"\x00\xff a", "tokenizer_2 cannot be read"),
+    ],
+)
+def test_tokenizer_that_is_not_whole(
+    part: str, file: str, content: bytes | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before any weight is loaded."""
+    path = write_backbone(tmp_path / "copy", "sdxl")
+    (path / part / file).unlink()
+    if content is not None:
+        (path / part / file).write_bytes(content)
+
+    def load(*args: object) -> None:
+        raise AssertionError("a weight was loaded")
+
+    monkeypatch.setattr("lora_dae.backbone.load.load_part", load)
+    with pytest.raises(ConfigError, match=f"{message}.* from the model's source"):
         load_backbone(config(path))
 
 

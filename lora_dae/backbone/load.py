@@ -196,9 +196,12 @@ def load_backbone(cfg: BackboneConfig, device: str | torch.device = "cpu") -> Ba
     ``inspect_backbone`` checks, and then if a weight file is damaged or lacks some of its layer's weights.
     """
     folder = inspect_backbone(cfg)
-    if folder.family == "sdxl" and cfg.text_chunks > 1:
+    second = folder.family == "sdxl"
+    if second and cfg.text_chunks > 1:
         raise ConfigError("backbone.text_chunks is for one text encoder; SDXL has two: leave it at 1.")
-    fp32, text_encoder_2, tokenizer_2 = torch.float32, None, None
+    tokenizer = load_tokenizer(folder, "tokenizer")  # first, as a missing file shows before weights load
+    tokenizer_2 = load_tokenizer(folder, "tokenizer_2") if second else None
+    fp32, text_encoder_2 = torch.float32, None
     vae: AutoencoderKL | AutoencoderTiny
     if folder.vae_class == "AutoencoderTiny":
         vae = load_part(AutoencoderTiny, folder, "vae", device, fp32)
@@ -210,14 +213,13 @@ def load_backbone(cfg: BackboneConfig, device: str | torch.device = "cpu") -> Ba
     pooled.hook_into(unet, folder.vae_scale_factor)
     if cfg.gradient_checkpointing:
         unet.enable_gradient_checkpointing()  # not reentrant: LoRA's inputs need no gradient of their own
-    if folder.family == "sdxl":
+    if second:
         text_encoder_2 = load_part(CLIPTextModelWithProjection, folder, "text_encoder_2", device, fp32)
-        tokenizer_2 = load_tokenizer(folder, "tokenizer_2")
     return Backbone(
         unet=unet,
         vae=vae,
         text_encoder=load_part(CLIPTextModel, folder, "text_encoder", device, fp32),
-        tokenizer=load_tokenizer(folder, "tokenizer"),
+        tokenizer=tokenizer,
         scheduler=load_scheduler(folder),
         folder=folder,
         fingerprint=folder.fingerprint(),

@@ -72,13 +72,18 @@ def load_part(
 def load_tokenizer(folder: BackboneFolder, part: str) -> CLIPTokenizer:
     """The tokenizer of a diffusers folder, or CLIP's real vocabulary with a config that the package has.
 
-    Raises ConfigError where a folder's vocabulary is missing.
+    Raises ConfigError where one of a folder's files is missing or damaged.
     """
     path = folder.path / part
-    if (path / "vocab.json").is_file() or (path / "tokenizer.json").is_file():
-        return CLIPTokenizer.from_pretrained(path)
+    words = ("tokenizer.json",) if (path / "tokenizer.json").is_file() else ("vocab.json", "merges.txt")
+    missing = next((name for name in (*words, "tokenizer_config.json") if not (path / name).is_file()), None)
+    if missing is None:
+        try:
+            return CLIPTokenizer.from_pretrained(path)
+        except Exception as error:  # tokenizers has no class of its own for a damaged file
+            raise ConfigError(f"{path} cannot be read ({error}): restore it from the model's source.") from error
     if folder.single_file is None:
-        raise ConfigError(f"{path} has no vocab.json: restore the tokenizer from the model's source.")
+        raise ConfigError(f"{path} has no {missing}: restore the tokenizer from the model's source.")
     settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings.pop("tokenizer_class", None)
     vocabulary, merges = clip_vocabulary()
