@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,6 +124,36 @@ def test_kl_vae_gives_mean_and_deviation_shifted_and_scaled(copied: Path) -> Non
     torch.testing.assert_close(mean, (posterior.mean - 0.25) * 0.5, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(std, posterior.std * 0.5, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(backbone.decode(mean), round_trip, atol=1e-5, rtol=1e-5)
+
+
+def test_resting_models_are_on_the_device_only_while_they_are_used(
+    tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a failure. One of two names of the CPU stands in for an accelerator."""
+    own = load_backbone(BackboneConfig(path=str(tiny_backbone)))
+    expected = own.encode_text(["a red dress"])
+    seen: list[tuple[str, str]] = []
+
+    def watch(name: str, model: Any) -> None:
+        original = model.to
+
+        def to(device: Any) -> Any:
+            seen.append((name, str(device)))
+            return original(device)
+
+        monkeypatch.setattr(model, "to", to)
+
+    watch("vae", own.vae)
+    watch("text_encoder", own.text_encoder)
+    own.rest(torch.device("cpu:0"))
+    assert seen == [("vae", "cpu"), ("text_encoder", "cpu")]
+    seen.clear()
+    assert torch.equal(own.encode_text(["a red dress"]), expected)
+    assert seen == [("text_encoder", "cpu:0"), ("text_encoder", "cpu")]
+    seen.clear()
+    with pytest.raises(RuntimeError):
+        own.decode(torch.zeros(1, 3, 8, 8))  # not the VAE's channels
+    assert seen == [("vae", "cpu:0"), ("vae", "cpu")]
 
 
 @pytest.mark.parametrize("whole_file_bytes", [layout.WHOLE_FILE_BYTES, 1000])

@@ -120,6 +120,42 @@ def test_callback_sees_every_step_and_may_change_it(adapters: dict[str, Path]) -
     assert steps == sorted(steps) and len(steps) >= 3 and not np.array_equal(plain, changed)
 
 
+def test_failed_call_leaves_nothing_behind(adapters: dict[str, Path]) -> None:
+    """Stopped in the middle of sampling: the next call draws as before, and detaching is exact."""
+    pipe = build("sd15", adapters)
+    before, scheduler = draw(pipe, "sd15"), pipe.scheduler
+    lora_dae.attach(pipe, adapters["sd15"], strength=0.5)
+    expected = draw(pipe, "sd15", source=PHOTO)
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(*args: Any) -> None:
+        raise StoppedError
+
+    with pytest.raises(StoppedError):
+        draw(pipe, "sd15", source=PHOTO, callback_on_step_end=stop)
+    assert pipe.scheduler is scheduler
+    assert np.array_equal(draw(pipe, "sd15", source=PHOTO), expected)
+    assert np.array_equal(draw(lora_dae.detach(pipe), "sd15"), before)
+
+
+def test_one_source_per_prompt_and_several_images_of_each(adapters: dict[str, Path]) -> None:
+    """In one batch what each gives alone, from the same noise."""
+    pipe = lora_dae.attach(build("sd15", adapters), adapters["sd15"], strength=0.5)
+    pairs = [("a red dress", PHOTO), ("a blue shirt", OTHER)]
+    noise = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    usual = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "np", **SQUARE}
+    prompts, photos = (list(column) for column in zip(*pairs, strict=True))
+    together = pipe(prompts, source=photos, latents=noise, num_images_per_prompt=2, **usual).images
+    for k, image in enumerate(together):
+        prompt, photo = pairs[k // 2]
+        alone = pipe(prompt, source=photo, latents=noise[k : k + 1], **usual).images[0]
+        np.testing.assert_allclose(image, alone, rtol=0, atol=1e-3)
+    for other in together[1:]:
+        assert not np.allclose(together[0], other, rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("first", ["attach", "offload"])
 @pytest.mark.parametrize("case", ["sd15", "sdxl"])
 def test_offloaded_models_draw_the_same_with_a_source(
