@@ -18,7 +18,7 @@ import pytest
 import torch
 from adapter_models import randomize, tiny_unet
 from compose import config
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from family_models import write_backbone
 from huggingface_hub import HfApi
@@ -97,6 +97,31 @@ def test_tampered_header(header: str, tmp_path: Path) -> None:
     save_file(load_file(file), file, {**header_of(file), LORA_ADAPTER_METADATA_KEY: header})
     with pytest.raises(ConfigError, match=r"header of .*a\.safetensors"):
         load_adapter(tiny_unet(), file)
+
+
+def cut_out(name: str) -> bool:
+    return "mid_block.attentions.0.transformer_blocks.0.attn2.to_q" in name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {k: v for k, v in t.items() if not (cut_out(k) and "lora_B" in k)}, "lacks unet.mid_block.*lora_B"),
+        (lambda t: {k: v for k, v in t.items() if not cut_out(k)}, "holds nothing for mid_block.*to_q of the unet"),
+        (lambda t: {k: v[:1] if cut_out(k) and "lora_A" in k else v for k, v in t.items()}, "has rank 1 .* says 2"),
+    ],
+    ids=["half", "layer", "rank"],
+)
+@pytest.mark.parametrize("road", ["load", "attach"])
+def test_adapter_with_something_cut_out(road: str, change: Any, message: str, tmp_path: Path) -> None:
+    """diffusers loads such a file with no more than a warning, or fails inside PEFT."""
+    file = written("adapter", tmp_path).rename(tmp_path / "pytorch_lora_weights.safetensors")
+    save_file({name: value.clone() for name, value in change(load_file(file)).items()}, file, header_of(file))
+    unet = tiny_unet()
+    pipe = SimpleNamespace(unet=unet, scheduler=DDIMScheduler())
+    with pytest.raises(ConfigError, match=message):
+        load_adapter(unet, file) if road == "load" else lora_dae.attach(pipe, tmp_path)
+    assert unet.state_dict().keys() == tiny_unet().state_dict().keys()
 
 
 def test_refused_adapter_leaves_the_pipeline_alone(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from lora_dae.adapter.atomic import atomic, load_tensors, save_tensors
@@ -74,8 +75,7 @@ def load_adapter(
     weights, header = _read(file)
     encoders = encoders or {}
     _check(unet, file, weights, encoders)
-    configuration = read_configuration(header, str(file))
-    _check_configuration(configuration, file)
+    configuration = _checked_configuration(file, weights, header)
     unet.load_lora_adapter(weights, prefix="unet", adapter_name=ADAPTER_NAME, metadata=configuration)
     fuse(unet)
     unet.requires_grad_(False)
@@ -89,7 +89,9 @@ def load_adapter(
 def check_adapter(unet: UNet2DConditionModel, path: str | Path, encoders: Mapping[str, nn.Module]) -> None:
     """Raises ConfigError unless every weight of the file fits a layer of the models; loads nothing into them."""
     file = _file(path)
-    _check(unet, file, _read(file)[0], encoders)
+    weights, header = _read(file)
+    _check(unet, file, weights, encoders)
+    _checked_configuration(file, weights, header)
 
 
 def merged_unet(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -164,7 +166,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _check(
     unet: UNet2DConditionModel, file: Path, weights: dict[str, Tensor], encoders: Mapping[str, nn.Module]
 ) -> None:
-    """Every weight must be finite and fit its layer: diffusers would only warn, and then draw without it."""
+    """Every weight must be finite, fit its layer and have its other half: diffusers would warn at most, and go on."""
     modules = {component: dict(model.named_modules()) for component, model in {"unet": unet, **encoders}.items()}
     for key, tensor in weights.items():
         component, _, rest = key.partition(".")
@@ -196,15 +198,37 @@ def _check(
                 f"The adapter in {file} does not fit {name} of this backbone (weight {tuple(weight.shape)}, "
                 f"adapter {tuple(tensor.shape)}); load the backbone that it was trained on."
             )
+        other = key.replace(".lora_A.", ".lora_B.") if ".lora_A." in key else key.replace(".lora_B.", ".lora_A.")
+        if other not in weights:
+            raise ConfigError(f"The adapter in {file} lacks {other}: it is incomplete, get it anew.")
 
 
-def _check_configuration(configuration: Mapping[str, Any], file: Path) -> None:
+def _checked_configuration(file: Path, weights: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's settings in the header, which must describe a LoRA of the layers and ranks that the file has."""
+    configuration = read_configuration(header, str(file))
     for component in ("unet", *COMPONENTS):
         own = _part(configuration, component)
         try:
-            LoraConfig(**own)
+            settings = LoraConfig(**own)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"the header of {file} does not describe a LoRA ({error}): get it anew.") from error
+        ranks = {_layer_of(k): len(t) for k, t in _part(weights, component).items() if ".lora_A." in k}
+        named = own.get("target_modules")
+        for name in named if isinstance(named, list) else []:  # PEFT takes a pattern too; we write none
+            if name not in ranks and not any(layer.endswith(f".{name}") for layer in ranks):
+                raise ConfigError(
+                    f"The adapter in {file} holds nothing for {name} of the {component}, which its header names: it is "
+                    "incomplete, get it anew."
+                )
+        pattern = own.get("rank_pattern") or {}
+        for name, rank in ranks.items():
+            told = pattern.get(get_pattern_key(list(pattern), name), settings.r)
+            if rank != told:
+                raise ConfigError(
+                    f"The adapter in {file} has rank {rank} at {name} of the {component}, its header says {told}: get "
+                    "it anew."
+                )
+    return configuration
 
 
 def _part(values: Mapping[str, Any], component: str) -> dict[str, Any]:
