@@ -28,6 +28,7 @@ from lora_dae.adapter.files import load_adapter, merge_in_place, save_adapter
 from lora_dae.adapter.inject import inject
 from lora_dae.adapter.peft_layout import from_peft
 from lora_dae.adapter.text import inject_text
+from lora_dae.backbone.layout import inspect_backbone
 from lora_dae.backbone.load import load_backbone
 from lora_dae.config import AdapterConfig, BackboneConfig, Config
 from lora_dae.export.adapter import write_diffusers, write_kohya
@@ -154,6 +155,22 @@ def test_all_roads_lead_to_the_same_weights_and_latents(
         for layer, weight in expected.items():
             error = float((found[layer] - weight).abs().max())
             assert error <= WEIGHT, (name, layer, error)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "zero_snr"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
+)
+def test_merged_file_says_what_its_network_predicts(
+    prediction: str, zero_snr: bool, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """By the empty tensors that ComfyUI writes and reads; the configs that complete the file say epsilon."""
+    told = BackboneConfig(path=str(folders["sdxl"]), prediction_type=prediction, zero_terminal_snr=zero_snr)
+    run = LoadedRun(tmp_path, Config(run_dir=str(tmp_path)), load_backbone(told), None)
+    file = write_merged_file(run, tmp_path, "fp16", "sdxl")
+    markers = {name for name in load_file(file) if "." not in name}
+    assert markers == ({"v_pred", "ztsnr"} if zero_snr else {"v_pred"} if prediction != "epsilon" else set())
+    found = inspect_backbone(BackboneConfig(name="file", path=str(file), configs=str(folders["sdxl"])))
+    assert (found.prediction_type, found.zero_terminal_snr) == (prediction, zero_snr)
 
 
 @pytest.mark.parametrize(("dtype", "step"), [("fp16", 2.0**-11), ("bf16", 2.0**-8)])

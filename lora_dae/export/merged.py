@@ -76,6 +76,8 @@ def _scheduler(backbone: Backbone) -> Any:
 def write_merged_file(run: LoadedRun, folder: Path, dtype: str, family: str) -> Path:
     """``merged.safetensors`` in the CompVis/SGM layout. Merges ``run``'s models in place.
 
+    Empty tensors ``v_pred`` and ``ztsnr`` tell ComfyUI, Forge and us of a model that predicts v, as such files have it.
+
     Raises ConfigError for an AutoencoderTiny, which that layout has no place for.
     """
     backbone = run.backbone
@@ -85,6 +87,10 @@ def write_merged_file(run: LoadedRun, folder: Path, dtype: str, family: str) -> 
         )
     merge_in_place(backbone.unet, backbone.text_encoders)
     tensors = to_single_file(backbone.unet, backbone.vae, backbone.text_encoder, backbone.text_encoder_2, family)
+    if backbone.prediction_type == "v_prediction":
+        tensors["v_pred"] = torch.zeros(0)
+        if backbone.scheduler.config.get("rescale_betas_zero_snr"):
+            tensors["ztsnr"] = torch.zeros(0)
     tensors = {
         name: tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
     }
