@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,7 +93,15 @@ def test_run_folder_holds_the_kohya_file_and_a_card(finished: Path) -> None:
     assert header["ss_output_name"] == "tiny"
     assert header["modelspec.architecture"] == "stable-diffusion-v1/lora"
     card = (finished / "adapter" / "README.md").read_text()
-    for part in ("base_model:", "license: other", "rank 4, convolutions 3", "fd_effnet", "lora_dae.attach", KOHYA_FILE):
+    for part in (
+        "base model | sd15 (SD 1.x)",
+        "32 x 32 pixels",
+        "license: other",
+        "rank 4, convolutions 3",
+        "fd_effnet",
+        "lora_dae.attach",
+        KOHYA_FILE,
+    ):
         assert part in card, part
     assert (finished / "adapter" / "grid.png").is_file()
 
@@ -146,6 +155,55 @@ def test_adapters_that_a_format_has_no_place_for(kind: str, format: str, message
     with pytest.raises(ConfigError, match=message):
         export_run(request(run_dir, tmp_path / "out", format=format), Console())
     assert not (tmp_path / "out").exists()
+
+
+def test_the_cards_code_draws(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands there, in the folder where it lies; only the backbone's place is filled in."""
+    card = (finished / "adapter" / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("path/to/sd15", str(finished.parent / "sd15"))
+    monkeypatch.chdir(finished / "adapter")
+    found: dict[str, Any] = {}
+    exec(code.replace("guidance_scale=", "height=32, width=32, num_inference_steps=2, guidance_scale="), found)
+    assert found["image"].size == (32, 32)
+    assert found["pipe"]._lora_dae.module is not None
+
+
+@pytest.mark.parametrize(
+    ("backbone", "says", "says_not"),
+    [
+        (
+            BackboneConfig(name="sdxl"),
+            ['base_model: "stabilityai/stable-diffusion-xl-base-1.0"', "at 462165984030d82259a11f4367a4eed129e94a7b",
+             'from_pretrained("stabilityai/stable-diffusion-xl-base-1.0", revision="462165'],
+            [],
+        ),
+        (
+            BackboneConfig(name="file", path="/home/somebody/models/noob.safetensors", prediction_type="v_prediction",
+                           zero_terminal_snr=True, vae_path="/home/somebody/taesdxl"),
+            ["| noob.safetensors (SDXL, v_prediction, zero terminal SNR, VAE taesdxl) |",
+             'from_single_file("path/to/noob.safetensors")', "prediction_type='v_prediction', rescale_betas"],
+            ["somebody", "base_model:"],
+        ),
+        (BackboneConfig(), ["the one in lora_dae (SDXL)", "lora_dae.__path__[0]"], ["base_model:", "DDIMScheduler"]),
+    ],
+    ids=["hub", "file", "shipped"],
+)  # fmt: skip
+def test_the_card_names_the_base_model(backbone: BackboneConfig, says: list[str], says_not: list[str]) -> None:
+    """The hub's head takes ids of the hub alone, and nobody learns where somebody keeps files."""
+    card = model_card(Config(run_dir="run", backbone=backbone), "sdxl", [FILE_NAME], None, False)
+    assert all(part in card for part in says), card
+    assert not any(part in card for part in says_not), card
+
+
+def test_the_card_tells_how_to_use_every_file() -> None:
+    cfg = Config(run_dir="run")
+    cfg.data.name, cfg.data.root, cfg.data.captions.trigger = "viton_hd", "/home/somebody/zalando", "sks"
+    others = ["merged", "merged.safetensors", "unet", "learned_embeds.safetensors", "peft_adapter.safetensors"]
+    card = model_card(cfg, "sd1", [FILE_NAME, *others], None, False)
+    use = card.split("## Use")[1]
+    assert all(f'"{name}"' in use or f"`{name}" in use for name in [FILE_NAME, *others])
+    assert 'pipe("sks a woman' in use and 'pipe("<garment> sks a woman' in use
+    assert "viton_hd, zalando, " in card and "CC BY-NC 4.0" in card and "somebody" not in card
 
 
 def test_the_card_attaches_where_the_enhancement_was_trained() -> None:

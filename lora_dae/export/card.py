@@ -7,23 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from lora_dae.adapter.files import FILE_NAME
+from lora_dae.adapter.other import FILE_NAME as OTHER_FILE
+from lora_dae.adapter.words import FILE_NAME as WORDS_FILE
+from lora_dae.adapter.words import TOKEN
 from lora_dae.backbone.family import FAMILIES
+from lora_dae.backbone.hub import repository
 from lora_dae.config import Config
+from lora_dae.data.sources import licence_notice
+from lora_dae.export.merged import FILE as MERGED_FILE
+from lora_dae.export.merged import FOLDER as MERGED_FOLDER
 
 KOHYA_FILE = "adapter_kohya.safetensors"
 _PIPELINES = {"sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
 
 def base_model(cfg: Config) -> str:
-    """How a user names the backbone."""
-    return cfg.backbone.path or "<lora_dae>/backbone/studio/weights"
+    """How a reader knows the backbone: a hub id, or a file's or folder's name without the places on this machine."""
+    named = repository(cfg.backbone)
+    if named is not None:
+        return named[0]
+    return "the one in lora_dae" if cfg.backbone.path is None else Path(cfg.backbone.path).name
 
 
 def model_card(cfg: Config, family: str, files: list[str], metrics: dict[str, Any] | None, has_grid: bool) -> str:
     """Markdown with the hub's YAML head. ``metrics``: the contents of metrics.json; ``files``: names in the folder."""
+    named = repository(cfg.backbone)
     lines = [
         "---",
-        f"base_model: {json.dumps(base_model(cfg))}",
+        # The hub takes nothing but its own ids here.
+        *([] if named is None else [f"base_model: {json.dumps(named[0])}"]),
         "library_name: diffusers",
         "tags: [lora, stable-diffusion, text-to-image, fashion]",
         f"license: {cfg.export.license}",
@@ -35,7 +47,7 @@ def model_card(cfg: Config, family: str, files: list[str], metrics: dict[str, An
         "",
         "| | |",
         "|---|---|",
-        f"| base model | {base_model(cfg)} ({FAMILIES[family]}) |",
+        f"| base model | {_base(cfg, family)} |",
         f"| adapter | {_adapter(cfg)} |",
         f"| data | {_data(cfg)} |",
         f"| training | {cfg.trainer.get('max_steps')} steps of {cfg.data.batch_size}, seed {cfg.seed} |",
@@ -50,6 +62,20 @@ def model_card(cfg: Config, family: str, files: list[str], metrics: dict[str, An
     return "\n".join([*lines, "## Use", "", *_use(cfg, family, files)]) + "\n"
 
 
+def _base(cfg: Config, family: str) -> str:
+    """The backbone, and in what it differs from the files of that name."""
+    b, named = cfg.backbone, repository(cfg.backbone)
+    revision = "" if named is None or named[1] is None else f" at {named[1]}"
+    told = [FAMILIES[family]]
+    if b.prediction_type != "auto":
+        told.append(b.prediction_type)
+    if b.zero_terminal_snr is not None:
+        told.append("zero terminal SNR" if b.zero_terminal_snr else "no zero terminal SNR")
+    if b.vae_path is not None:
+        told.append(f"VAE {Path(b.vae_path).name}")
+    return f"{base_model(cfg)}{revision} ({', '.join(told)})"
+
+
 def _adapter(cfg: Config) -> str:
     if cfg.adapter.full_finetune:
         return "all UNet weights"
@@ -61,9 +87,15 @@ def _adapter(cfg: Config) -> str:
 
 
 def _data(cfg: Config) -> str:
-    if cfg.data.name == "studio":
-        return f"drawn by the procedural studio ({cfg.data.difficulty}), {cfg.data.train_size} pairs"
-    return f"a folder of photos, {Path(cfg.data.root or '').name}"
+    d = cfg.data
+    if d.name == "studio":
+        return f"drawn by the procedural studio ({d.difficulty}), {d.train_size} pairs"
+    told = ["a folder of photos" if d.name == "folder" else d.name, Path(d.root or "").name]
+    told.append(f"{d.resolution} x {d.resolution} pixels" + (", aspect buckets of that area" if d.buckets else ""))
+    if d.captions.trigger is not None:
+        told.append(f"captions begin with `{d.captions.trigger}`")
+    notice = licence_notice(d)
+    return ", ".join(told) + ("" if notice is None else f" ({notice})")
 
 
 def _metrics(table: dict[str, Any]) -> list[str]:
@@ -75,9 +107,38 @@ def _metrics(table: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _load(cfg: Config, family: str) -> str:
+    """The expression that loads the plain pipeline."""
+    pipeline, path, named = _PIPELINES[family], cfg.backbone.path, repository(cfg.backbone)
+    if named is not None:
+        revision = "" if named[1] is None else f', revision="{named[1]}"'
+        return f'{pipeline}.from_pretrained("{named[0]}"{revision})'
+    if path is None:
+        return f'{pipeline}.from_pretrained(lora_dae.__path__[0] + "/backbone/studio/weights")'
+    how = "from_single_file" if path.endswith(".safetensors") else "from_pretrained"
+    return f'{pipeline}.{how}("path/to/{Path(path).name}")'
+
+
+def _scheduler(cfg: Config) -> list[str]:
+    """Lines that tell a loaded pipeline what the backbone's own files do not say."""
+    told: dict[str, Any] = {}
+    if cfg.backbone.prediction_type != "auto":
+        told["prediction_type"] = cfg.backbone.prediction_type
+    if cfg.backbone.zero_terminal_snr:
+        told |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if not told:
+        return []
+    arguments = ", ".join(f"{name}={value!r}" for name, value in told.items())
+    return [
+        "from diffusers import DDIMScheduler",
+        f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {arguments})",
+    ]
+
+
 def _use(cfg: Config, family: str, files: list[str]) -> list[str]:
-    pipeline, base, guidance = _PIPELINES[family], base_model(cfg), cfg.sampling.guidance_scale
-    prompt = '"a woman wearing a red plaid shirt"'
+    pipeline, guidance = _PIPELINES[family], cfg.sampling.guidance_scale
+    trigger = "" if cfg.data.captions.trigger is None else f"{cfg.data.captions.trigger} "
+    prompt = f"{trigger}a woman wearing a red plaid shirt"
     lines: list[str] = []
     if FILE_NAME in files:
         strength = cfg.enhancement.strength
@@ -90,9 +151,10 @@ def _use(cfg: Config, family: str, files: list[str]) -> list[str]:
             "import lora_dae",
             *(["from PIL import Image"] if source else []),
             "",
-            f'pipe = {pipeline}.from_pretrained("{base}")',
+            f"pipe = {_load(cfg, family)}",
+            *_scheduler(cfg),
             f'lora_dae.attach(pipe, ".", strength={strength:g}{placement})',
-            f"image = pipe({prompt}, guidance_scale={guidance:g}{source}).images[0]",
+            f'image = pipe("{prompt}", guidance_scale={guidance:g}{source}).images[0]',
             "```", "",
             "The LoRA alone, in plain diffusers:", "",
             "```python",
@@ -109,4 +171,31 @@ def _use(cfg: Config, family: str, files: list[str]) -> list[str]:
                 "This is a DoRA with norms of rows: ComfyUI, Forge and LyCORIS apply it exactly; A1111 takes the norms "
                 f"for those of columns, and diffusers leaves them out of kohya files (use `{FILE_NAME}` there).", "",
             ]  # fmt: skip
+    if MERGED_FOLDER in files:
+        lines += [
+            f"`{MERGED_FOLDER}/` is the whole model with the adapter in its weights, in diffusers' layout:", "",
+            "```python",
+            "from diffusers import DiffusionPipeline", "",
+            f'pipe = DiffusionPipeline.from_pretrained("{MERGED_FOLDER}")',
+            "```", "",
+        ]  # fmt: skip
+    if MERGED_FILE in files:
+        lines += [
+            f"`{MERGED_FILE}` is the whole model, for the checkpoint folder of ComfyUI, A1111 and Forge.", "",
+        ]  # fmt: skip
+    if WORDS_FILE in files:
+        lines += [
+            f"Words were learned, for which `{TOKEN}` stands in a prompt:", "",
+            "```python",
+            f"from diffusers import {pipeline}",
+            "import lora_dae", "",
+            f"pipe = {_load(cfg, family)}",
+            *_scheduler(cfg),
+            f'pipe.load_textual_inversion("{WORDS_FILE}")',
+            f'image = pipe("{TOKEN} {prompt}", guidance_scale={guidance:g}).images[0]',
+            "```", "",
+        ]  # fmt: skip
+    for name, what in (("unet", "all weights of the UNet"), (OTHER_FILE, "an adapter in PEFT's own layout")):
+        if name in files:
+            lines += [f"`{name}` is {what}: `python export.py run=<run> format=merged` makes a whole model of it.", ""]
     return lines
