@@ -49,7 +49,7 @@ def check(cfg: Config) -> None:
         )
     if cfg.data.name == "studio":
         _one_of("data.difficulty", cfg.data.difficulty, DIFFICULTIES)
-    elif cfg.data.root is None:
+    elif cfg.data.root is None and not cfg.plan:  # a plan counts by the photo then
         raise ConfigError(f"data={cfg.data.name} needs data.root: the folder of photos and captions.")
     if cfg.data.name in ("shards", "studio") and cfg.data.masks is not None:
         raise ConfigError(f"data={cfg.data.name} has the masks that it has: leave data.masks out.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_dae.adapter.inject import inject, trainable_parameters
 from lora_dae.cli import typed
-from lora_dae.config import AdapterConfig, Config, conf_dir, register
+from lora_dae.config import AdapterConfig, Config, ConfigError, conf_dir, register
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.training import plan as planning
 from lora_dae.training import run as training
@@ -74,7 +75,8 @@ def test_numbers_are_those_of_the_run(tiny_backbone: Path, tmp_path: Path) -> No
     expected = [*trainable_parameters(unet).values(), *EnhancementModule(source_channels=8, decoder=True).parameters()]
     assert plan.trainable == sum(p.numel() for p in expected)
     assert plan.adapter_file == 4 * plan.trainable
-    assert (plan.steps, plan.images, plan.family) == (4, 24, "sd1")
+    assert plan.stages == [("adapter", 4, 4), ("texture", 2, 4), ("decoder", 2, 2), ("gain", 1, 2)]
+    assert (plan.images, plan.family) == (24, "sd1")
     assert plan.cache == 24 * (2 * 2 * 8 * 16 * 16 + 2 * 16 * 32)  # mean and source, text
     weights = sum(p.numel() * 4 for p in unet.parameters())
     assert plan.step_peak > weights
@@ -153,6 +155,18 @@ def test_paired_plan_has_the_source_input(tiny_backbone: Path, tmp_path: Path) -
     assert paired.trainable - alone.trainable == 16 * 8 * 3 * 3 + sum(p.numel() for p in texture.parameters())
     assert paired.step_peak > alone.step_peak and paired.cache > alone.cache
     assert "source_input" in paired.table
+
+
+def test_without_data_it_counts_by_the_photo(
+    tiny_backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config(tiny_backbone, tmp_path / "run", tmp_path / "cache", "data=folder", "plan=true")
+    training.run(cfg)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "at most 0.0 MB a photo (data.root is not given)" in said and "4 of 4 photos" in said
+    assert planning.make_plan(cfg).cache == 2 * 8 * 16 * 16 + 2 * 16 * 32
+    with pytest.raises(ConfigError, match="data=folder needs data.root"):
+        training.run(replace(cfg, plan=False))
 
 
 def test_loads_no_weight_and_writes_no_run(

@@ -39,6 +39,7 @@ from lora_dae.data.buckets import parse_buckets
 from lora_dae.data.sources import check_source, load_splits
 from lora_dae.enhancement.module import build_enhancement
 from lora_dae.training.memory import PeakMemory, materialize
+from lora_dae.training.stages import planned_stages
 
 _HUB_CONFIGS = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
 
@@ -49,9 +50,9 @@ class Plan:
 
     family: str
     trainable: int  # parameters
-    steps: int
-    images: int  # photos of the training split
-    cache: int  # at most; captions that repeat are kept once
+    stages: list[tuple[str, int, int]]  # name, steps and batch size of what trains, in order
+    images: int  # photos of the training split; 0: no data.root is given
+    cache: int  # at most, captions that repeat are kept once; without data.root of one photo
     adapter_file: int
     checkpoint: int
     encoding_peak: int  # while VAE and text encoders fill the cache
@@ -108,9 +109,9 @@ def make_plan(cfg: Config) -> Plan:
     return Plan(
         family=shapes.family,
         trainable=trainable,
-        steps=int(cfg.trainer.get("max_steps", 500)),
+        stages=planned_stages(cfg, enhancement),
         images=images,
-        cache=images * (arrays * sample + text),
+        cache=max(images, 1) * (arrays * sample + text),
         adapter_file=4 * trainable,
         checkpoint=10 * trainable,  # weights; Adam's two moments and the moving average in 2 bytes each (compact.py)
         encoding_peak=encoding_peak,
@@ -128,14 +129,17 @@ def print_plan(cfg: Config, plan: Plan, console: Console) -> None:
     table = Table(title=f"Plan of {cfg.name}", show_header=False)
     square = f"{cfg.data.resolution} x {cfg.data.resolution}"
     at_once = encode_batch(cfg.data.resolution**2)
-    passes = plan.steps * cfg.data.batch_size / plan.images
+    steps = [f"{count} of {batch} photos" for _, count, batch in plan.stages]
+    if plan.images:
+        passes = plan.stages[0][1] * plan.stages[0][2] / plan.images
+        steps[0] += f" ({passes:.1f} passes over {plan.images})"
     how = f"{cfg.trainer.get('precision', 'auto')}, batch {cfg.data.batch_size}, {square}"
     if cfg.backbone.gradient_checkpointing:
         how += ", gradient checkpointing"
     rows = {
         "backbone": f"{FAMILIES[plan.family]}, weights {cfg.backbone.weights}",
-        "steps": f"{plan.steps} of {cfg.data.batch_size} photos ({passes:.1f} passes over {plan.images})",
-        "cache": f"at most {_size(plan.cache)}",
+        **{f"steps, {name}": text for (name, *_), text in zip(plan.stages, steps, strict=True)},
+        "cache": f"at most {_size(plan.cache)}{'' if plan.images else ' a photo (data.root is not given)'}",
         "adapter file": f"{_size(plan.adapter_file)} (checkpoint while training {_size(plan.checkpoint)})",
         "memory, encoding": f"{_size(plan.encoding_peak)} ({at_once} photos of {square} at once)",
         "memory, one step": f"{_size(plan.step_peak)} ({how})",
@@ -174,9 +178,11 @@ def _shapes(cfg: Config) -> _Shapes:
 
 
 def _images(cfg: Config) -> tuple[int, bool]:
-    """Photos to train on, and whether they have a source."""
+    """Photos to train on (0 without data.root), and whether they have a source."""
     if cfg.data.name == "studio":
         return cfg.data.train_size, cfg.conditioning == "source"
+    if cfg.data.root is None:
+        return 0, cfg.conditioning == "source"
     train = load_splits(cfg.data)["train"]
     check_source(cfg, train)
     return len(train), cfg.conditioning == "source"
