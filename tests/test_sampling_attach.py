@@ -207,6 +207,11 @@ def test_mistakes(runs: dict[str, Path], tiny_backbone: Path, tmp_path: Path) ->
     pipe = pipeline(StableDiffusionPipeline, base_of(runs, "sd15"))
     with pytest.raises(ConfigError, match="no adapter in"):
         lora_dae.attach(pipe, tmp_path)
+    for name in ("unet", "peft_adapter.safetensors"):  # of a full fine-tuning, of LoHa and LoKr
+        (tmp_path / name).touch()
+        with pytest.raises(ConfigError, match=f"holds no LoRA but {name}.*export.py format=merged"):
+            lora_dae.attach(pipe, tmp_path)
+        (tmp_path / name).unlink()
     with pytest.raises(ConfigError, match="backbone"):
         lora_dae.attach(pipe, runs["sdxl"] / "adapter")
     with pytest.raises(ConfigError, match="not a finite number"):

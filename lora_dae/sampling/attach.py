@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lora_dae.adapter.files import FILE_NAME, check_adapter
 from lora_dae.adapter.fused import fuse, merged_once
+from lora_dae.adapter.other import FILE_NAME as OTHER_FILE
 from lora_dae.adapter.source_input import FILE_NAME as SOURCE_FILE
 from lora_dae.adapter.source_input import detach_source_input, load_source_input
 from lora_dae.adapter.text import COMPONENTS
@@ -71,6 +72,12 @@ def attach(
     if getattr(pipe.unet, "peft_config", None):
         raise ConfigError("this pipeline carries other adapters: fuse_lora() and unload_lora_weights() them first.")
     files = {name: (folder / name).is_file() for name in (FILE_NAME, ENHANCEMENT_FILE, SOURCE_FILE)}
+    for name in ("unet", OTHER_FILE):
+        if (folder / name).exists():
+            raise ConfigError(
+                f"{folder} holds no LoRA but {name}, which no pipeline loads: make a whole model of it by "
+                "export.py format=merged."
+            )
     if not files[FILE_NAME]:
         raise ConfigError(f"there is no adapter in {folder}: give the adapter folder of a finished run.")
     module = load_enhancement(folder / ENHANCEMENT_FILE).eval() if files[ENHANCEMENT_FILE] else None
