@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from compose import config
 from conftest import write_photos
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -257,6 +258,29 @@ def test_sampling_and_evaluating_commands(finished: Path, capsys: pytest.Capture
     assert picture.width > 3 * 64
     prompt = {**none, "run": str(finished), "num_images": 1, "prompt": "a red dress", "strength": 0.5}
     assert draw_samples(SampleRequest(**prompt), Console()).is_file()
+
+
+def test_another_vae_draws_a_finished_run(finished: Path, tiny_backbone: Path, tmp_path: Path) -> None:
+    """As a TAESD does for previews: the same latents, decoded by that folder's weights."""
+    from rich.console import Console
+
+    from lora_dae.sampling.command import SampleRequest, draw_samples
+
+    other: Any = AutoencoderTiny.from_pretrained(tiny_backbone / "vae")
+    latents = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        other.decoder.layers[-1].bias.add_(0.3)
+        expected = (other.decode(latents / other.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    other.save_pretrained(tmp_path / "vae")
+    own, changed = (load_run(finished, vae=vae).backbone.decode(latents) for vae in (None, str(tmp_path / "vae")))
+    torch.testing.assert_close(changed, expected, rtol=0, atol=1e-5)
+    assert (own - changed).abs().max() > 0.01
+    asked = {**dict.fromkeys(SampleRequest.__dataclass_fields__), "run": str(finished), "num_images": 1, "example": 0}
+    pictures = []
+    for vae in (None, str(tmp_path / "vae")):
+        request = SampleRequest(**{**asked, "vae": vae, "output": str(tmp_path / "drawn")})  # type: ignore[arg-type]
+        pictures.append(np.asarray(Image.open(draw_samples(request, Console()))))
+    assert not np.array_equal(*pictures)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ class SampleRequest:
     guidance_scale: float | None
     source_guidance_scale: float | None
     sampling_method: str | None
+    vae: str | None
     output: str | None
 
 
@@ -51,7 +52,7 @@ def draw_samples(request: SampleRequest, console: Console) -> Path:
     prompt, source = _conditions(request, cfg)
     if cfg.conditioning == "source" and source is None:
         console.print("no source photo given: drawing from the caption alone")
-    run = load_run(Path(request.run), best_device())
+    run = load_run(Path(request.run), best_device(), vae=request.vae)
     run.cfg = cfg
     columns = [_images(run, prompt, source, s, request.num_images) for s in strengths]
     output = Path(request.output) if request.output else Path(request.run) / "samples"

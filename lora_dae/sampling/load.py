@@ -64,13 +64,17 @@ def read_config(run_dir: Path) -> Config:
     return from_dict(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))  # type: ignore[arg-type]
 
 
-def load_run(run_dir: Path, device: str | torch.device = "cpu", weights: str | None = None) -> LoadedRun:
+def load_run(
+    run_dir: Path, device: str | torch.device = "cpu", weights: str | None = None, vae: str | None = None
+) -> LoadedRun:
     """Load backbone, adapter, source input and enhancement of a run, frozen, in eval mode.
 
-    ``weights`` (fp32, bf16 or fp16) instead of the run's own ``backbone.weights``.
+    ``weights`` (fp32, bf16 or fp16) instead of the run's own ``backbone.weights``, ``vae`` instead of its
+    ``backbone.vae_path``: a folder with one of the same latents, such as a TAESD for previews.
     """
     cfg = read_config(run_dir)
-    backbone = load_backbone(replace(cfg.backbone, weights=weights or cfg.backbone.weights), device)
+    own = cfg.backbone
+    backbone = load_backbone(replace(own, weights=weights or own.weights, vae_path=vae or own.vae_path), device)
     adapter = run_dir / "adapter"
     if (adapter / "unet").is_dir():
         unet = UNet2DConditionModel.from_pretrained(adapter / "unet", torch_dtype=torch.float32, use_safetensors=True)

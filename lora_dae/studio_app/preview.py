@@ -35,14 +35,18 @@ class Preview:
         self.bf16 = choose_precision("auto", run.backbone.device) == "bf16-mixed"
 
     @classmethod
-    def load(cls, run_dir: Path | None, cache_dir: str = "cache") -> Preview:
-        """A finished run, or (None) the shipped backbone alone. Raises ConfigError for a folder that is no run."""
+    def load(cls, run_dir: Path | None, cache_dir: str = "cache", vae: str | None = None) -> Preview:
+        """A finished run, or (None) the shipped backbone alone; ``vae`` as in load_run.
+
+        Raises ConfigError for a folder that is no run.
+        """
         if run_dir is not None:
-            run = load_run(run_dir, best_device())
+            run = load_run(run_dir, best_device(), vae=vae)
             return cls(run, str(run_dir), _examples(run.cfg))
         cfg = Config(run_dir="", conditioning="none")
         cfg = replace(
             cfg,
+            backbone=replace(cfg.backbone, vae_path=vae),
             data=replace(cfg.data, cache_dir=cache_dir, test_size=16),
             enhancement=replace(cfg.enhancement, enabled=False),
         )
