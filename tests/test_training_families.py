@@ -56,8 +56,10 @@ CASES = {
     "sd15-v-ztsnr": ("backbone.prediction_type=v_prediction", "backbone.zero_terminal_snr=true"),
     "sd15-checkpointing": ("backbone.gradient_checkpointing=true",),
     "sd21": ("adapter.use_dora=true",),
+    "sd21-v": ("backbone.prediction_type=v_prediction",),
     "sd21-v-ztsnr": ("backbone.prediction_type=v_prediction", "backbone.zero_terminal_snr=true"),
     "sdxl": (),
+    "sdxl-v": ("backbone.prediction_type=v_prediction",),
     "sdxl-v-ztsnr": ("backbone.prediction_type=v_prediction", "backbone.zero_terminal_snr=true"),
     "sdxl-bf16": ("backbone.weights=bf16", "trainer.precision=bf16-mixed"),
     "sdxl-int8": ("backbone.weights=int8", "trainer.precision=bf16-mixed"),
@@ -124,10 +126,13 @@ def test_checkpointing_changes_no_weight(root: Path, tiny_folder: Path, tmp_path
 
 
 @pytest.mark.usefixtures("without_evaluation")
-def test_sdxl_resumes_exactly(root: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resumes_exactly(
+    family: str, root: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed after the checkpoint at step 2 of 3, and gone on: bit for bit the straight run."""
     options = ("trainer.max_steps=3", "trainer.val_check_interval=2", "enhancement=none")
-    training.run(short(root, tmp_path / "straight", tiny_folder, "sdxl", *options))
+    training.run(short(root, tmp_path / "straight", tiny_folder, family, *options))
     original = LoraDae.training_step
 
     class KilledError(Exception):
@@ -140,9 +145,9 @@ def test_sdxl_resumes_exactly(root: Path, tiny_folder: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(LoraDae, "training_step", dies)
     with pytest.raises(KilledError):
-        training.run(short(root, tmp_path / "cut", tiny_folder, "sdxl", *options))
+        training.run(short(root, tmp_path / "cut", tiny_folder, family, *options))
     monkeypatch.setattr(LoraDae, "training_step", original)
-    training.run(short(root, tmp_path / "cut", tiny_folder, "sdxl", *options, "ckpt_path=last"))
+    training.run(short(root, tmp_path / "cut", tiny_folder, family, *options, "ckpt_path=last"))
     one, other = (load_file(tmp_path / name / "adapter" / KOHYA_FILE) for name in ("straight", "cut"))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
