@@ -29,7 +29,7 @@ from lora_dae.vqa.bank import Question
 from lora_dae.vqa.cache import AnswerCache
 from lora_dae.vqa.judges import JudgeConfig, build_judge
 from lora_dae.vqa.run import VqaRequest, ask_judges
-from lora_dae.vqa.score import per_item
+from lora_dae.vqa.score import per_item, reading
 
 pytest.importorskip("openai", reason="openai is not installed: pip install 'lora-dae[judge]'")
 
@@ -237,9 +237,51 @@ def test_streams_are_put_together_and_broken_ones_are_no_answer(server: Server, 
         _ask(server, cache, _tasks(), stream=True, model="b")
 
 
-@pytest.mark.parametrize(
-    ("status", "message"), [(401, "refuses the key"), (404, "does not know the model"), (400, "json_schema=false")]
-)
+@pytest.mark.parametrize("status", [400, 403, 422])
+def test_a_refused_request_is_missing_and_the_rest_is_asked(status: int, server: Server, cache: AnswerCache) -> None:
+    """Also eight in a row, of eight prompts: whoever answers some questions is not down."""
+    refused = (status, {"error": {"code": "content_filter", "message": f"unsafe picture {SECRET}"}})
+    server.behavior = lambda request, number: refused if 2 <= number <= 9 else (200, '{"answer": "yes"}')
+    answers = _ask(server, cache, _tasks(12), concurrency=1)
+    assert [a.parsed.answer for a in answers] == ["yes", *[None] * 8, *["yes"] * 3] and len(server.requests) == 12
+    assert "unsafe picture ***" in str(answers[1].why) and answers[0].why is None
+    found = reading(answers)
+    assert (found.unanswered, found.strict, found.parse_failures) == (8 / 12, 4 / 12, 0)
+    assert np.isnan(per_item(answers, "m", 12)["about"][1:9]).all()
+    server.behavior = lambda request, number: (200, '{"answer": "no"}')
+    again = _ask(server, cache, _tasks(12), concurrency=1)  # what was refused is asked again
+    assert [a.parsed.answer for a in again[:3]] == ["yes", "no", "no"] and len(server.requests) == 20
+
+
+def test_a_picture_whose_every_question_is_refused_stops_nothing(server: Server, cache: AnswerCache) -> None:
+    """The very first picture: twenty refusals, then answers."""
+    questions = [Question(f"q{k}", "about", "yes_no", f"Is it {k}?", ("yes", "no"), "yes") for k in range(20)]
+    tasks = [replace(task, question=question) for task in _tasks(2) for question in questions]
+    server.behavior = lambda request, number: (400, {}) if number <= 20 else (200, "yes")
+    answers = _ask(server, cache, tasks, concurrency=1)
+    assert [a.parsed.answer for a in answers] == [None] * 20 + ["yes"] * 20
+
+
+def test_a_judge_that_refuses_everything_says_so(server: Server, cache: AnswerCache) -> None:
+    server.behavior = lambda request, number: (400, {"error": {"message": "response_format is not supported"}})
+    with pytest.raises(ConfigError, match="not supported.*json_schema=false.*5 prompts, and answered none"):
+        _ask(server, cache, _tasks(9), concurrency=1)
+    assert len(server.requests) == 5
+    with pytest.raises(ConfigError, match="not supported.*None of its 2 questions was answered"):
+        _ask(server, cache, _tasks(2), concurrency=1)
+
+
+def test_a_refusal_within_an_answer_is_missing_whatever_its_words(server: Server, cache: AnswerCache) -> None:
+    """The protocol's own field: "No, ..." in it is no answer to the question."""
+    message = {"role": "assistant", "content": None, "refusal": "No, I cannot help with that."}
+    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m"}
+    body |= {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
+    server.behavior = lambda request, number: (200, body)
+    (answer,) = _ask(server, cache, _tasks())
+    assert answer.parsed.answer is None and reading([answer]).parse_failures == 1
+
+
+@pytest.mark.parametrize(("status", "message"), [(401, "refuses the key"), (404, "does not know the model")])
 def test_refusals_stop_at_once_and_never_show_the_key(
     status: int, message: str, server: Server, cache: AnswerCache
 ) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from lora_dae.config import ConfigError
 from lora_dae.vqa.bank import Question
 from lora_dae.vqa.cache import AnswerCache, image_hash
-from lora_dae.vqa.judges import PROMPT_VERSION, Judge, JudgeFailedError, prompt
+from lora_dae.vqa.judges import PROMPT_VERSION, Judge, JudgeFailedError, JudgeRefusedError, prompt
 from lora_dae.vqa.parse import Parsed, parse_answer, parse_score
 
-GIVE_UP_AFTER = 5  # failures in a row: the endpoint is down
+GIVE_UP_AFTER = 5  # failures in a row: the endpoint is down; prompts refused, and no answer yet: it refuses all
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,24 @@ class Task:
 
 @dataclass(frozen=True)
 class Answer:
-    """``raw`` is None when the judge failed on this question: unanswered, which is not the same as unreadable."""
+    """``raw`` is None when the judge failed on this question: unanswered, which is not the same as unreadable.
+
+    ``why`` then says how it failed.
+    """
 
     task: Task
     raw: str | None
     parsed: Parsed
+    why: str | None = None
+
+
+@dataclass
+class _Failures:
+    """``why`` by question; ``in_a_row``: without a word of the judge; ``refused``: prompts with a refused request."""
+
+    why: dict[int, str] = field(default_factory=dict)
+    in_a_row: int = 0
+    refused: set[int] = field(default_factory=set)
 
 
 def ask_all(
@@ -41,8 +54,9 @@ def ask_all(
 ) -> list[Answer]:
     """Answers to all tasks that the judge takes, in their order; what the cache holds is not asked again.
 
-    A question that fails after the judge's retries is left unanswered. Raises ConfigError when the judge is down (5
-    failures in a row), refuses, or reaches its limits; everything answered until then is in the cache.
+    A question that is refused, or fails after the judge's retries, is left unanswered. Raises ConfigError when the
+    judge is down (5 failures in a row), refuses everything (questions of 5 prompts, none answered), or reaches its
+    limits; everything answered until then is in the cache.
     """
     tasks = [t for t in tasks if judge.takes(t.question)]
     hashes: dict[int, str] = {id(image): "" for t in tasks for image in t.images}
@@ -56,7 +70,7 @@ def ask_all(
     todo = [k for k, raw in enumerate(raws) if raw is None and first[keys[k]] == k]
     for _ in range(len(tasks) - len(todo)):
         _told(on_answer)
-    failed: list[str] = []  # in a row, until the next answer
+    failures = _Failures()
 
     def one(k: int) -> str:
         raw = judge.ask(tasks[k].images, tasks[k].question).raw
@@ -70,15 +84,18 @@ def ask_all(
         for k in waiting:
             running[pool.submit(one, k)] = k
             while len(running) >= judge.concurrency:
-                _collect(running, raws, failed, on_answer)
+                _collect(running, tasks, raws, failures, on_answer)
         while running:
-            _collect(running, raws, failed, on_answer)
+            _collect(running, tasks, raws, failures, on_answer)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-    if failed and all(raw is None for raw in raws):
-        raise ConfigError(f"{failed[-1]} (None of its {len(tasks)} questions was answered.)")
-    raws = [raws[first[key]] for key in keys]
-    return [Answer(t, raw, _parsed(raw, t.question)) for t, raw in zip(tasks, raws, strict=True)]
+    if failures.why and all(raw is None for raw in raws):
+        raise ConfigError(f"{list(failures.why.values())[-1]} (None of its {len(tasks)} questions was answered.)")
+    asked = [first[key] for key in keys]
+    return [
+        Answer(t, raws[k], _parsed(raws[k], t.question), failures.why.get(k))
+        for t, k in zip(tasks, asked, strict=True)
+    ]
 
 
 def _parsed(raw: str | None, question: Question) -> Parsed:
@@ -88,19 +105,29 @@ def _parsed(raw: str | None, question: Question) -> Parsed:
 
 
 def _collect(
-    running: dict[Future[str], int], raws: list[str | None], failed: list[str], on_answer: Callable[[], None] | None
+    running: dict[Future[str], int],
+    tasks: Sequence[Task],
+    raws: list[str | None],
+    failures: _Failures,
+    on_answer: Callable[[], None] | None,
 ) -> None:
-    """Take finished answers; ConfigError when the judge failed too often in a row."""
+    """Take finished answers; ConfigError when the judge failed too often in a row, or refuses whatever it is asked."""
     done, _ = wait(running, return_when=FIRST_COMPLETED)
     for future in done:
         k = running.pop(future)
         try:
             raws[k] = future.result()
-            failed.clear()
+            failures.in_a_row = 0
+        except JudgeRefusedError as error:
+            failures.why[k], failures.in_a_row = str(error), 0
+            failures.refused.add(tasks[k].item)  # a filter that stops one picture stops all questions about it
+            if len(failures.refused) >= GIVE_UP_AFTER and all(raw is None for raw in raws):
+                raise ConfigError(f"{error} (So it did for {GIVE_UP_AFTER} prompts, and answered none.)") from error
         except JudgeFailedError as error:
-            failed.append(str(error))
-            if len(failed) >= GIVE_UP_AFTER:
-                raise ConfigError(f"{error} ({len(failed)} questions in a row; earlier answers are kept.)") from error
+            failures.why[k] = str(error)
+            failures.in_a_row += 1
+            if failures.in_a_row >= GIVE_UP_AFTER:
+                raise ConfigError(f"{error} ({GIVE_UP_AFTER} questions in a row; earlier answers are kept.)") from error
         _told(on_answer)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from lora_dae.config import ConfigError
 from lora_dae.vqa.bank import Question
-from lora_dae.vqa.judges import JudgeConfig, JudgeFailedError, Reply, enlarged, prompt, score_reply
+from lora_dae.vqa.judges import JudgeConfig, JudgeFailedError, JudgeRefusedError, Reply, enlarged, prompt, score_reply
 from lora_dae.vqa.parse import answer_schema
 
 TOP_LOGPROBS = 20  # the most that the protocol gives
@@ -71,12 +71,13 @@ class EndpointJudge:
         errors = self._openai
         try:
             reply = self._streamed(request) if self.cfg.stream and not score else self._whole(request)
-        except (errors.AuthenticationError, errors.PermissionDeniedError) as error:
+        except errors.AuthenticationError as error:
             raise ConfigError(self._say("refuses the key", error, f"check {self.cfg.api_key_env}")) from None
         except errors.NotFoundError as error:
             raise ConfigError(self._say("does not know the model", error, "check model and base_url")) from None
-        except (errors.BadRequestError, errors.UnprocessableEntityError) as error:
-            raise ConfigError(self._say("refuses the request", error, "json_schema=false may help")) from None
+        except (errors.BadRequestError, errors.UnprocessableEntityError, errors.PermissionDeniedError) as error:
+            # 400, 422 and 403: what cannot be served at all looks like what a content filter stops.
+            raise JudgeRefusedError(self._say("refuses the request", error, "json_schema=false may help")) from None
         except ConfigError:
             raise
         except (errors.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON

@@ -54,10 +54,15 @@ class JudgeFailedError(Exception):
     """One question got no answer, after all retries; others may."""
 
 
+class JudgeRefusedError(JudgeFailedError):
+    """The judge is there and refuses this very request, as content filters do."""
+
+
 class Judge(Protocol):
     """``key`` identifies in the cache whatever changes answers; ``ask`` is called from ``concurrency`` threads.
 
-    ``ask`` raises JudgeFailedError for this question, ConfigError when no question can be answered.
+    ``ask`` raises JudgeFailedError for this question (JudgeRefusedError where the judge itself is well), ConfigError
+    when no question can be answered.
     """
 
     name: str

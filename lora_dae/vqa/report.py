@@ -43,7 +43,8 @@ def write_markdown(result: dict[str, Any]) -> str:
 def _reading(reading: dict[str, Any]) -> str:
     return (
         f"{reading['questions']} questions: {reading['strict']:.1%} read strictly, {reading['tolerant']:.1%} "
-        f"tolerantly, parse failures {reading['parse_failures']:.1%}, unanswered {reading['unanswered']:.1%}."
+        f"tolerantly, missing {reading['parse_failures'] + reading['unanswered']:.1%} (parse failures "
+        f"{reading['parse_failures']:.1%}, unanswered {reading['unanswered']:.1%})."
     )
 
 

@@ -178,5 +178,6 @@ def _write(
                     "judge": judge, "prompt": a.task.item, "methods": a.task.methods, "question": a.task.question.id,
                     "text": a.task.question.text, "right": a.task.question.right, "answer": a.parsed.answer,
                     "read": a.parsed.how if a.raw is not None else "unanswered", "raw": a.raw,
+                    "why": a.why,
                 }  # fmt: skip
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
