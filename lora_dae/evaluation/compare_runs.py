@@ -110,7 +110,7 @@ def compare_runs(request: CompareRequest, cfg: EvaluationConfig, console: Consol
                 held_out, real, training, backbone, extractor, extras, classifier, cfg.bootstrap, request.seed, pattern
             )
     seeds = sorted({item.seed for item in sets.items if item.seed is not None})
-    curves = size_curves(seen, real.features, extractors, request.seed)
+    curves = size_curves(seen, methods, real.features, extractors, request.seed)
     protocol = Protocol(
         num_generated=len(held_out.pairs),
         num_reference=len(real),
@@ -130,7 +130,7 @@ def compare_runs(request: CompareRequest, cfg: EvaluationConfig, console: Consol
         files="PNG",
         warnings=[*([leaked] if leaked else []), *size_warnings(len(held_out.pairs), len(real), len(seeds))],
     )
-    protocol.not_available.update(add_infinity(methods, curves))
+    add_infinity(methods, curves, protocol)
     table = ResultsTable(methods, protocol, references, curves)
     console.print(table.rich())  # first: whatever becomes of the files, the numbers are there
     on_garment = any(observed.on_garment for observed in seen.values())

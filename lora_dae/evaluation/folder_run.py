@@ -116,8 +116,8 @@ def evaluate_folder(request: FolderRequest, cfg: EvaluationConfig, console: Cons
         request, cfg, images, reference, [*warnings, *size_warnings(len(images), len(reference), 0)],
         extras.definitions, extras.not_available,
     )  # fmt: skip
-    curves = size_curves({name: seen}, real.features, extractors, request.seed)
-    protocol.not_available.update(add_infinity(methods, curves))
+    curves = size_curves({name: seen}, methods, real.features, extractors, request.seed)
+    add_infinity(methods, curves, protocol)
     table = ResultsTable(methods, protocol, references, curves)
     console.print(table.rich())  # first: whatever becomes of the files, the numbers are there
     spectra = {name: seen.power.spectrum(), **{row: other.power.spectrum() for row, (other, _) in others.items()}}

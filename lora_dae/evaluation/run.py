@@ -141,8 +141,9 @@ def measure_rows(
     if FROZEN in methods:  # it saw no source: nothing that compares with the real photo of the same pair applies
         comparable = methods[row_name(0.0)]
         methods[FROZEN] = {k: v for k, v in methods[FROZEN].items() if k in comparable}
-    curves = size_curves({name: seen[name] for name in order}, real.features, (extractor, *extras.more), cfg.seed)
-    protocol.not_available.update(add_infinity(methods, curves))
+    in_order = {name: seen[name] for name in order}
+    curves = size_curves(in_order, methods, real.features, (extractor, *extras.more), cfg.seed)
+    add_infinity(methods, curves, protocol)
     return ResultsTable({name: methods[name] for name in order}, protocol, references, curves), real, seen
 
 

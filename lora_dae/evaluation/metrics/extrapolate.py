@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,14 +33,15 @@ class SizeCurve:
         return cls(**{**values, "infinity": None if infinity is None else tuple(infinity)})
 
 
-def frechet_against_size(x: Tensor, y: Tensor, seed: int = 0) -> SizeCurve:
+def frechet_against_size(x: Tensor, y: Tensor, seed: int = 0, half_width: float = 0.0) -> SizeCurve:
     """Frechet distances of random subsets of features x (N, d) against all of y (M, d), from N / 4 to N images.
 
     The bias of the distance is about c / N, so a line in 1 / N ends at the distance of infinitely many generated
     images (FID_inf: Chong and Forsyth 2020, section 4; they start at 5000 images, here N / 4). The reference set stays
-    as it is, so what M real images cost is still in it. The interval is that of the line's intercept (Student, 95 %).
-    Not valid while the smallest subset has fewer images than features: its covariance has no full rank, and the line is
-    none. Empty below 64 images.
+    as it is, so what M real images cost is still in it. The 95 % interval is that of the line's intercept (Student; how far
+    the subsets scatter), widened by ``half_width``, that of the distance of all N images: all subsets come from the
+    same ones, and the line knows nothing of others. Not valid while the smallest subset has fewer images than features:
+    its covariance has no full rank, and the line is none. Empty below 64 images.
     """
     n, d = x.shape
     if n // 4 < LEAST:
@@ -53,6 +55,6 @@ def frechet_against_size(x: Tensor, y: Tensor, seed: int = 0) -> SizeCurve:
     if n // 4 < d:
         return SizeCurve(sizes, values, None, f"needs {4 * d} images for {d} features")
     fit = stats.linregress(1 / np.array(sizes), values)
-    half = float(stats.t.ppf(0.975, POINTS - 2) * fit.intercept_stderr)
+    half = math.hypot(stats.t.ppf(0.975, POINTS - 2) * fit.intercept_stderr, half_width)
     value = float(fit.intercept)
     return SizeCurve(sizes, values, (value, value - half, value + half), None)
