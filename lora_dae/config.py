@@ -225,6 +225,7 @@ class TrackingConfig:
     tags: list[str] = field(default_factory=list)
     sample_every_n_steps: int = 200
     num_grid_prompts: int = 6
+    distance_every_n_steps: int = 0  # fd_effnet, kd_effnet of evaluation.num_samples validation prompts; 0 = off
 
 
 @dataclass

@@ -103,8 +103,8 @@ class CleanInterrupt(Callback):
             self._previous = None
 
 
-class SampleGrid(Callback):
-    """Draws the fixed prompts every so many steps, on the averaged weights; every process calls ``draw``."""
+class Drawing(Callback):
+    """Draws the validation prompts every so many steps, on the averaged weights; every process calls ``draw``."""
 
     def __init__(self, every_n_steps: int, draw: Callable[[int], None]) -> None:
         self.every_n_steps, self.draw = every_n_steps, draw

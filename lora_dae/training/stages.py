@@ -38,6 +38,7 @@ from lora_dae.sampling.load import ENHANCEMENT_FILE, prepare_unet
 from lora_dae.training import callbacks, together, tracking
 from lora_dae.training.calibrate import PAIRS, calibrate_gain
 from lora_dae.training.compact import CompactState
+from lora_dae.training.distance import PhotoDistance
 from lora_dae.training.ema import EMACallback
 from lora_dae.training.module import LoraDae, NonFiniteLossError
 from lora_dae.training.prior import Prior
@@ -197,7 +198,9 @@ class Training:
             callbacks.Throughput(data.batch_size), callbacks.StepProgress(stage), *self.extra_callbacks,
         ]  # fmt: skip
         if stage == "adapter" and cfg.tracking.sample_every_n_steps > 0:
-            extra.append(callbacks.SampleGrid(cfg.tracking.sample_every_n_steps, lambda step: self._grid(ema, step)))
+            extra.append(callbacks.Drawing(cfg.tracking.sample_every_n_steps, lambda step: self._grid(ema, step)))
+        if stage == "adapter" and cfg.tracking.distance_every_n_steps > 0:
+            extra.append(callbacks.Drawing(cfg.tracking.distance_every_n_steps, self._distance(ema)))
         self.module.prior = None
         if stage == "adapter" and cfg.objective.prior_weight > 0:
             bf16 = self.precision.startswith("bf16")
@@ -245,14 +248,32 @@ class Training:
         return [c if self.words is None else self.words.prompt(c) for c in held_out.captions]
 
     @torch.no_grad()
-    def _grid(self, ema: EMACallback, step: int) -> None:
-        """The fixed validation prompts on the averaged weights, as they stand now; each process draws its share."""
-        cfg = self.cfg
-        held_out = HeldOut.take(self.splits["val"], cfg.tracking.num_grid_prompts, cfg.conditioning)
+    def _drawn(self, ema: EMACallback, held_out: HeldOut) -> np.ndarray:
+        """This process's share of the prompts, drawn on the averaged weights as they stand now; uint8 (n, H, W, 3)."""
         drawer, captions = self._drawer(), self._prompts(held_out)
         own, sources = list(together.share(len(held_out.pairs))), held_out.sources
         with ema.swapped(self.module):
-            drawn = drawer.images([captions[i] for i in own], None if sources is None else sources[own], indices=own)
+            return drawer.images([captions[i] for i in own], None if sources is None else sources[own], indices=own)
+
+    def _distance(self, ema: EMACallback) -> Callable[[int], None]:
+        """What logs how far drawn validation prompts are from their photos; whose features are taken now."""
+        cfg = self.cfg
+        count = max(cfg.evaluation.num_samples, self.processes)  # each process needs one
+        held_out = HeldOut.take(self.splits["val"], count, cfg.conditioning)
+        photos = [pair.image for pair in held_out.pairs]
+        distance = PhotoDistance(photos, cfg.evaluation.features, self.device, held_out.sources is not None)
+
+        def log(step: int) -> None:
+            found = distance(list(self._drawn(ema, held_out)))
+            tracking.log_metrics(self.loggers, {f"val/{name}": value for name, value in found.items()}, step)
+
+        return log
+
+    def _grid(self, ema: EMACallback, step: int) -> None:
+        """A picture of the fixed validation prompts; each process draws its share."""
+        cfg = self.cfg
+        held_out = HeldOut.take(self.splits["val"], cfg.tracking.num_grid_prompts, cfg.conditioning)
+        drawn = self._drawn(ema, held_out)
         images = together.collect(torch.from_numpy(drawn).to(self.device), len(held_out.pairs)).cpu().numpy()
         if self.rank != 0:
             return

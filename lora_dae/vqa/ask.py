@@ -93,8 +93,7 @@ def ask_all(
         raise ConfigError(f"{list(failures.why.values())[-1]} (None of its {len(tasks)} questions was answered.)")
     asked = [first[key] for key in keys]
     return [
-        Answer(t, raws[k], _parsed(raws[k], t.question), failures.why.get(k))
-        for t, k in zip(tasks, asked, strict=True)
+        Answer(t, raws[k], _parsed(raws[k], t.question), failures.why.get(k)) for t, k in zip(tasks, asked, strict=True)
     ]
 
 

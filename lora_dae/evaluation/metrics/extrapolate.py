@@ -38,8 +38,8 @@ def frechet_against_size(x: Tensor, y: Tensor, seed: int = 0, half_width: float 
 
     The bias of the distance is about c / N, so a line in 1 / N ends at the distance of infinitely many generated
     images (FID_inf: Chong and Forsyth 2020, section 4; they start at 5000 images, here N / 4). The reference set stays
-    as it is, so what M real images cost is still in it. The 95 % interval is that of the line's intercept (Student; how far
-    the subsets scatter), widened by ``half_width``, that of the distance of all N images: all subsets come from the
+    as it is, so what M real images cost is still in it. The 95 % interval is that of the line's intercept (Student; how
+    far the subsets scatter), widened by ``half_width``, that of the distance of all N images: all subsets come from the
     same ones, and the line knows nothing of others. Not valid while the smallest subset has fewer images than features:
     its covariance has no full rank, and the line is none. Empty below 64 images.
     """
