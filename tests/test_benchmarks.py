@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks import compare, steps
+from benchmarks import compare, evaluation, steps
 from lora_dae.backbone.load import load_backbone
 from lora_dae.config import BackboneConfig
 
@@ -58,3 +58,15 @@ def test_the_command_writes_ratios_and_compare_knows_what_is_noise(
     monkeypatch.setattr(sys, "argv", ["compare", str(file), str(other)])
     with pytest.raises(SystemExit, match="like with like"):
         compare.main()
+
+
+def test_the_evaluations_benchmark_compares_the_folders_way_with_the_bare_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "evaluation.json"
+    words = ["--images", "5", "--size", "32", "--repeats", "1", "--output", str(file)]
+    monkeypatch.setattr(sys, "argv", ["evaluation", *words])
+    evaluation.main()
+    found = json.loads(file.read_text())
+    assert found["bare_images_per_second"] > 0 and found["folder_of_bare"] > 0 and found["everything_of_bare"] > 0
+    assert found["memory_kB_per_image"] >= 0  # a peak does not fall

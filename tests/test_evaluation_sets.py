@@ -25,6 +25,7 @@ from lora_dae.config import ConfigError
 from lora_dae.evaluation.metrics import distances, grouped
 from lora_dae.evaluation.metrics.extrapolate import frechet_against_size
 from lora_dae.evaluation.metrics.features import FeatureExtractor, Features
+from lora_dae.evaluation.metrics.measure import build_reference, evaluate_images
 from lora_dae.evaluation.metrics.networks import CleanFid, ClipEmbeddings, DinoV2
 from lora_dae.evaluation.metrics.observe import Observed
 from lora_dae.evaluation.metrics.sizes import add_infinity, size_curves
@@ -233,6 +234,19 @@ def test_weights_that_cannot_be_had_are_one_sentence(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_distances_are_the_numbers_that_clean_fid_gave() -> None:
+    """fid_from_feats and kernel_distance of clean-fid 0.1.35 (scipy 1.17) on these features."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.normal(size=(50, 12)) * np.linspace(0.5, 2, 12) + 0.3)
+    y = torch.from_numpy(rng.normal(size=(50, 12)))
+    assert x[0, 0].item() == pytest.approx(0.36286511, abs=1e-8)  # the features that it was given
+    assert distances.frechet_from_features(x, y) == pytest.approx(6.914969349120739, rel=1e-6)
+    assert distances.kernel_distance(x, y) == pytest.approx(1.1242194237432925, rel=1e-6)
+    groups = grouped.groups_of(50, 0)
+    large = grouped.grouped_mmd(x, y, groups, groups, distances.polynomial_kernel, skip_same=True)[0]
+    assert large == pytest.approx(1.1242194237432925, rel=1e-6)
+
+
 def test_fid_and_kid_are_clean_fids(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own functions on features of its own resize, with a small network in place of the downloaded one."""
     pytest.importorskip("torchvision", reason="torchvision is not installed: pip install 'lora-dae[fid]'")
@@ -258,4 +272,7 @@ def test_fid_and_kid_are_clean_fids(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distances.frechet_from_features(x, y) == pytest.approx(fid.fid_from_feats(*theirs), rel=1e-3)
     # Subsets as large as the sets: clean-fid's random draws are then always all images.
     assert distances.kernel_distance(x, y) == pytest.approx(fid.kernel_distance(*theirs, num_subsets=2), rel=1e-4)
-    assert extractor.names == {"fd": "fid", "kd": "kid"}
+    # The whole way, as evaluate.py goes it, under the published names.
+    numbers = evaluate_images(a, build_reference(b, None, extractor), extractor, bootstrap=0)
+    assert numbers["fid"].value == pytest.approx(fid.fid_from_feats(*theirs), rel=1e-3)
+    assert numbers["kid"].value == pytest.approx(fid.kernel_distance(*theirs, num_subsets=2), rel=1e-3)

@@ -6,6 +6,7 @@ None of them is needed: whatever cannot be loaded is a ConfigError, which the ev
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,8 @@ class CleanFid(PooledFeatures):
         self.register_buffer("where", torch.zeros(0, device=device))
 
     def features(self, images: Tensor) -> Tensor:
-        resized = [self.resize(image) for image in _as_uint8(images)]
+        with ThreadPoolExecutor() as pool:  # Pillow lets other threads run while it resizes
+            resized = list(pool.map(self.resize, _as_uint8(images)))
         batch = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2)
         return self.network(batch.to(images.device)).float()
 
