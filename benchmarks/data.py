@@ -34,7 +34,8 @@ from benchmarks.timing import console, interleaved, show
 from lora_dae.backbone.layout import CONFIGS
 from lora_dae.backbone.load import load_backbone
 from lora_dae.config import BackboneConfig, DataConfig
-from lora_dae.data.cache import EncodeImages, EncodeText, LatentCache, build_cache, decoded
+from lora_dae.data.cache import EncodeText, LatentCache, build_cache
+from lora_dae.data.encode import EncodeImages, decoded
 from lora_dae.data.photos import PhotoPairs
 from lora_dae.data.sampler import StepBatchSampler
 from lora_dae.data.sources import load_photos
@@ -46,7 +47,7 @@ WORKERS: dict[str, Any] = {"num_workers": os.cpu_count() or 1, "persistent_worke
 
 def ours(pairs: PhotoPairs, count: int) -> None:
     batches = [range(k, k + BATCH_SIZE) for k in range(0, count - BATCH_SIZE + 1, BATCH_SIZE)]
-    for batch in decoded(lambda i: pairs[i].image, batches):
+    for _, batch in decoded(lambda i: pairs[i].image, batches):
         torch.from_numpy(batch).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 

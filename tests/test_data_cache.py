@@ -15,6 +15,7 @@ from lora_dae.config import ConfigError
 from lora_dae.data.cache import LatentCache, LivePairs, build_cache
 from lora_dae.data.pair import Lazy, Pair, replace_pixels
 from lora_dae.data.sampler import Announced, StepBatchSampler
+from lora_dae.data.store import CHUNK
 
 CAPTIONS = ["a dress", "a hat", "a dress", ""]
 
@@ -131,6 +132,37 @@ def test_the_next_batch_is_read_while_this_one_trains() -> None:
     assert [n for n in loaded if n in second] == loaded[:4]  # not once more
 
 
+def test_the_next_chunk_is_decoded_while_the_last_batch_of_this_one_is_encoded(tmp_path: Path) -> None:
+    begun = threading.Event()
+
+    class Watched(Pairs):
+        def __getitem__(self, index: int) -> Pair:
+            pair = super().__getitem__(index)
+
+            def load() -> np.ndarray:
+                if index == CHUNK:
+                    begun.set()
+                return image
+
+            image = pair.image
+            return replace_pixels(pair, image=Lazy(load, image.shape, str(index)))
+
+    class Waits(Encoders):
+        waited = True
+
+        def encode_images(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
+            if self.images + len(images) == CHUNK:
+                self.waited = begun.wait(30)
+            return super().encode_images(images)
+
+    encoders = Waits()
+    cache = build(Watched(count=CHUNK + 9), tmp_path, encoders)
+    assert encoders.waited and encoders.images == CHUNK + 9
+    photos = np.stack([Pairs()[index].image for index in (0, CHUNK - 1, CHUNK, CHUNK + 8)])
+    got = cache.__getitems__([0, CHUNK - 1, CHUNK, CHUNK + 8])["latent_mean"]
+    torch.testing.assert_close(got, encoders.encode_images(photos)[0], atol=0, rtol=1e-3)
+
+
 def test_a_deterministic_vae_needs_no_deviation_on_disk(tmp_path: Path) -> None:
     cache = build(Pairs(), tmp_path, Encoders(deviation=0.0))
     assert not list(tmp_path.rglob("*.std.npy")) and not cache[0]["latent_std"].any()
@@ -215,6 +247,18 @@ def test_latents_that_are_not_finite_are_named(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="latents of the image of 37 are not finite"):
         build(Pairs(), tmp_path, Overflows())
+
+
+def test_the_photo_that_is_named_is_the_right_one_where_others_are_there_already(tmp_path: Path) -> None:
+    class Overflows(Encoders):
+        def encode_images(self, images: np.ndarray) -> tuple[Tensor, Tensor]:
+            mean, std = super().encode_images(images)
+            mean[1] = 1e6
+            return mean, std
+
+    build(Pairs(), tmp_path, Encoders())
+    with pytest.raises(ConfigError, match="latents of the image of 30 are not finite"):
+        build(Pairs(edited=(3, 30)), tmp_path, Overflows())
 
 
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:

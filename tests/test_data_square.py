@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from lora_dae.data.decode import upright_rgb
-from lora_dae.data.square import fit_mask, fit_square, has_plain_backdrop, kept_box, resample
+from lora_dae.data.square import fill, fit_mask, fit_square, has_plain_backdrop, kept_box, median_color, resample
 
 
 def plain_portrait() -> Image.Image:
@@ -25,6 +25,24 @@ def busy(size: tuple[int, int]) -> Image.Image:
 def test_plain_backdrops_are_told_from_busy_ones() -> None:
     assert has_plain_backdrop(plain_portrait())
     assert not has_plain_backdrop(busy((30, 60)))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 768])
+def test_the_median_color_is_numpys(count: int) -> None:
+    pixels = np.random.default_rng(count).integers(0, 256, (count, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(median_color(pixels), np.median(pixels, axis=0))
+
+
+@pytest.mark.parametrize(("size", "missing"), [((7, 4), 3), ((4, 7), 3), ((8, 2), 6)])
+def test_what_is_missing_is_shared_out_to_both_sides(size: tuple[int, int], missing: int) -> None:
+    """An odd line goes to the lower or right side; whole lines of the edge's median color on either."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    square = fill(pixels, (max(size), max(size)))
+    lines, photo = (square, pixels) if size[0] < size[1] else (square.transpose(1, 0, 2), pixels.transpose(1, 0, 2))
+    first, last = missing // 2, missing - missing // 2
+    np.testing.assert_array_equal(lines[first:-last], photo)
+    assert (lines[:first] == np.median(photo[0], axis=0).round()).all()
+    assert (lines[-last:] == np.median(photo[-1], axis=0).round()).all()
 
 
 def test_padding_continues_a_plain_backdrop_and_keeps_the_whole_photo() -> None:

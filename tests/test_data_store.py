@@ -5,8 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,11 +27,12 @@ def value(key: str) -> np.ndarray:
 def fill(directory: Path, log: Path, pause: float = 0.0, keys: list[str] = KEYS) -> RowStore:
     """Fills a store and writes down what it had to make."""
 
-    def make(positions: list[int]) -> dict[str, np.ndarray]:
-        with log.open("a") as file:
-            file.write("".join(f"{keys[p]}\n" for p in positions))
-        time.sleep(pause)
-        return {"mean": np.stack([value(keys[p]) for p in positions])}
+    def make(chunks: Iterator[list[int]]) -> Iterator[dict[str, np.ndarray]]:
+        for positions in chunks:
+            with log.open("a") as file:
+                file.write("".join(f"{keys[p]}\n" for p in positions))
+            time.sleep(pause)
+            yield {"mean": np.stack([value(keys[p]) for p in positions])}
 
     store = RowStore(directory)
     store.fill(keys, make)
@@ -61,6 +65,54 @@ def test_processes_share_the_work_and_make_nothing_twice(tmp_path: Path) -> None
     check(RowStore(tmp_path / "store"))
 
 
+class Held(RowStore):
+    """Writes its first chunk when it is let."""
+
+    def __init__(self, directory: Path | None) -> None:
+        super().__init__(directory)
+        self.go, self.waited = threading.Event(), True
+
+    def _write(self, *arguments: Any) -> None:
+        self.waited = self.go.wait(30) and self.waited
+        super()._write(*arguments)
+
+
+@pytest.mark.parametrize("kept", ["disk", "memory"])
+def test_a_chunk_is_written_while_the_next_is_made(tmp_path: Path, kept: str) -> None:
+    store = Held(tmp_path / "store" if kept == "disk" else None)
+
+    def make(chunks: Iterator[list[int]]) -> Iterator[dict[str, np.ndarray]]:
+        for number, chunk in enumerate(chunks):
+            if number == 1:
+                store.go.set()
+            yield {"mean": np.stack([value(KEYS[p]) for p in chunk])}
+
+    store.fill(KEYS, make)
+    assert store.waited
+    check(store)
+
+
+def test_a_full_disk_stops_the_work_and_leaves_no_lock(tmp_path: Path) -> None:
+    """One chunk later at most; others can go on at once."""
+
+    class Full(RowStore):
+        def _write(self, *_: Any) -> None:
+            raise ConfigError("cannot write to the cache folder")
+
+    made = 0
+
+    def make(chunks: Iterator[list[int]]) -> Iterator[dict[str, np.ndarray]]:
+        nonlocal made
+        for chunk in chunks:
+            made += 1
+            yield {"mean": np.stack([value(KEYS[p]) for p in chunk])}
+
+    with pytest.raises(ConfigError, match="cannot write"):
+        Full(tmp_path / "store").fill(KEYS, make)
+    assert made <= 2
+    check(fill(tmp_path / "store", tmp_path / "log"))
+
+
 def test_a_killed_process_loses_one_chunk_and_holds_nobody_up(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     worker = context.Process(target=fill, args=(tmp_path / "store", tmp_path / "log", 0.5))
@@ -87,7 +139,7 @@ def test_places_stay_valid_when_rows_are_added(tmp_path: Path) -> None:
         store = RowStore(directory)
 
         def add(keys: list[str], store: RowStore = store) -> None:
-            store.fill(keys, lambda positions: {"mean": np.stack([value(keys[p]) for p in positions])})
+            store.fill(keys, lambda chunks: ({"mean": np.stack([value(keys[p]) for p in chunk])} for chunk in chunks))
 
         add(KEYS[:20])
         places = store.locate(KEYS[:20])
@@ -109,7 +161,8 @@ def test_damage_is_found_when_the_row_is_read(tmp_path: Path) -> None:
 
 def test_arrays_of_zeros_are_not_kept(tmp_path: Path) -> None:
     store = RowStore(tmp_path)
-    store.fill(["a", "b"], lambda p: {"mean": np.ones((2, 4), np.float16), "std": np.zeros((2, 4), np.float16)})
+    arrays = {"mean": np.ones((2, 4), np.float16), "std": np.zeros((2, 4), np.float16)}
+    store.fill(["a", "b"], lambda chunks: (arrays for _ in chunks))
     assert not list(tmp_path.glob("*.std.npy"))
     assert store.read("std", store.locate(["b", "a"])).tolist() == [[0.0] * 4] * 2
 
@@ -118,7 +171,7 @@ def test_the_index_is_small(tmp_path: Path) -> None:
     """The index of many rows is arrays, not objects: about 50 bytes a row."""
     store = RowStore(None)
     keys = [f"key {n}" for n in range(20_000)]
-    store.fill(keys, lambda p: {"mean": np.ones((len(p), 1), np.float16)})
+    store.fill(keys, lambda chunks: ({"mean": np.ones((len(chunk), 1), np.float16)} for chunk in chunks))
     held = sum(a.nbytes for a in (store._high, store._low, store._places, *store._indices, *store._verified))
     assert held <= 50 * len(keys)
     assert (store.locate(keys) >= 0).all() and store.locate(["no"]).tolist() == [-1]

@@ -14,7 +14,6 @@ draw anew. ``store.py`` has the files.
 from __future__ import annotations
 
 import hashlib
-import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +21,6 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from rich.progress import Progress
@@ -30,14 +28,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lora_dae.config import ConfigError
+from lora_dae.data.encode import BATCH_SIZE, DECODERS, EncodeImages, Maker, half, shrink_masks
 from lora_dae.data.pair import Pair, PairDataset
 from lora_dae.data.store import DTYPE, Arrays, RowStore
 
 FORMAT = 2  # raise it when the meaning of the rows changes
-BATCH_SIZE = 32
-DECODERS = min(max(os.cpu_count() or 1, 4), 16)  # threads: Pillow and OpenCV work without Python's lock
 
-EncodeImages = Callable[[np.ndarray], tuple[Tensor, Tensor]]
 EncodeText = Callable[[list[str]], Tensor]
 
 
@@ -249,7 +245,7 @@ def build_cache(
             for mirrored, part in product(turns, parts):
                 rows = [i for i in indices if not mirrored or records[i].mirror]
                 keys = [records[i].keys[part][mirrored] for i in rows]
-                maker = _Maker(dataset, rows, part, mirrored, encode_images, latent_size)
+                maker = Maker(dataset, rows, part, mirrored, encode_images, latent_size)
                 target = kept_masks if part == "mask" and kept_masks is not None else images
                 target.fill(keys, maker, lambda n: progress.advance(task, n))
                 if latent_size is None:
@@ -257,70 +253,13 @@ def build_cache(
                     latent_size = height, width
     captions = list(dict.fromkeys(["", *(caption for record in records for caption in record.captions)]))
 
-    def embed(positions: list[int]) -> Arrays:
-        batches = [positions[i : i + BATCH_SIZE] for i in range(0, len(positions), BATCH_SIZE)]
-        return {"text": _half(torch.cat([encode_text([captions[p] for p in batch]) for batch in batches]))}
+    def embed(chunks: Iterator[list[int]]) -> Iterator[Arrays]:
+        for chunk in chunks:
+            batches = [chunk[i : i + BATCH_SIZE] for i in range(0, len(chunk), BATCH_SIZE)]
+            yield {"text": half(torch.cat([encode_text([captions[p] for p in batch]) for batch in batches]))}
 
     texts.fill(captions, embed)
     return LatentCache(records, images, texts, kept_masks)
-
-
-def decoded(pixels: Callable[[int], np.ndarray], batches: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
-    """Each batch stacked, uint8 (N, H, W, 3); threads decode the next one while the caller works on the present one."""
-    if not batches:
-        return
-    with ThreadPoolExecutor(DECODERS) as pool:
-        coming = pool.map(pixels, batches[0])
-        for following in [*batches[1:], []]:
-            present = np.stack(list(coming))
-            coming = pool.map(pixels, following)
-            yield present
-
-
-class _Maker:
-    """Turns rows of one part into arrays."""
-
-    def __init__(
-        self,
-        dataset: PairDataset,
-        rows: list[int],
-        part: str,
-        mirrored: bool,
-        encode_images: EncodeImages,
-        latent_size: tuple[int, int] | None,
-    ) -> None:
-        self.dataset, self.rows, self.part, self.mirrored = dataset, rows, part, mirrored
-        self.encode_images, self.latent_size = encode_images, latent_size
-
-    def __call__(self, positions: list[int]) -> Arrays:
-        batches = [positions[start : start + BATCH_SIZE] for start in range(0, len(positions), BATCH_SIZE)]
-        pixels = decoded(self._pixels, batches)
-        made = [self._encode(some, batch[0]) for some, batch in zip(pixels, batches, strict=True)]
-        return {name: np.concatenate([arrays[name] for arrays in made]) for name in made[0]}
-
-    def _pixels(self, position: int) -> np.ndarray:
-        pair = self.dataset[self.rows[position]]
-        return np.ascontiguousarray(getattr(pair.mirrored() if self.mirrored else pair, self.part))
-
-    def _encode(self, pixels: np.ndarray, position: int) -> Arrays:
-        if self.part == "mask":
-            assert self.latent_size is not None
-            return {"mask": shrink_masks(pixels, self.latent_size)}
-        mean, std = self.encode_images(pixels)
-        arrays = {"mean": _half(mean), "std": _half(std)}
-        finite = np.isfinite(arrays["mean"]).reshape(len(pixels), -1).all(axis=1)
-        if not finite.all():
-            pair = self.dataset[self.rows[position + int(np.argmin(finite))]]
-            raise ConfigError(
-                f"the VAE's latents of the {self.part} of {pair.id} are not finite in half precision: look at that "
-                "photo, or use a backbone whose VAE has a sane scaling factor."
-            )
-        return arrays
-
-
-def _half(values: Tensor) -> np.ndarray:
-    with np.errstate(over="ignore"):  # said by the caller
-        return values.detach().float().cpu().numpy().astype(DTYPE)
 
 
 def _found(store: RowStore, keys: list[str], what: str) -> np.ndarray:
@@ -334,10 +273,3 @@ def _places(store: RowStore, records: list[_Record], part: str) -> np.ndarray:
     """(N, 2) int64: where each sample's row is, as it is and mirrored."""
     both = [key for record in records for key in record.keys[part]]
     return _found(store, both, f"{part}s").reshape(-1, 2)
-
-
-def shrink_masks(masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Masks, uint8 (N, H, W) of 0 and 255, as shares of covered area in [0, 1], float16 (N, 1, h, w)."""
-    height, width = size
-    shares = [cv2.resize(m.astype(np.float32) / 255, (width, height), interpolation=cv2.INTER_AREA) for m in masks]
-    return np.stack(shares)[:, None].astype(DTYPE)

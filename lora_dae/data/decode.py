@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageCms, ImageColor, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps
 
 from lora_dae.config import ConfigError
 
 # Above it Pillow itself speaks of a decompression bomb: a few kilobytes that unfold to gigabytes.
 MAX_PIXELS = 178_956_970
+ORIENTATION = ExifTags.Base.Orientation
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 Image.init()
 # Pillow opens more, and for some of that (EPS) it starts other programs.
@@ -82,7 +83,7 @@ def upright_size(photo: Image.Image) -> tuple[int, int]:
     """(width, height) after the turn that EXIF asks for; of a photo that ``decode`` can read."""
     if photo.format == "TIFF":
         photo.load()  # Pillow turns these itself, and their size says so from the start
-    quarter_turn = photo.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    quarter_turn = photo.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
     return (photo.height, photo.width) if quarter_turn else photo.size
 
 
@@ -91,7 +92,9 @@ def upright_rgb(photo: Image.Image, background: str = "white") -> Image.Image:
     if getattr(photo, "is_animated", False):
         photo.seek(0)
     profile = photo.info.get("icc_profile") if _foreign_profile(photo) else None
-    photo = ImageOps.exif_transpose(photo)
+    photo.load()
+    if photo.getexif().get(ORIENTATION, 1) != 1:
+        photo = ImageOps.exif_transpose(photo)
     if photo.mode in SIXTEEN_BIT:
         # Pillow's own conversion cuts off everything above 255.
         values = np.asarray(photo).astype(np.int64)
@@ -101,7 +104,9 @@ def upright_rgb(photo: Image.Image, background: str = "white") -> Image.Image:
     if photo.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in photo.info:
         photo = photo.convert("RGBA")
         photo = Image.alpha_composite(Image.new("RGBA", photo.size, background), photo)
-    return _to_srgb(photo, profile) if profile else photo.convert("RGB")
+    if profile:
+        return _to_srgb(photo, profile)
+    return photo if photo.mode == "RGB" else photo.convert("RGB")  # no copy of what is right already
 
 
 def check_background(color: str) -> None:

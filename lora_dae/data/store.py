@@ -14,7 +14,10 @@ import hashlib
 import os
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,7 +30,22 @@ CHUNK = 256  # rows a file: a multiple of the encoding batch
 OPEN_FILES = 256
 DTYPE = np.float16
 Arrays = dict[str, np.ndarray]
-Make = Callable[[list[int]], Arrays]
+# Gets the chunks that are free, each as positions in the keys, and gives the arrays of each. It may ask for the next
+# chunk before it has given the last, to have something to work on meanwhile.
+Make = Callable[[Iterator[list[int]]], Iterator[Arrays]]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """One that this process has taken; without a lock in memory."""
+
+    name: str
+    keys: list[str]
+    lock: FileLock | None
+
+    def release(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
 
 
 class RowStore:
@@ -52,7 +70,7 @@ class RowStore:
         self._refresh()
 
     def fill(self, keys: Sequence[str], make: Make, done: Callable[[int], None] = lambda rows: None) -> None:
-        """Makes the rows of ``keys`` that are missing: ``make`` gets positions in ``keys``, returns their arrays.
+        """Makes the rows of ``keys`` that are missing; what ``make`` has given is written while it makes the next.
 
         All rows that one call makes have the same shapes. ``done`` is told how many rows were just made or found.
         Raises ConfigError where the folder cannot be written to, and what ``make`` raises.
@@ -64,34 +82,67 @@ class RowStore:
         missing = sorted(first.values())
         pending = [missing[start : start + CHUNK] for start in range(0, len(missing), CHUNK)]
         while pending:
-            left = [chunk for chunk in pending if not self._take(chunk, [keys[p] for p in chunk], make, done)]
+            left = self._fill_free(pending, keys, make, done)
             if len(left) == len(pending):
                 time.sleep(0.1)  # others work on all that is left
             pending = left
         self._refresh()
 
-    def _take(self, positions: list[int], keys: list[str], make: Make, done: Callable[[int], None]) -> bool:
-        """Writes one chunk unless it is there; False if another process works on it."""
+    def _fill_free(
+        self, pending: list[list[int]], keys: Sequence[str], make: Make, done: Callable[[int], None]
+    ) -> list[list[int]]:
+        """Makes and writes what nobody else works on; the other chunks come back."""
+        left: list[list[int]] = []
+        taken: deque[_Chunk] = deque()
+
+        def free() -> Iterator[list[int]]:
+            for positions in pending:
+                chunk = self._take([keys[p] for p in positions])
+                if chunk is None:
+                    left.append(positions)
+                elif self.directory is not None and (self.directory / f"{chunk.name}.index.npy").is_file():
+                    chunk.release()
+                    done(len(positions))
+                else:
+                    taken.append(chunk)
+                    yield positions
+
+        def write(chunk: _Chunk, arrays: Arrays) -> None:
+            try:
+                self._write(chunk.name, chunk.keys, arrays)
+            finally:
+                chunk.release()
+            done(len(chunk.keys))
+
+        try:
+            with ThreadPoolExecutor(1) as writer:
+                writing: Future[None] | None = None
+                for arrays in make(free()):
+                    if writing is not None:
+                        writing.result()  # a full disk is known one chunk later, and no more than two are in memory
+                    writing = writer.submit(write, taken.popleft(), arrays)
+                if writing is not None:
+                    writing.result()
+        finally:
+            for chunk in taken:  # begun and given up
+                chunk.release()
+        return left
+
+    def _take(self, keys: list[str]) -> _Chunk | None:
+        """The chunk of ``keys``, locked; None if another process works on it."""
         name = hashlib.blake2b("\n".join(keys).encode(), digest_size=16).hexdigest()
         if self.directory is None:
-            self._write(name, keys, make(positions))
-            done(len(keys))
-            return True
-        # Few lock files for any number of chunks: two chunks of one lock merely wait for each other.
-        lock = FileLock(self.directory / "locks" / f"{name[:2]}.lock")
+            return _Chunk(name, keys, None)
+        # Few lock files for any number of chunks: two chunks of one lock merely wait for each other. Not bound to a
+        # thread, since the one that writes gives it back.
+        lock = FileLock(self.directory / "locks" / f"{name[:2]}.lock", thread_local=False)
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            return False
+            return None
         except OSError as error:
             raise _unwritable(self.directory, error) from error
-        try:
-            if not (self.directory / f"{name}.index.npy").is_file():
-                self._write(name, keys, make(positions))
-        finally:
-            lock.release()
-        done(len(keys))
-        return True
+        return _Chunk(name, keys, lock)
 
     def _write(self, name: str, keys: list[str], arrays: Arrays) -> None:
         arrays = {k: np.ascontiguousarray(v, DTYPE) for k, v in arrays.items() if v.any() or k == next(iter(arrays))}
