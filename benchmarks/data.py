@@ -114,7 +114,7 @@ def decode(photos: Path, work: Path, count: int, repeats: int) -> dict[str, floa
     for index in range(count):  # the very same files for all three
         file = Path(pairs.entries[index].image.name)
         shutil.copy(file, same / file.name)
-    functions: dict[str, Callable[[], None]] = {"ours": lambda: ours(pairs, count)}
+    functions: dict[str, Callable[[], object]] = {"ours": lambda: ours(pairs, count)}
     for name, make in (("torchvision", torchvision_loader), ("datasets", datasets_loader)):
         try:
             functions[name] = make(same.parent)
