@@ -230,7 +230,7 @@ class TrackingConfig:
 
 @dataclass
 class Config:
-    """One run. ``trainer`` takes lightning.Trainer's own argument names."""
+    """One run. ``trainer`` takes lightning.Trainer's own argument names, and ``early_stop_patience``."""
 
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)

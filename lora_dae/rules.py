@@ -141,6 +141,11 @@ def check(cfg: Config) -> None:
     interval = cfg.trainer.get("val_check_interval")
     if interval is not None and interval < 1:
         raise ConfigError(f"trainer.val_check_interval={interval} counts steps here: give a whole number from 1 on.")
+    patience = cfg.trainer.get("early_stop_patience")
+    if patience is not None and (not isinstance(patience, int) or patience < 1):
+        raise ConfigError(f"trainer.early_stop_patience={patience} counts validations: give 1 or more, or null.")
+    if patience is not None and cfg.trainer.get("limit_val_batches") == 0:
+        raise ConfigError("trainer.early_stop_patience counts validations, which limit_val_batches=0 leaves out.")
     if int(cfg.trainer.get("max_steps", 1)) < 1:
         raise ConfigError(f"trainer.max_steps={cfg.trainer['max_steps']} is below 1: give at least 1.")
 

@@ -66,12 +66,21 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
         ({"conditioning": "none"}, False),
         ({"trainer": {"max_steps": 3}}, False),
         ({"trainer": {"devices": 2}}, False),
+        ({"trainer": {"early_stop_patience": None, "val_check_interval": 5}}, True),
+        ({"trainer": {"early_stop_patience": 2}}, False),
     ],
     ids=str,
 )
 def test_what_a_training_depends_on(change: dict[str, Any], same: bool) -> None:
     one = Config(run_dir="here")
     assert (training_part(one) == training_part(replace(one, **change))) == same
+
+
+def test_how_often_is_validated_counts_where_it_ends_the_training() -> None:
+    often, seldom = (
+        Config(run_dir="here", trainer={"early_stop_patience": 2, "val_check_interval": n}) for n in (5, 50)
+    )
+    assert training_part(often) != training_part(seldom)
 
 
 def test_strength_is_no_part_of_a_training_and_rank_is() -> None:

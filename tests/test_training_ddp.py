@@ -170,6 +170,26 @@ def test_ctrl_c_on_one_stops_both_and_one_process_goes_on(tiny_backbone: Path, s
     assert distance(weights(shared / "cut"), weights(shared / "straight")) < 1e-4
 
 
+def test_two_processes_stop_early_at_the_same_step(tiny_backbone: Path, shared: Path, monkeypatch: Any) -> None:
+    """Where the mean over both no longer falls, though it does on one of them; one of them says so."""
+
+    def scripted(self: LoraDae, batch: Any, batch_idx: int) -> None:
+        loss = -1.0 if self.global_rank == 0 else 2.0  # a step
+        self.log("val/loss", torch.tensor(loss * self.global_step), sync_dist=True, batch_size=1)
+
+    def rank(number: int) -> None:
+        monkeypatch.setattr(LoraDae, "validation_step", scripted)
+        early = ("trainer.val_check_interval=1", "trainer.early_stop_patience=1", "trainer.max_steps=5")
+        training.train(make(tiny_backbone, shared, "early", *TWO, *early, "enhancement=none"))
+
+    ended = run_ranks(rank, shared / "logs_early")
+    assert [e.code for e in ended] == [0, 0], ended[0].text + ended[1].text
+    said = "stopped early at step 2 of 5: val/loss did not fall below 0.5 in 1 validation"
+    assert [said in e.text for e in ended] == [True, False]
+    saved = torch.load(shared / "early" / "checkpoints" / "adapter.ckpt", weights_only=True)
+    assert saved["global_step"] == 2
+
+
 def test_fewer_validation_pairs_than_processes_are_one_sentence(tiny_backbone: Path, shared: Path) -> None:
     """Else one would wait for the other's validation for ever."""
     cfg = make(tiny_backbone, shared, "few", *TWO, "data.val_size=1", "enhancement=none")

@@ -35,6 +35,10 @@ def training_part(cfg: Config) -> dict[str, Any]:
     values = {key: value for key, value in to_dict(cfg).items() if key not in NOT_TRAINING}
     for group, names in NOT_TRAINING_IN.items():
         values[group] = {key: value for key, value in values[group].items() if key not in names}
+    if cfg.trainer.get("early_stop_patience") is None:
+        values["trainer"].pop("early_stop_patience", None)
+    else:  # then training ends where validation says so
+        values["trainer"] |= {key: cfg.trainer.get(key) for key in ("val_check_interval", "limit_val_batches")}
     if cfg.objective.prior_weight > 0:  # the backbone's own pictures are drawn before the first step
         values["sampling"] = {key: value for key, value in to_dict(cfg)["sampling"].items() if key not in NOT_DRAWING}
     else:

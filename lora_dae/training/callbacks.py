@@ -1,4 +1,4 @@
-"""What happens around the steps: throughput, checkpoints, sample grids, a clean stop on Ctrl-C."""
+"""What happens around the steps: throughput, checkpoints, sample grids, a clean stop on Ctrl-C, an early one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 
 
@@ -45,10 +46,13 @@ class Throughput(Callback):
 
 
 class Checkpoint(Callback):
-    """Writes ``path`` every so many steps and at the end; atomically, so that a kill leaves the last good one."""
+    """Writes ``path`` every so many steps and at the end; atomically, so that a kill leaves the last good one.
 
-    def __init__(self, path: Path, every_n_steps: int) -> None:
-        self.path, self.every_n_steps = path, every_n_steps
+    ``after_validation``: once a validation at such a step is judged, because Lightning does not repeat it on resuming.
+    """
+
+    def __init__(self, path: Path, every_n_steps: int, after_validation: bool = False) -> None:
+        self.path, self.every_n_steps, self.after_validation = path, every_n_steps, after_validation
         self._saved = 0
 
     def _save(self, trainer: Trainer) -> None:
@@ -65,11 +69,42 @@ class Checkpoint(Callback):
         self._saved = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step % self.every_n_steps == 0:
+        if trainer.global_step % self.every_n_steps == 0 and not self.after_validation:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.after_validation:
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._save(trainer)
+
+
+class EarlyStop(EarlyStopping):
+    """Lightning's own on val/loss. A training that had stopped already stops again before its first step."""
+
+    def __init__(self, patience: int) -> None:
+        super().__init__("val/loss", patience=patience, check_on_train_epoch_end=False)
+        self.why = ""  # it stopped, in words
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})  # more of it than before lets it go on
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+        else:
+            self.stopping_reason = EarlyStoppingReason.NOT_STOPPED
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        reasons = {
+            EarlyStoppingReason.PATIENCE_EXHAUSTED: f"val/loss did not fall below {float(self.best_score):.4g} in "
+            f"{self.wait_count} validation{'s' if self.wait_count > 1 else ''}",
+            EarlyStoppingReason.NON_FINITE_METRIC: "val/loss is not finite",
+        }
+        if self.stopping_reason in reasons and trainer.global_step < trainer.max_steps:
+            self.why = f"stopped early at step {trainer.global_step} of {trainer.max_steps}: "
+            self.why += reasons[self.stopping_reason]
 
 
 class CleanInterrupt(Callback):

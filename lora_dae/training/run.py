@@ -59,6 +59,8 @@ def run(cfg: Config) -> Result:
         return Result(trained.run_dir, None)
     result = measure(cfg, trained.loggers, trained.device, trained.precision.startswith("bf16"))
     console.print(f"adapter  {result.run_dir / 'adapter'}", soft_wrap=True, highlight=False)
+    if trained.stopped_early:
+        console.print(trained.stopped_early, soft_wrap=True, highlight=False)
     return result
 
 

@@ -86,6 +86,7 @@ class Training:
                 f"backbone.weights={cfg.backbone.weights} needs mixed precision, but trainer.precision is 32-true "
                 "here: set trainer.precision=bf16-mixed, or backbone.weights=fp32."
             )
+        self.stopped_early = ""  # at which step and why, in words
         self.stores: dict[str, Any] = {}  # all stages read the same rows
         self.data = self._data(cfg.data.batch_size)
         attention = prepare_unet(backbone, cfg, self.device)
@@ -193,8 +194,11 @@ class Training:
         interrupt = callbacks.CleanInterrupt()
         path = self.run_dir / "checkpoints" / f"{stage}.ckpt"
         stop = together.StopTogether()
+        patience = cfg.trainer.get("early_stop_patience") if stage == "adapter" else None
+        early = [] if patience is None else [callbacks.EarlyStop(patience)]
+        keep = callbacks.Checkpoint(path, validation_interval(cfg, steps), after_validation=patience is not None)
         extra: list[Any] = [
-            ema, CompactState(ema), interrupt, callbacks.Checkpoint(path, validation_interval(cfg, steps)), stop,
+            ema, CompactState(ema), interrupt, *early, keep, stop,
             callbacks.Throughput(data.batch_size), callbacks.StepProgress(stage), *self.extra_callbacks,
         ]  # fmt: skip
         if stage == "adapter" and cfg.tracking.sample_every_n_steps > 0:
@@ -236,6 +240,9 @@ class Training:
                 f"stopped at step {trainer.global_step} of {steps}; go on with: python train.py <same overrides> "
                 f"hydra.run.dir={self.run_dir} ckpt_path=last"
             )
+        if self.rank == 0 and early and early[0].why:
+            self.stopped_early = early[0].why
+            console.print(self.stopped_early, highlight=False, soft_wrap=True)
         if ema.ema is not None:
             ema.ema.swap_in(trainable_parameters(self.module))
 

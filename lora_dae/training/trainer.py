@@ -11,6 +11,8 @@ import lightning
 
 from lora_dae.config import Config, ConfigError
 
+OWN = ("precision", "max_steps", "val_check_interval", "early_stop_patience")  # of cfg.trainer: not passed on as given
+
 
 def build_trainer(
     cfg: Config,
@@ -22,7 +24,7 @@ def build_trainer(
     loggers: Any = False,
 ) -> lightning.Trainer:
     """lightning.Trainer from ``trainer.*``, with what this project needs to be exact."""
-    options = {k: v for k, v in cfg.trainer.items() if k not in ("precision", "max_steps", "val_check_interval")}
+    options = {k: v for k, v in cfg.trainer.items() if k not in OWN}
     # Lightning counts batches here, and several of them may make one step.
     every = validation_interval(cfg, steps) * int(cfg.trainer.get("accumulate_grad_batches") or 1)
     try:
