@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from csv import DictReader
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,17 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def distances(run_dir: Path) -> dict[str, float]:
+    """The one row of the log with distances to the photos of validation."""
+    with (run_dir / "csv" / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        rows = [
+            {k: v for k, v in row.items() if "_effnet" in k and v} | {"step": row["step"]} for row in DictReader(file)
+        ]
+    (row,) = [row for row in rows if len(row) > 1]
+    assert row.pop("step") == "2"
+    return {name: float(value) for name, value in row.items()}
+
+
 def names(run_dir: Path) -> set[str]:
     return {path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*") if path.is_file()}
 
@@ -87,7 +99,8 @@ def make(backbone: Path, shared: Path, name: str, *overrides: str) -> Config:
     return config(backbone, shared / name, shared / "cache", *options)
 
 
-SAMPLES = ("trainer.max_steps=3", "tracking.sample_every_n_steps=2", "tracking.num_grid_prompts=3", "enhancement=gain")
+SAMPLES = ("trainer.max_steps=3", "tracking.sample_every_n_steps=2", "tracking.num_grid_prompts=3", "enhancement=gain",
+           "tracking.distance_every_n_steps=2", "evaluation.num_samples=5")  # fmt: skip
 
 
 def test_two_processes_train_what_one_trains(tiny_backbone: Path, shared: Path, monkeypatch: Any) -> None:
@@ -119,8 +132,11 @@ def test_two_processes_train_what_one_trains(tiny_backbone: Path, shared: Path, 
     assert apart[3] < 0.15, apart  # the gain's loss has kinks: signs of differences between sorted values
     assert losses == pytest.approx(alone.losses, rel=1e-5)
     assert distance(weights(shared / "two"), weights(shared / "one")) < 1e-4
-    assert [e.text.count("draws") for e in ended] == [1, 1]
-    assert "draws 2" in ended[0].text and "draws 1" in ended[1].text
+    drawn = [e.text.split("draws ")[1:] for e in ended]  # three pictures of the grid, five for the distance
+    assert [[int(text[0]) for text in texts] for texts in drawn] == [[2, 3], [1, 2]]
+    near, expected = distances(shared / "two"), distances(shared / "one")
+    assert near.keys() == expected.keys() == {"val/fd_effnet", "val/kd_effnet"}
+    assert near == {name: pytest.approx(value, rel=1e-3, abs=1e-5) for name, value in expected.items()}
     assert "2 processes" in ended[0].text and "2 processes" not in ended[1].text
     assert names(shared / "two") == names(shared / "one")
     pictures = [np.asarray(Image.open(shared / n / "samples" / "step_000002.png")).astype(int) for n in ("one", "two")]

@@ -237,6 +237,21 @@ def test_wrong_judges_are_one_sentence(values: Any, message: str) -> None:
     assert "sk" not in str(error.value).split() and "pw" not in str(error.value).split()
 
 
+def test_a_full_disk_stops_in_one_sentence_and_earlier_answers_stay(tmp_path: Path) -> None:
+    """SQLite's own error, by its own limit on the size of a file."""
+    cache = AnswerCache(tmp_path / "c.sqlite")
+    question = _q("a")
+    cache.put(["p"], "q", "j", "1", "kept")
+    pages = cache._db.execute("PRAGMA page_count").fetchone()[0]
+    cache._db.execute(f"PRAGMA max_page_count={pages}")
+    long = Scripted("s", lambda images, question: "x" * 20_000)
+    with pytest.raises(
+        ConfigError, match=r"c.sqlite takes no more answers \(.*full\): make room.*earlier answers stay"
+    ):
+        ask_all([Task(0, ("m",), tuple(_pictures([1])), question)], long, cache)
+    assert len(cache) == 1 and cache.get(["p"], "q", "j", "1") == "kept"
+
+
 def test_a_cache_of_another_kind_is_refused_and_pixels_are_the_key(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("not a database at all, only a longer line of text " * 20)
     with pytest.raises(ConfigError, match="no answer cache"):

@@ -32,7 +32,7 @@ class AnswerCache:
     def __init__(self, path: Path) -> None:
         """Open or create; ConfigError when the file is of another kind or version."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
+        self._lock, self._path = threading.Lock(), path
         self._db = sqlite3.connect(path, check_same_thread=False, timeout=30)
         try:
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -58,12 +58,20 @@ class AnswerCache:
         return None if row is None else row[0]
 
     def put(self, pictures: Sequence[str], question: str, judge: str, version: str, raw: str) -> None:
+        """Raises ConfigError where the disk takes no more; what was put before stays."""
         with self._lock:
-            self._db.execute(
-                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)",
-                (" ".join(pictures), question, judge, version, raw),
-            )
-            self._db.commit()
+            try:
+                self._db.execute(
+                    "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)",
+                    (" ".join(pictures), question, judge, version, raw),
+                )
+                self._db.commit()
+            except sqlite3.OperationalError as error:
+                self._db.rollback()
+                raise ConfigError(
+                    f"{self._path} takes no more answers ({error}): make room and run the same command to go on; "
+                    "earlier answers stay."
+                ) from error
 
     def __len__(self) -> int:
         with self._lock:
