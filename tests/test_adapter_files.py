@@ -184,3 +184,20 @@ def test_nothing_to_save_and_nothing_to_replace(tmp_path: Path) -> None:
     unet = trained(CASES["attention"])
     with pytest.raises(ConfigError, match="already carries an adapter"):
         load_adapter(unet, save_adapter(unet, tmp_path))
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_half_precision_backbone_draws_what_it_was_trained_to(dora: bool, tmp_path: Path) -> None:
+    """Its adapter is float32, in the file and after loading: every bit of the training model's output."""
+
+    def half() -> UNet2DConditionModel:
+        return tiny_unet().to(torch.bfloat16)
+
+    unet = half()
+    inject(unet, AdapterConfig(["cross_attention", "conv"], rank=2, use_dora=dora))
+    randomize(unet)
+    file = save_adapter(unet, tmp_path)
+    loaded = half()
+    load_adapter(loaded, file)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(predict(loaded.eval()), predict(unet.eval()))

@@ -19,7 +19,7 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -77,6 +77,11 @@ def load_adapter(
     _check(unet, file, weights, encoders)
     configuration = _checked_configuration(file, weights, header)
     unet.load_lora_adapter(weights, prefix="unet", adapter_name=ADAPTER_NAME, metadata=configuration)
+    if unet.dtype != torch.float32:  # diffusers rounds what it loads to the model's type: training does not
+        for name, parameter in unet.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.to(torch.float32)
+        set_peft_model_state_dict(unet, _part(weights, "unet"), adapter_name=ADAPTER_NAME)
     fuse(unet)
     unet.requires_grad_(False)
     for component, encoder in encoders.items():
