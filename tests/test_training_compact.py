@@ -115,7 +115,7 @@ def test_a_checkpoint_is_less_than_three_times_the_weights(tmp_path: Path, monke
 
 
 def test_training_is_no_worse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounding after every single step, ten times as often as it is done: the same loss within a tenth."""
+    """Rounding after every single step, five times as often as it is done: the same loss within a tenth."""
     monkeypatch.setattr(compact, "EVERY", 1)
     losses = []
     for rounds in (True, False):

@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_dae.adapter.inject import trainable_parameters
 from lora_dae.training.ema import EMACallback
 
-EVERY = 10  # optimizer steps
+EVERY = 5  # optimizer steps
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
