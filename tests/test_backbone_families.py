@@ -141,6 +141,10 @@ def test_another_vae(folders: dict[str, Path], tiny_backbone: Path, tmp_path: Pa
     assert load_backbone(cfg).fingerprint != load_backbone(config(folders["sd15"])).fingerprint
     with pytest.raises(ConfigError, match="takes 4 channels but its VAE gives 8"):
         inspect_backbone(config(folders["sd15"], vae_path=str(tiny_backbone / "vae")))
+    with pytest.raises(ConfigError, match="made for this backbone's latents"):
+        inspect_backbone(config(folders["sd15"], vae_path=str(tiny_backbone / "vae")))
+    with pytest.raises(ConfigError, match="there is no VAE in .*nowhere"):
+        inspect_backbone(config(folders["sd15"], vae_path=str(tmp_path / "nowhere")))
 
 
 @pytest.mark.parametrize(("side", "photos"), [(128, 16), (256, 16), (512, 4), (768, 1), (1024, 1)])

@@ -178,20 +178,25 @@ def _inspect(path: Path, cfg: BackboneConfig, single_file: Path | None = None) -
             )
     vae_path = path / "vae" if cfg.vae_path is None else Path(cfg.vae_path).expanduser()
     unet, text = (_json(path / part / "config.json") for part in ("unet", "text_encoder"))
+    if cfg.vae_path is not None and not (vae_path / "config.json").is_file():
+        raise ConfigError(
+            f"there is no VAE in {vae_path}, which has no config.json: give a folder of diffusers' layout."
+        )
     vae = _json(vae_path / "config.json")
     scheduler = _json(path / "scheduler" / "scheduler_config.json")
     vae_class = str(vae.get("_class_name") if cfg.vae_path is not None else (index.get("vae") or [None, None])[1])
     if vae_class not in VAE_CLASSES:
         raise ConfigError(
-            f"the VAE of the backbone at {path} is a {vae_class} by its config: "
-            f"only {' and '.join(VAE_CLASSES)} are supported."
+            f"the VAE at {vae_path} is a {vae_class} by its config: only {' and '.join(VAE_CLASSES)} are supported."
         )
     latent_channels = int(vae.get("latent_channels", 4))
     in_channels = unet.get("in_channels", 4)
     if in_channels != latent_channels:
+        remedy = "(an inpainting or instruction model?): give a text-to-image backbone."
+        if cfg.vae_path is not None:
+            remedy = f"({vae_path}): give one that was made for this backbone's latents, or leave it out."
         raise ConfigError(
-            f"the UNet at {path} takes {in_channels} channels but its VAE gives {latent_channels} "
-            "(an inpainting or instruction model?): give a text-to-image backbone."
+            f"the UNet at {path} takes {in_channels} channels but its VAE gives {latent_channels} {remedy}"
         )
     attended, given = unet.get("cross_attention_dim"), int(text.get("hidden_size", 512))
     if second:
