@@ -1,7 +1,8 @@
 """``python -m benchmarks.adapter``: what a run costs on a pipeline of diffusers, against diffusers alone.
 
-Ratios within one process, interleaved repeats, medians. Models: the shipped studio backbone, and SD 1.5 of random
-weights at latents of 32 x 32 and 64 x 64 (``--models``; 5 GB of memory and minutes on a CPU).
+Medians of ratios within one process, each against plain diffusers right before and after it. Models: the shipped studio
+backbone, and SD 1.5 of random weights at latents of 32 x 32 and 64 x 64 (``--models``; 5 GB of memory and minutes on a
+CPU).
 
     attach       attach() (LoRA, source input, enhancement) / load_lora_weights() of the same file
     diffusers    a sampling step with load_lora_weights() / without LoRA; fused: after fuse_lora()
@@ -31,6 +32,7 @@ from benchmarks.timing import show
 from lora_dae.adapter.files import save_adapter
 from lora_dae.adapter.fused import merged_once
 from lora_dae.adapter.inject import inject
+from lora_dae.backbone.allocator import keep_freed_memory
 from lora_dae.backbone.layout import CONFIGS, STUDIO
 from lora_dae.config import AdapterConfig
 from lora_dae.enhancement.files import save_enhancement
@@ -65,7 +67,8 @@ def write_run(unet: UNet2DConditionModel, folder: Path) -> None:
     inject(unet, AdapterConfig())
     for name, parameter in unet.named_parameters():
         if ".lora_B." in name:
-            torch.nn.init.normal_(parameter, std=0.01)
+            # As small as a trained one's: activations driven far from zero make denormal numbers, slow in any kernel.
+            torch.nn.init.normal_(parameter, std=0.001)
     save_adapter(unet, folder)
     unet.unload_lora()
     unet.requires_grad_(False).eval()
@@ -114,7 +117,7 @@ def measure(model: str, steps: int, repeats: int, device: torch.device, dtype: t
 
         off, on = {"enhancement_strength": 0.0}, {"enhancement_strength": 1.0}
         variants: dict[str, Variant] = {
-            "plain": (lambda: None, {}, lambda: None),
+            "plain again": (lambda: None, {}, lambda: None),  # how far to trust the others
             "diffusers": (plain_lora, {}, pipe.unload_lora_weights),
             "diffusers fused": (fused_lora, {}, unfuse),
             "unmerged": (attached(False), off, detach),
@@ -122,27 +125,34 @@ def measure(model: str, steps: int, repeats: int, device: torch.device, dtype: t
             "merged": (attached(True), off, detach),
             "merged + enhancement": (attached(True), on, detach),
         }
-        times: dict[str, list[float]] = {name: [] for name in [*variants, "load", "attach", "merging"]}
-        for repeat in range(repeats + 1):  # the first one warms up
+
+        def step(**more: Any) -> float:
+            return seconds_of(lambda: pipe(**arguments, **more), device) / steps
+
+        found: dict[str, list[float]] = {name: [] for name in ["plain", *variants, "load", "attach", "merging"]}
+        step()
+        for _ in range(repeats):
+            before = step()
             for name, (prepare, more, undo) in variants.items():
                 loading, merges = seconds_of(prepare, device), name.startswith("merged")
                 with merged_once(pipe.unet) if merges else nullcontext():
                     one = {**arguments, "num_inference_steps": 1, **more}
-                    first = seconds_of(lambda one=one: pipe(**one), device) if merges else 0.0  # type: ignore[misc]
-                    step = seconds_of(lambda more=more: pipe(**arguments, **more), device) / steps  # type: ignore[misc]
+                    first = seconds_of(lambda one=one: pipe(**one), device)  # type: ignore[misc]  # merges, warms up
+                    taken = step(**more)
                 undo()
-                if repeat:
-                    times[name].append(step)
-                    if name in ("diffusers", "unmerged"):
-                        times["load" if name == "diffusers" else "attach"].append(loading)
-                    if name == "merged":
-                        times["merging"].append(first - step)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    ratios = {f"{model}: {name} / plain": median[name] / median["plain"] for name in list(variants)[1:]}
+                after = step()
+                plain, before = (before + after) / 2, after
+                found["plain"].append(plain)
+                found[name].append(taken / plain)
+                if name in ("diffusers", "unmerged"):
+                    found["load" if name == "diffusers" else "attach"].append(loading)
+                if name == "merged":
+                    found["merging"].append((first - taken) / plain)
+    median = {name: statistics.median(values) for name, values in found.items()}
     return {
         f"{model}: plain step, seconds": median["plain"],
-        **ratios,
-        f"{model}: merging, in plain steps": median["merging"] / median["plain"],
+        **{f"{model}: {name} / plain": median[name] for name in variants},
+        f"{model}: merging, in plain steps": median["merging"],
         f"{model}: attach / load_lora_weights": median["attach"] / median["load"],
     }
 
@@ -154,6 +164,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks_adapter.json"))
     args = parser.parse_args()
+    keep_freed_memory()  # as the commands do
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     logging.set_verbosity_error()  # that an adapter has nothing for the text encoder

@@ -214,3 +214,22 @@ def test_a_disabled_adapter_leaves_the_backbone() -> None:
     torch.testing.assert_close(predict(unet), base, rtol=0, atol=0)
     unet.enable_adapters()
     assert not torch.equal(predict(unet), base)
+
+
+def test_what_becomes_of_a_text_is_computed_once_while_it_stays_the_same_tensor() -> None:
+    """As in the steps of one image; a text that somebody writes into, or another tensor, counts as another text."""
+    _, ours = pair(nn.Linear(6, 10), torch.float32)
+    attention = nn.ModuleDict({"attn2": nn.ModuleDict({"to_k": ours.eval().layer, "to_q": copy.deepcopy(ours.layer)})})
+    keys, queries = attention["attn2"]["to_k"], attention["attn2"]["to_q"]
+    text = torch.randn(2, 40, 6)
+    with torch.no_grad(), merged_once(attention):
+        first = keys(text)
+        assert keys(text) is first and queries(text) is not queries(text)
+        assert torch.equal(keys(text.clone()), first)
+        text += 1
+        changed = keys(text)
+        assert not torch.allclose(changed, first) and torch.equal(changed, keys(text.clone()))
+        keys(text).zero_()  # by somebody who owns what he was given
+        assert torch.equal(keys(text), queries(text))
+    with torch.no_grad():
+        assert keys(text) is not keys(text)

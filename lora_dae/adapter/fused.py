@@ -18,7 +18,7 @@ frozen weights are not touched, so leaving it is exact. Not those in int8, which
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_dae.backbone.int8 import is_int8
+
+_OF_TEXT = ("attn2.to_k", "attn2.to_v")  # diffusers' cross-attention
 
 
 def fuse(model: nn.Module) -> int:
@@ -49,40 +51,72 @@ def fuse(model: nn.Module) -> int:
 def merged_once(model: nn.Module) -> Iterator[None]:
     """A block in which the adapter does not change and no gradient is needed: fused layers merge once, not every call.
 
-    Costs one more copy of the adapted weights in the precision of the calls. May be nested.
+    And what they make of a text that stays the same tensor from step to step, keys and values of cross-attention, is
+    kept too. Costs one more copy of the adapted weights in the precision of the calls. May be nested.
     """
-    layers = [m for m in model.modules() if isinstance(m, FusedLinear | FusedConv2d) and m.kept is None]
-    for layer in layers:
-        layer.kept = {}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, FusedLinear | FusedConv2d) and m.kept is None}
+    for name, layer in layers.items():
+        layer.kept, layer.reads_text = {}, name.endswith(_OF_TEXT)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in layers.values():
             layer.kept = None
 
 
-def _kept_weight(layer: Any, x: Tensor, extra: bool) -> tuple[Tensor, Tensor | None] | None:
-    """(whole weight, bias) for an input like ``x``, kept since an earlier call; None outside of merged_once."""
-    if layer.kept is None or extra or torch.is_grad_enabled() or layer.disable_adapters or layer.merged:
+class _Kept:
+    """A layer's whole weight for one kind of call, and the last text with what became of it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *more: Any) -> None:
+        self.dtype, self.arguments = weight.dtype, (weight, bias, *more)
+        self.text: tuple[Tensor, int] | None = None
+        self.product: tuple[Tensor, int] | None = None
+
+    def reused(self, text: Tensor) -> Tensor | None:
+        """The product of this very tensor, unless somebody has written into one of them since."""
+        if self.text is None or self.product is None or self.text[0] is not text:
+            return None
+        return self.product[0] if all(t._version == version for t, version in (self.text, self.product)) else None
+
+
+def _from_kept(layer: Any, x: Tensor, compute: Callable[..., Tensor]) -> Tensor | None:
+    """The layer's output by the whole weight, kept since an earlier call; None where PEFT or the product is asked."""
+    if torch.is_grad_enabled():
         return None
-    if is_int8(layer.base_layer):
-        return None
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(active) != 1 or layer.lora_bias[active[0]] or layer.training:
-        return None
-    name, dtype = active[0], _compute_dtype(x)
-    key = (name, layer.scaling[name], dtype, x.device)
+    dtype, active = _compute_dtype(x), layer.active_adapters
+    # All that a pipeline or a callback may change between two calls.
+    key = (*active, *layer.scaling.values(), layer.disable_adapters, layer.merged, layer.training, dtype, x.device)
     if key not in layer.kept:
-        base, bias = layer.base_layer, layer.base_layer.bias
-        with torch.autocast(x.device.type, enabled=False):
-            if name in layer.lora_variant:  # DoRA
-                whole = layer.lora_variant[name].merge_safe(layer, name, base.weight.detach()).to(dtype)
-                layer._caches.clear()  # what PEFT would need to undo it
-            else:
-                a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-                whole = _merge(base.weight, a, b, layer.scaling[name], dtype)
-        layer.kept[key] = whole, None if bias is None else bias.to(dtype)
-    return layer.kept[key]
+        layer.kept[key] = _merged_weight(layer, dtype)
+    kept: _Kept | None = layer.kept[key]
+    if kept is None:
+        return None
+    if not layer.reads_text or x.is_inference():  # which has no version
+        return compute(x.to(kept.dtype), *kept.arguments)
+    product = kept.reused(x)
+    if product is None:
+        product = compute(x.to(kept.dtype), *kept.arguments)
+        kept.text, kept.product = (x, x._version), (product, product._version)
+    return product
+
+
+def _merged_weight(layer: Any, dtype: torch.dtype) -> _Kept | None:
+    """W + s B A (or DoRA's rescaled one); None for what is computed another way."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or layer.training or is_int8(layer.base_layer):
+        return None
+    if len(active) != 1 or layer.lora_bias[active[0]]:
+        return None
+    name, base, bias = active[0], layer.base_layer, layer.base_layer.bias
+    with torch.autocast(base.weight.device.type, enabled=False):
+        if name in layer.lora_variant:  # DoRA
+            whole = layer.lora_variant[name].merge_safe(layer, name, base.weight.detach()).to(dtype)
+            layer._caches.clear()  # what PEFT would need to undo it
+        else:
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            whole = _merge(base.weight, a, b, layer.scaling[name], dtype)
+    steps = (base.stride, base.padding) if isinstance(base, nn.Conv2d) else ()
+    return _Kept(whole, None if bias is None else bias.to(dtype), *steps)
 
 
 def _is_plain(conv: nn.Module) -> bool:
@@ -114,13 +148,14 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 class FusedLinear(Linear):
     """PEFT's LoRA Linear in one product."""
 
-    kept: dict[Any, tuple[Tensor, Tensor | None]] | None = None  # see merged_once
+    kept: dict[Any, _Kept | None] | None = None  # see merged_once
+    reads_text = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kept = _kept_weight(self, x, bool(args or kwargs))
-        if kept is not None:
-            with torch.autocast(x.device.type, enabled=False):
-                return F.linear(x.to(kept[0].dtype), *kept)
+        if self.kept is not None and not (args or kwargs):
+            output = _from_kept(self, x, F.linear)
+            if output is not None:
+                return output
         name, base = _plain_adapter(self, bool(args or kwargs)), self.base_layer
         assert isinstance(base, nn.Linear)
         if name is None or not merging_pays(x.numel() // x.shape[-1], base.in_features, base.out_features):
@@ -132,15 +167,16 @@ class FusedLinear(Linear):
 class FusedConv2d(Conv2d):
     """PEFT's LoRA Conv2d (A has the kernel, stride and padding, B is 1x1) in one convolution."""
 
-    kept: dict[Any, tuple[Tensor, Tensor | None]] | None = None
+    kept: dict[Any, _Kept | None] | None = None
+    reads_text = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.kept is not None and not (args or kwargs):
+            output = _from_kept(self, x, torch.conv2d)
+            if output is not None:
+                return output
         name, base = _plain_adapter(self, bool(args or kwargs)), self.base_layer
         assert isinstance(base, nn.Conv2d)
-        kept = _kept_weight(self, x, bool(args or kwargs))
-        if kept is not None:
-            with torch.autocast(x.device.type, enabled=False):
-                return F.conv2d(x.to(kept[0].dtype), kept[0], kept[1], base.stride, base.padding)
         positions = x.shape[0] * x.shape[2] * x.shape[3] // (base.stride[0] * base.stride[1])
         if name is None or not merging_pays(positions, base.weight[0].numel(), base.out_channels):
             return super().forward(x, *args, **kwargs)

@@ -12,6 +12,8 @@ and is off where the solver is of higher order or draws fresh noise; there it wo
 from __future__ import annotations
 
 import math
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,34 +90,65 @@ class BandGain(nn.Module):
         and channel is 0.
         """
         with torch.autocast(device_type=x0.device.type, enabled=False):
-            a, s, step, share = (column(value, x0) for value in (alpha, sigma, h, first_order))
-            scale = (a.square() + s.square()).sqrt()  # 1 unless in sigma space: samples become normalized
-            bands, _ = split_bands(x0, self.levels)
-            noisy, _ = split_bands(sample.float() / scale, self.levels)
-            guided = local_log_energy(bands)
-            conditional = guided
-            if x0_cond is not x0:
-                conditional = local_log_energy(split_bands(x0_cond, self.levels)[0])
+            step = noise_step(alpha, sigma, h, first_order, x0.device)
+            # One call for all three: at latent sizes it is the number of calls that costs.
+            seen = [x0, sample.float() / step.scale, *([] if x0_cond is x0 else [x0_cond])]
+            split, _ = split_bands(torch.cat([part.float() for part in seen]), self.levels)
+            energies = local_log_energy(split).chunk(len(seen))
+            guided, noise_energy, conditional = energies[0], energies[1], energies[-1 if len(seen) == 3 else 0]
+            bands, noisy = split.chunk(len(seen), dim=1)[:2]
             excess = guided - conditional  # log q_b: what guidance has already amplified
-            features = torch.cat([conditional, local_log_energy(noisy), excess], dim=1) * _FEATURE_SCALE
-            log_gain = self._log_gain(features, excess, half_log_snr(a, s), -torch.expm1(-step), share)
+            features = torch.cat([conditional, noise_energy, excess], dim=1) * _FEATURE_SCALE
+            log_gain = self._log_gain(features, excess, step)
             if direction:  # bands of the noise that x0 and sample imply, by linearity
-                bands = [(scale * x_t - a * x) / s for x_t, x in zip(noisy, bands, strict=True)]
-            gains = torch.expm1(log_gain).split(1, dim=1)
-            delta = sum((gain * x for gain, x in zip(gains, bands, strict=True)), torch.zeros_like(bands[0]))
+                bands = (step.scale * noisy - step.alpha * bands) / step.sigma
+            delta = weighted(torch.expm1(log_gain), bands)
             # Bands have zero mean, but a gain that varies in space would move it again.
             return delta - delta.mean((2, 3), keepdim=True), log_gain
 
-    def _log_gain(self, features: Tensor, excess: Tensor, log_snr: Tensor, phi: Tensor, first_order: Tensor) -> Tensor:
-        log_snr = log_snr.clamp(-LAMBDA_RANGE, LAMBDA_RANGE)
-        scale, shift = self.film(noise_features(log_snr, phi)).chunk(2, dim=1)
+    def _log_gain(self, features: Tensor, excess: Tensor, step: NoiseStep) -> Tensor:
+        scale, shift = self.film(step.features).chunk(2, dim=1)
         hidden = self.spatial(pointwise(self.input, features))
-        hidden = functional.silu(hidden * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+        hidden = functional.silu(torch.addcmul(shift[:, :, None, None], hidden, 1 + scale[:, :, None, None]))
         calibration, discretization = pointwise(self.output, hidden).chunk(2, dim=1)
 
-        log_gain = self.max_log_gain * torch.tanh(calibration + phi * first_order * discretization)
+        log_gain = self.max_log_gain * torch.tanh(calibration + step.phi * step.first_order * discretization)
         budgeted = (log_gain - 0.5 * excess.clamp_min(0)).clamp_min(0)
-        return torch.where(log_gain > 0, budgeted, log_gain) * noise_window(log_snr)
+        return torch.where(log_gain > 0, budgeted, log_gain) * step.window
+
+
+class NoiseStep(NamedTuple):
+    """What the gates are told of a reverse step; (1 or B, 1, 1, 1) but for ``features`` (1 or B, NOISE_FEATURES)."""
+
+    alpha: Tensor
+    sigma: Tensor
+    scale: Tensor  # 1 unless in sigma space, where it makes samples normalized
+    phi: Tensor  # 1 - e^-h
+    first_order: Tensor
+    features: Tensor
+    window: Tensor
+
+
+def noise_step(alpha: Level, sigma: Level, h: Level, first_order: Level, device: torch.device) -> NoiseStep:
+    """Numbers or B numbers each, as in ``BandGain.evaluate``; those of a step are computed once for all images."""
+    values = (alpha, sigma, h, first_order)
+    if any(isinstance(value, Tensor) for value in values):
+        return _noise_step(*values, device)
+    with torch.inference_mode(False):
+        return _known_step(*(float(value) for value in values), device)
+
+
+def _noise_step(alpha: Level, sigma: Level, h: Level, first_order: Level, device: torch.device) -> NoiseStep:
+    a, s, step, share = (
+        torch.as_tensor(value, dtype=torch.float32, device=device).reshape(-1, 1, 1, 1)
+        for value in (alpha, sigma, h, first_order)
+    )
+    log_snr, phi = half_log_snr(a, s).clamp(-LAMBDA_RANGE, LAMBDA_RANGE), -torch.expm1(-step)
+    scale = (a.square() + s.square()).sqrt()
+    return NoiseStep(a, s, scale, phi, share, noise_features(log_snr, phi), noise_window(log_snr))
+
+
+_known_step = lru_cache(maxsize=1024)(_noise_step)
 
 
 def noise_window(log_snr: Tensor) -> Tensor:
@@ -123,6 +156,11 @@ def noise_window(log_snr: Tensor) -> Tensor:
     low, high = WINDOW
     ramp = ((log_snr - low) / (high - low)).clamp(0, 1)
     return ramp * ramp * (3 - 2 * ramp)
+
+
+def weighted(weights: Tensor, bands: Tensor) -> Tensor:
+    """The sum of the bands (levels, B, C, H, W), each times its weight at each place (B, levels, H, W)."""
+    return (weights.transpose(0, 1)[:, :, None] * bands).sum(0)
 
 
 def pointwise(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
@@ -140,8 +178,3 @@ def noise_features(log_snr: Tensor, phi: Tensor) -> Tensor:
     step = phi.flatten(1)
     angles, step = (value.expand(max(len(angles), len(step)), -1) for value in (angles, step))
     return torch.cat([angles.sin(), angles.cos(), step, step.sqrt()], dim=1)
-
-
-def column(value: Level, like: Tensor) -> Tensor:
-    """A number or B numbers as float32 (1 or B, 1, 1, 1) on ``like``'s device."""
-    return torch.as_tensor(value, dtype=torch.float32, device=like.device).reshape(-1, 1, 1, 1)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_dae.config import ConfigError, EnhancementConfig
-from lora_dae.diffusion import Level, half_log_snr
-from lora_dae.enhancement.gates import LAMBDA_RANGE, NOISE_FEATURES, BandGain, column, noise_features, noise_window
+from lora_dae.diffusion import Level
+from lora_dae.enhancement.gates import NOISE_FEATURES, BandGain, noise_step
 from lora_dae.enhancement.match import Match
 from lora_dae.enhancement.texture import Blend, SourceTexture
 
@@ -109,12 +109,11 @@ class EnhancementModule(nn.Module):
     ) -> Blend:
         """The source texture's part alone; arguments as ``evaluate``."""
         assert self.texture is not None
-        a, s, step, order = (column(value, x0) for value in (alpha, sigma, h, first_order))
-        log_snr = half_log_snr(a, s).clamp(-LAMBDA_RANGE, LAMBDA_RANGE)
-        features = noise_features(log_snr, -torch.expm1(-step))
-        conditions = torch.cat([features, order.flatten(1).expand(len(features), -1)], dim=1)
+        step = noise_step(alpha, sigma, h, first_order, x0.device)
+        features = step.features
+        conditions = torch.cat([features, step.first_order.flatten(1).expand(len(features), -1)], dim=1)
         blend = self.texture(x0, source, conditions)
-        return blend._replace(delta=blend.delta * noise_window(log_snr))
+        return blend._replace(delta=blend.delta * step.window)
 
     def refine(self, images: Tensor, source: Tensor | None, strength: float = 1.0) -> Tensor:
         """The decoder stage on decoded ``images`` (B, 3, H, W) in [0, 1]; ``source`` likewise, or None.

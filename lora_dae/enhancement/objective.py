@@ -86,7 +86,7 @@ def _at(places: Tensor, values: Tensor) -> Tensor:
     return values.transpose(0, 1)[:, places]
 
 
-def _log_power(bands: list[Tensor], places: Tensor) -> Tensor:
+def _log_power(bands: Tensor, places: Tensor) -> Tensor:
     """Log power per band over batch, channels and places, in units of white noise: (levels,)."""
     powers = [band.square().mean(1)[places].mean() for band in bands]
     noise = noise_variances(len(bands))

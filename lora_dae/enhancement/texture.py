@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_dae.enhancement.bands import local_log_energy, split_bands
-from lora_dae.enhancement.gates import pointwise
+from lora_dae.enhancement.gates import pointwise, weighted
 from lora_dae.enhancement.match import Match, Matcher, warp
 
 _SCALE = 0.25  # log energies span about [-9, 4]
@@ -71,25 +71,24 @@ class SourceTexture(nn.Module):
                 # The finest band repeats itself, and a blurred image lacks it: the others say what belongs where.
                 match = self.matcher(x - own[0], source - split_bands(source, 1)[0][0])
                 carried, carried_rest = split_bands(warp(source, match.flow), self.levels)
-            gaps = [c - o for c, o in zip(carried, own, strict=True)]
+            gaps = carried - own
             gain, gate = self._gates(own, carried, gaps, carried_rest - rest, match, conditions).chunk(2, dim=1)
             delta = torch.zeros_like(x)
             if self.max_log_gain > 0:
-                gains = torch.expm1(self.max_log_gain * torch.tanh(gain)).split(1, dim=1)
-                delta = delta + sum(g * band for g, band in zip(gains, own, strict=True))
+                delta = weighted(torch.expm1(self.max_log_gain * torch.tanh(gain)), own)
                 # Bands have zero mean, but a gain that varies in space would move it again.
                 delta = delta - delta.mean((2, 3), keepdim=True)
             gates = None
             if source is not None:
                 gates = torch.tanh(gate)
-                delta = delta + sum(h * gap for h, gap in zip(gates.split(1, dim=1), gaps, strict=True))
+                delta = delta + weighted(gates, gaps)
             return Blend(delta, gates, match)
 
     def _gates(
         self,
-        own: list[Tensor],
-        carried: list[Tensor],
-        gaps: list[Tensor],
+        own: Tensor,
+        carried: Tensor,
+        gaps: Tensor,
         rest_gap: Tensor,
         match: Match | None,
         conditions: Tensor | None,
@@ -98,7 +97,8 @@ class SourceTexture(nn.Module):
         b, _, height, width = rest_gap.shape
         sure = rest_gap.new_zeros(b, 1, height, width) if match is None else match.confidence
         far = (rest_gap.square().mean(1, keepdim=True) + _FLOOR).log()
-        features = torch.cat([local_log_energy(own), local_log_energy(carried), local_log_energy(gaps), far], dim=1)
+        energies = local_log_energy(torch.cat([own, carried, gaps], dim=1)).chunk(3)
+        features = torch.cat([*energies, far], dim=1)
         flag = torch.full_like(sure, float(match is not None))
         hidden = self.spatial(pointwise(self.input, torch.cat([features * _SCALE, sure, flag], dim=1)))
         if self.film is not None:

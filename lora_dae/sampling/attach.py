@@ -123,6 +123,7 @@ class _AttachedPipeline:
 @functools.cache
 def _attached_class(plain: Any) -> type:
     """A subclass under the plain class's own name, so that it is saved as what it is."""
+    signature = inspect.signature(plain.__call__)
 
     @functools.wraps(plain.__call__)
     def call(
@@ -131,7 +132,7 @@ def _attached_class(plain: Any) -> type:
         state: Attached = self._lora_dae
         strength = state.strength if enhancement_strength is None else enhancement_strength
         once = merged_once(self.unet) if state.merged else nullcontext()
-        given = inspect.signature(plain.__call__).bind_partial(self, *args, **kwargs).arguments
+        given = signature.bind_partial(self, *args, **kwargs).arguments
         photos = _photos(self, state, source, given)
         latents = None if photos is None else _encode(self, photos)
         with once, _enhanced(self, state, strength, latents), _refined(self, state, strength, photos):

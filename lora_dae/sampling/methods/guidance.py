@@ -64,4 +64,4 @@ class FrequencyGuidance(Method):
     def guide(self, step: Step) -> Tensor:
         plain = super().guide(step)
         bands, rest = split_bands(plain - step.conditional, LEVELS)
-        return plain + (self.low - 1) * rest + (self.high - 1) * sum(bands[1:], bands[0])
+        return plain + (self.low - 1) * rest + (self.high - 1) * bands.sum(0)
