@@ -219,8 +219,8 @@ def test_a_disabled_adapter_leaves_the_backbone() -> None:
 def test_what_becomes_of_a_text_is_computed_once_while_it_stays_the_same_tensor() -> None:
     """As in the steps of one image; a text that somebody writes into, or another tensor, counts as another text."""
     _, ours = pair(nn.Linear(6, 10), torch.float32)
-    attention = nn.ModuleDict({"attn2": nn.ModuleDict({"to_k": ours.eval().layer, "to_q": copy.deepcopy(ours.layer)})})
-    keys, queries = attention["attn2"]["to_k"], attention["attn2"]["to_q"]
+    keys, queries = ours.eval(), copy.deepcopy(ours)
+    attention = nn.ModuleDict({"attn2": nn.ModuleDict({"to_k": keys.layer, "to_q": queries.layer})})
     text = torch.randn(2, 40, 6)
     with torch.no_grad(), merged_once(attention):
         first = keys(text)
