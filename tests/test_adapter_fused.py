@@ -170,6 +170,24 @@ def test_merged_once_predicts_the_same_and_leaves_no_trace(options: dict, family
     assert all(torch.equal(value, weights[key]) for key, value in unet.state_dict().items())
 
 
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_merged_once_is_that_of_the_whole_weight_at_any_size(
+    name: str, memory_format: torch.memory_format
+) -> None:
+    """Against the same layer in float64; its weight was put into the order that suits the first size."""
+    _, ours = pair(copy.deepcopy(CONVOLUTIONS[name]), torch.float32)
+    exact = copy.deepcopy(ours).double().eval()
+    ours.eval().to(memory_format=memory_format)
+    with torch.no_grad(), merged_once(ours):
+        for shape in ((8, 6, 9, 8), (1, 6, 31, 20), (8, 6, 9, 8)):
+            x = torch.randn(shape).to(memory_format=memory_format)
+            y = ours(x)
+            torch.testing.assert_close(y.double(), exact(x.double()), rtol=0, atol=1e-5)
+            if memory_format == torch.channels_last:
+                assert y.is_contiguous(memory_format=memory_format)  # or the next layer would have to turn it
+
+
 def test_merged_once_merges_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """And merges anew in the next block, as the adapter has trained on by then."""
     merges = []

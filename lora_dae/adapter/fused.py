@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ from torch.autograd.function import once_differentiable
 
 from lora_dae.backbone.int8 import is_int8
 
+# oneDNN reorders a convolution's weight in every call, on a CPU most of its time where latents are small. These do it
+# once, and what comes out is the same to the bit; torch's compiler uses them on frozen networks.
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+_PACK: Any = getattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", None) if _HAS_ONEDNN else None
+_CONVOLVE: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise", None) if _HAS_ONEDNN else None
 _OF_TEXT = ("attn2.to_k", "attn2.to_v")  # diffusers' cross-attention
 
 
@@ -65,10 +71,10 @@ def merged_once(model: nn.Module) -> Iterator[None]:
 
 
 class _Kept:
-    """A layer's whole weight for one kind of call, and the last text with what became of it."""
+    """How a layer computes one kind of call by its whole weight, and the last text with what became of it."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *more: Any) -> None:
-        self.dtype, self.arguments = weight.dtype, (weight, bias, *more)
+    def __init__(self, compute: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+        self.compute, self.dtype = compute, dtype
         self.text: tuple[Tensor, int] | None = None
         self.product: tuple[Tensor, int] | None = None
 
@@ -79,7 +85,7 @@ class _Kept:
         return self.product[0] if all(t._version == version for t, version in (self.text, self.product)) else None
 
 
-def _from_kept(layer: Any, x: Tensor, compute: Callable[..., Tensor]) -> Tensor | None:
+def _from_kept(layer: Any, x: Tensor) -> Tensor | None:
     """The layer's output by the whole weight, kept since an earlier call; None where PEFT or the product is asked."""
     if torch.is_grad_enabled():
         return None
@@ -87,21 +93,21 @@ def _from_kept(layer: Any, x: Tensor, compute: Callable[..., Tensor]) -> Tensor 
     # All that a pipeline or a callback may change between two calls.
     key = (*active, *layer.scaling.values(), layer.disable_adapters, layer.merged, layer.training, dtype, x.device)
     if key not in layer.kept:
-        layer.kept[key] = _merged_weight(layer, dtype)
+        layer.kept[key] = _keep_merged(layer, dtype, x.shape)
     kept: _Kept | None = layer.kept[key]
     if kept is None:
         return None
     if not layer.reads_text or x.is_inference():  # which has no version
-        return compute(x.to(kept.dtype), *kept.arguments)
+        return kept.compute(x.to(kept.dtype))
     product = kept.reused(x)
     if product is None:
-        product = compute(x.to(kept.dtype), *kept.arguments)
+        product = kept.compute(x.to(kept.dtype))
         kept.text, kept.product = (x, x._version), (product, product._version)
     return product
 
 
-def _merged_weight(layer: Any, dtype: torch.dtype) -> _Kept | None:
-    """W + s B A (or DoRA's rescaled one); None for what is computed another way."""
+def _keep_merged(layer: Any, dtype: torch.dtype, shape: torch.Size) -> _Kept | None:
+    """W + s B A (or DoRA's rescaled one) for inputs of about ``shape``; None for what is computed another way."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or layer.training or is_int8(layer.base_layer):
         return None
@@ -115,8 +121,14 @@ def _merged_weight(layer: Any, dtype: torch.dtype) -> _Kept | None:
         else:
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
             whole = _merge(base.weight, a, b, layer.scaling[name], dtype)
-    steps = (base.stride, base.padding) if isinstance(base, nn.Conv2d) else ()
-    return _Kept(whole, None if bias is None else bias.to(dtype), *steps)
+    bias = None if bias is None else bias.to(dtype)
+    if not isinstance(base, nn.Conv2d):
+        return _Kept(partial(F.linear, weight=whole, bias=bias), dtype)
+    if _PACK is not None and _CONVOLVE is not None and whole.device.type == "cpu" and dtype == torch.float32:
+        steps = list(base.padding), list(base.stride), [1, 1], 1
+        packed = _PACK(whole.to_mkldnn(), *steps, list(shape))
+        return _Kept(lambda x: _CONVOLVE(x, packed, bias, *steps, "none", [], ""), dtype)
+    return _Kept(partial(F.conv2d, weight=whole, bias=bias, stride=base.stride, padding=base.padding), dtype)
 
 
 def _is_plain(conv: nn.Module) -> bool:
@@ -153,7 +165,7 @@ class FusedLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.kept is not None and not (args or kwargs):
-            output = _from_kept(self, x, F.linear)
+            output = _from_kept(self, x)
             if output is not None:
                 return output
         name, base = _plain_adapter(self, bool(args or kwargs)), self.base_layer
@@ -172,7 +184,7 @@ class FusedConv2d(Conv2d):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.kept is not None and not (args or kwargs):
-            output = _from_kept(self, x, torch.conv2d)
+            output = _from_kept(self, x)
             if output is not None:
                 return output
         name, base = _plain_adapter(self, bool(args or kwargs)), self.base_layer

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from lora_dae.config import ConfigError
-from lora_dae.data.square import Box, fill, paste, resample, resample_mask
+from lora_dae.data.square import Box, Photo, fill, paste, resample, resample_mask, size_of
 
 MAX_CROP = 0.05
 AREA_RANGE = (0.7, 1.4)  # of resolution squared
@@ -77,9 +77,9 @@ def origin_of(size: Size, bucket: Size) -> tuple[int, int, int, int]:
     return size[1], size[0], round(top * scale), round(left * scale)
 
 
-def fit_bucket(photo: Image.Image, bucket: Size) -> np.ndarray:
+def fit_bucket(photo: Photo, bucket: Size) -> np.ndarray:
     """An RGB photo as uint8 (height, width, 3) of the bucket."""
-    return fill(resample(photo, *_target(photo.size, bucket)), bucket)
+    return fill(resample(photo, *_target(size_of(photo), bucket)), bucket)
 
 
 def fit_bucket_mask(mask: Image.Image, photo: Image.Image, bucket: Size) -> np.ndarray:

@@ -15,7 +15,7 @@ from lora_dae.data.catalog import Facts
 from lora_dae.data.decode import BadImageError, check_background, decode
 from lora_dae.data.entry import Blob, Entry
 from lora_dae.data.pair import Lazy, Pair
-from lora_dae.data.square import fit_mask, fit_square, has_plain_backdrop
+from lora_dae.data.square import Photo, fit_mask, fit_square, has_plain_backdrop
 
 FIT_VERSION = 3  # raise it when the same photo would give other pixels
 
@@ -56,11 +56,15 @@ class _Photo:
         return self._decode(self.entry.image)
 
     @cached_property
+    def pixels(self) -> np.ndarray:
+        return np.array(self.photo)
+
+    @cached_property
     def whole(self) -> bool:
-        return has_plain_backdrop(self.photo)
+        return has_plain_backdrop(self.pixels)
 
     def image(self) -> np.ndarray:
-        return self._fit(self.photo)
+        return self._fit(self.pixels)
 
     def source(self) -> np.ndarray:
         assert self.entry.source is not None
@@ -73,7 +77,7 @@ class _Photo:
             return fit_bucket_mask(mask, self.photo, self.size)
         return fit_mask(mask, self.photo, self.fit.resolution, self.whole)
 
-    def _fit(self, photo: Image.Image) -> np.ndarray:
+    def _fit(self, photo: Photo) -> np.ndarray:
         if self.fit.buckets:
             return fit_bucket(photo, self.size)
         return fit_square(photo, self.fit.resolution, self.whole)

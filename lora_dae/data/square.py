@@ -12,17 +12,15 @@ PLAIN_DEVIATION = 10.0
 # Of a photo without a plain backdrop, at least this share of the long side stays: 3:4 becomes square.
 KEPT_SHARE = 0.75
 Box = tuple[float, float, float, float]  # left, top, right, bottom; pixels
+Photo = Image.Image | np.ndarray  # RGB, as Pillow's image or as uint8 (height, width, 3)
 
 
-def has_plain_backdrop(photo: Image.Image) -> bool:
+def has_plain_backdrop(photo: Photo) -> bool:
     """Whether the two short edges that padding would extend are each of about one color."""
-    width, height = photo.size
-    thick = _thickness(min(width, height))
-    if width < height:
-        edges = [(0, 0, thick, height), (width - thick, 0, width, height)]
-    else:
-        edges = [(0, 0, width, thick), (0, height - thick, width, height)]
-    strips = (np.asarray(photo.crop(edge)).reshape(-1, 3) for edge in edges)
+    pixels = np.asarray(photo)
+    lines = pixels.transpose(1, 0, 2) if pixels.shape[1] < pixels.shape[0] else pixels  # across the edges in question
+    thick = _thickness(len(lines))
+    strips = (edge.reshape(-1, 3) for edge in (lines[:thick], lines[-thick:]))
     return all(float(np.abs(strip - median_color(strip)).mean()) < PLAIN_DEVIATION for strip in strips)
 
 
@@ -39,15 +37,15 @@ def kept_box(size: tuple[int, int], whole: bool) -> Box:
     return (margin, 0, width - margin, height) if width > height else (0, margin, width, height - margin)
 
 
-def fit_square(photo: Image.Image, resolution: int, whole: bool) -> np.ndarray:
-    """An RGB photo as uint8 (resolution, resolution, 3).
+def fit_square(photo: Photo, resolution: int, whole: bool) -> np.ndarray:
+    """A photo as uint8 (resolution, resolution, 3).
 
     The box of ``kept_box`` is scaled by ``resample``; what is then missing on the short side is filled, on
     either side, with the median color of that edge. Padding a plain backdrop does not show, and product
     photos keep head and hem; padding a busy one teaches the model to draw bars, so callers pass
     ``whole=has_plain_backdrop(photo)``.
     """
-    scaled = resample(photo, *_target(photo.size, resolution, whole))
+    scaled = resample(photo, *_target(size_of(photo), resolution, whole))
     return fill(scaled, (resolution, resolution))
 
 
@@ -68,22 +66,28 @@ def _target(size: tuple[int, int], resolution: int, whole: bool) -> tuple[Box, t
     return box, (max(round((right - left) * scale), 1), max(round((bottom - top) * scale), 1))
 
 
-def resample(photo: Image.Image, box: Box, size: tuple[int, int]) -> np.ndarray:
-    """The ``box`` of an RGB photo, to whole pixels, at ``size`` (width, height), as uint8 (height, width, 3).
+def size_of(photo: Photo) -> tuple[int, int]:
+    """(width, height)"""
+    return photo.size if isinstance(photo, Image.Image) else (photo.shape[1], photo.shape[0])
+
+
+def resample(photo: Photo, box: Box, size: tuple[int, int]) -> np.ndarray:
+    """The ``box`` of a photo, to whole pixels, at ``size`` (width, height), as uint8 (height, width, 3).
 
     With Lanczos: torch's where it has one, which gives what Pillow's gives up to rounding in a fraction of the time.
     """
     left, top, right, bottom = whole_pixels(box)
+    pixels = photo if isinstance(photo, np.ndarray) else np.array(photo)
+    pixels = np.ascontiguousarray(pixels[top:bottom, left:right])
     if size == (right - left, bottom - top):
-        return np.array(photo)[top:bottom, left:right]
+        return pixels
     import torch  # here, because listing and checking photos needs none
 
     if not hasattr(torch._C._nn, "_upsample_lanczos2d_aa"):
-        return np.array(photo.crop((left, top, right, bottom)).resize(size, Image.Resampling.LANCZOS))
-    pixels = torch.from_numpy(np.array(photo.crop((left, top, right, bottom))))
+        return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
     # The batch's dimension comes before the permutation: only so torch sees pixels and not planes, and keeps them.
-    pixels = pixels[None].permute(0, 3, 1, 2)
-    scaled = torch.nn.functional.interpolate(pixels, size[::-1], mode="lanczos", antialias=True)
+    planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
+    scaled = torch.nn.functional.interpolate(planes, size[::-1], mode="lanczos", antialias=True)
     return scaled.permute(0, 2, 3, 1)[0].contiguous().numpy()
 
 
