@@ -222,10 +222,24 @@ def test_requests_per_minute_are_kept(server: Server, cache: AnswerCache, monkey
 
 def test_asking_stops_at_the_cost_limit_and_goes_on_later(server: Server, cache: AnswerCache) -> None:
     prices = {"price_in": 10.0, "price_out": 100.0, "concurrency": 1}  # 100 + 10 tokens: 0.002 a request
-    with pytest.raises(ConfigError, match="stopped at max_cost=0.005 .0.006 spent"):
+    with pytest.raises(ConfigError, match="stopped at max_cost=0.005 .0.004 spent"):
         _ask(server, cache, _tasks(9), max_cost=0.005, **prices)
-    assert len(cache) == 3
+    assert len(cache) == 2
     assert len(_ask(server, cache, _tasks(9), max_cost=1.0, **prices)) == 9 and len(server.requests) == 9
+
+
+def test_requests_at_once_do_not_pass_the_cost_limit(server: Server, cache: AnswerCache) -> None:
+    barrier = threading.Barrier(4, timeout=20)
+
+    def together(request: dict[str, Any], number: int) -> tuple[int, str]:
+        if 1 < number <= 5:  # the first shows what one costs; the next four leave together, before any is paid for
+            barrier.wait()
+        return 200, '{"answer": "yes"}'
+
+    server.behavior = together
+    with pytest.raises(ConfigError, match="stopped at max_cost=0.011 .0.01 spent"):
+        _ask(server, cache, _tasks(20), max_cost=0.011, price_in=10.0, price_out=100.0, concurrency=4)
+    assert len(server.requests) == len(cache) == 5  # of 0.002 each: a sixth would pass it
 
 
 def test_streams_are_put_together_and_broken_ones_are_no_answer(server: Server, cache: AnswerCache) -> None:

@@ -16,6 +16,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
+from test_adapter_atomic import full_disk
 from test_vqa_score import _q
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
@@ -250,6 +251,25 @@ def test_a_full_disk_stops_in_one_sentence_and_earlier_answers_stay(tmp_path: Pa
     ):
         ask_all([Task(0, ("m",), tuple(_pictures([1])), question)], long, cache)
     assert len(cache) == 1 and cache.get(["p"], "q", "j", "1") == "kept"
+
+
+def test_a_disk_that_is_full_at_the_table_keeps_the_answers(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge, write = Scripted("seeing", _contrast), vqa._write
+
+    def on_full_disk(*args: Any) -> None:
+        with full_disk():
+            write(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(
+        ConfigError, match=r"cannot write .*vqa.json .*all answers stay in .*answers.sqlite"
+    ):  # fmt: skip
+        patch.setattr(vqa, "_write", on_full_disk)
+        _ask(folders, tmp_path / "out", [judge], monkeypatch)
+    assert not [f for f in (tmp_path / "out").iterdir() if not f.name.startswith("answers.sqlite")]
+    asked = judge.asked
+    assert _ask(folders, tmp_path / "out", [judge], monkeypatch)["judges"] and judge.asked == asked > 0
 
 
 def test_a_cache_of_another_kind_is_refused_and_pixels_are_the_key(tmp_path: Path) -> None:

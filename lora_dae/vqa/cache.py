@@ -31,10 +31,13 @@ class AnswerCache:
 
     def __init__(self, path: Path) -> None:
         """Open or create; ConfigError when the file is of another kind or version."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock, self._path = threading.Lock(), path
-        self._db = sqlite3.connect(path, check_same_thread=False, timeout=30)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{path.parent} cannot be written ({error.strerror}): name another folder.") from error
+        self._lock, self._path = threading.Lock(), path
+        try:
+            self._db = sqlite3.connect(path, check_same_thread=False, timeout=30)
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
             if version != VERSION and tables:

@@ -8,7 +8,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,9 @@ class EndpointJudge:
         self.concurrency = cfg.concurrency
         self.key = f"endpoint {cfg.base_url or 'hosted'} {cfg.model} schema={cfg.json_schema} max={cfg.max_tokens}"
         self.cost = 0.0
+        self._spending = threading.Condition()
+        self._held: list[float] = []  # what requests on their way may cost
+        self._dearest: dict[int, float] = {}  # the most that a request cost so far, by its number of pictures
         self._lock = threading.Lock()
         self._next = 0.0
 
@@ -53,7 +57,12 @@ class EndpointJudge:
 
     def ask(self, images: Sequence[np.ndarray], question: Question) -> Reply:
         self._wait()
-        self._check_cost()
+        with self._paid(len(images)) as pay:
+            reply = self._reply(images, question)
+            pay(reply)
+        return reply
+
+    def _reply(self, images: Sequence[np.ndarray], question: Question) -> Reply:
         content: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _data_url(i)}} for i in images]
         content.append({"type": "text", "text": prompt(question)})
         request: dict[str, Any] = {
@@ -70,7 +79,7 @@ class EndpointJudge:
             request["response_format"] = {"type": "json_schema", "json_schema": schema}
         errors = self._openai
         try:
-            reply = self._streamed(request) if self.cfg.stream and not score else self._whole(request)
+            return self._streamed(request) if self.cfg.stream and not score else self._whole(request)
         except errors.AuthenticationError as error:
             raise ConfigError(self._say("refuses the key", error, f"check {self.cfg.api_key_env}")) from None
         except errors.NotFoundError as error:
@@ -82,10 +91,6 @@ class EndpointJudge:
             raise
         except (errors.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
             raise JudgeFailedError(self._say("gave no answer", error, "is it running?")) from None
-        with self._lock:
-            prices = reply.prompt_tokens * self.cfg.price_in + reply.completion_tokens * self.cfg.price_out
-            self.cost += prices / 1e6
-        return reply
 
     def _whole(self, request: dict[str, Any]) -> Reply:
         done = self._client.chat.completions.create(**request)
@@ -130,13 +135,40 @@ class EndpointJudge:
             self._next = start + 60 / self.cfg.requests_per_minute
         time.sleep(max(0.0, start - time.monotonic()))
 
-    def _check_cost(self) -> None:
-        with self._lock:
-            if self.cfg.max_cost is not None and self.cost >= self.cfg.max_cost:
-                raise ConfigError(
-                    f"judge {self.name} stopped at max_cost={self.cfg.max_cost:g} ({self.cost:.4g} spent): its answers "
-                    "are kept, raise the limit and run the same command to go on."
-                )
+    @contextmanager
+    def _paid(self, pictures: int) -> Iterator[Callable[[Reply], None]]:
+        """Holds back what a request may cost until it is paid for, so that requests at once do not pass the limit.
+
+        As much as the dearest one so far with as many pictures; all that is left where there was none yet, which is
+        why the first is sent alone. ConfigError when the next would pass the limit and none is on its way.
+        """
+        limit = math.inf if self.cfg.max_cost is None else self.cfg.max_cost
+        with self._spending:
+            while True:
+                left = limit - self.cost
+                expected = self._dearest.get(pictures, left) if limit < math.inf else 0.0
+                if left > 0 and sum(self._held) + expected <= left:
+                    break
+                if not self._held:
+                    raise ConfigError(
+                        f"judge {self.name} stopped at max_cost={self.cfg.max_cost:g} ({self.cost:.4g} spent): its "
+                        "answers are kept, raise the limit and run the same command to go on."
+                    )
+                self._spending.wait()
+            self._held.append(expected)
+
+        def pay(reply: Reply) -> None:
+            tokens = reply.prompt_tokens * self.cfg.price_in + reply.completion_tokens * self.cfg.price_out
+            with self._spending:
+                self.cost += tokens / 1e6
+                self._dearest[pictures] = max(self._dearest.get(pictures, 0.0), tokens / 1e6)
+
+        try:
+            yield pay
+        finally:
+            with self._spending:
+                self._held.remove(expected)
+                self._spending.notify_all()
 
     def _say(self, what: str, error: Exception, advice: str) -> str:
         reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -35,7 +35,7 @@ class JudgeConfig:
     timeout: float = 120.0  # seconds a request
     retries: int = 5  # with exponential back-off; Retry-After is obeyed
     requests_per_minute: float | None = None
-    max_cost: float | None = None  # in the currency of the prices; asking stops there
+    max_cost: float | None = None  # in the currency of the prices; only a request dearer than all before may pass it
     price_in: float = 0.0  # per million prompt tokens
     price_out: float = 0.0  # per million completion tokens
     max_tokens: int = 256  # of an answer

@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lora_dae.adapter.atomic import atomic
 from lora_dae.config import ConfigError
 from lora_dae.evaluation.controls import blurred
 from lora_dae.evaluation.pictures import Item, gather
@@ -168,16 +169,28 @@ def _write(
     answers: Mapping[str, Sequence[Answer]],
     compared: Mapping[str, Sequence[Answer]],
 ) -> None:
-    text = json.dumps(without_nan(result), indent=2, ensure_ascii=False)
-    (output / "vqa.json").write_text(text + "\n", encoding="utf-8")
-    (output / "vqa.md").write_text(write_markdown(result), encoding="utf-8")
-    with (output / "answers.jsonl").open("w", encoding="utf-8") as file:
-        for judge in answers:
-            for a in [*answers[judge], *compared[judge]]:
-                row = {
-                    "judge": judge, "prompt": a.task.item, "methods": a.task.methods, "question": a.task.question.id,
-                    "text": a.task.question.text, "right": a.task.question.right, "answer": a.parsed.answer,
-                    "read": a.parsed.how if a.raw is not None else "unanswered", "raw": a.raw,
-                    "why": a.why,
-                }  # fmt: skip
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Each file whole or not at all; ConfigError where there is no room."""
+    rows = []
+    for judge in answers:
+        for a in [*answers[judge], *compared[judge]]:
+            row = {
+                "judge": judge, "prompt": a.task.item, "methods": a.task.methods, "question": a.task.question.id,
+                "text": a.task.question.text, "right": a.task.question.right, "answer": a.parsed.answer,
+                "read": a.parsed.how if a.raw is not None else "unanswered", "raw": a.raw,
+                "why": a.why,
+            }  # fmt: skip
+            rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+    texts = {
+        "vqa.json": json.dumps(without_nan(result), indent=2, ensure_ascii=False) + "\n",
+        "vqa.md": write_markdown(result),
+        "answers.jsonl": "".join(rows),
+    }
+    for name, text in texts.items():
+        try:
+            with atomic(output / name) as partial:
+                partial.write_text(text, encoding="utf-8")
+        except ConfigError as error:
+            raise ConfigError(
+                f"{str(error).rstrip('.')}; all answers stay in {output / 'answers.sqlite'}, and the same command asks "
+                "none of them again."
+            ) from error
