@@ -133,8 +133,9 @@ def test_inception_score_equals_torchmetrics() -> None:
     metric = InceptionScore(feature=Flat(), splits=5)
     metric.update(_images(logits))
     torch.manual_seed(7)  # torchmetrics shuffles by the global generator
-    expected = metric.compute()[0].item()
-    assert distances.inception_score(logits.softmax(1), splits=5, seed=7) == pytest.approx(expected, rel=1e-5)
+    mean, std = (value.item() for value in metric.compute())
+    assert distances.inception_score(logits.softmax(1), splits=5, seed=7) == pytest.approx(mean, rel=1e-5)
+    assert distances.inception_score_std(logits.softmax(1), splits=5, seed=7) == pytest.approx(std, rel=1e-4)
 
 
 def test_inception_score_is_the_number_of_classes_for_sure_and_even_predictions() -> None:

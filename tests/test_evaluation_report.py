@@ -66,6 +66,7 @@ def table() -> ResultsTable:
         (MetricValue(1234.5, 1100.0, 1400.0, "lower"), ("1234", "[1100, 1400]")),
         (MetricValue(0.98765, None, None, "higher"), ("0.988", "")),
         (MetricValue(float("nan"), None, None, "higher"), ("n/a", "")),
+        (MetricValue(2.514, 2.3, 2.7, "higher", std=0.123), ("2.51 ± 0.12", "[2.30, 2.70]")),
     ],
 )
 def test_values_show_the_digits_that_their_interval_supports(metric: MetricValue, text: tuple[str, str]) -> None:

@@ -8,6 +8,7 @@ of the square root of the covariances' product is the nuclear norm of the center
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -169,8 +170,21 @@ def inception_score(probs: Tensor, splits: int = 10, seed: int = 0) -> float:
     return inception_score_replicates(probs, torch.ones(1, len(probs)), splits, seed)[0].item()
 
 
+def inception_score_std(probs: Tensor, splits: int = 10, seed: int = 0) -> float:
+    """Standard deviation of ``inception_score`` over its splits, N - 1 as torchmetrics has it; NaN for one split.
+
+    What papers print behind the score. It is the spread of scores of N / splits images, no interval of the mean.
+    """
+    return _split_scores(probs, torch.ones(1, len(probs)), splits, seed)[:, 0].std().item() if splits > 1 else math.nan
+
+
 def inception_score_replicates(probs: Tensor, weights: Tensor, splits: int, seed: int) -> Tensor:
     """Inception score for each of R re-weightings (R, N) of the images; returns (R,) float64."""
+    return _split_scores(probs, weights, splits, seed).mean(0)
+
+
+def _split_scores(probs: Tensor, weights: Tensor, splits: int, seed: int) -> Tensor:
+    """The score of every split, (splits, R)."""
     if len(probs) < splits:
         raise ConfigError(f"an Inception score of {splits} splits needs as many images, got {len(probs)}.")
     probs, weights = probs.double(), weights.double()
@@ -182,4 +196,4 @@ def inception_score_replicates(probs: Tensor, weights: Tensor, splits: int, seed
         share = share / share.sum(1, keepdim=True).clamp(min=1)
         marginal = share @ probs[part]
         scores.append((share @ negative_entropy[part] - torch.xlogy(marginal, marginal).sum(1)).exp())
-    return torch.stack(scores).mean(0)
+    return torch.stack(scores)

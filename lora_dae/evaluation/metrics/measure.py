@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -179,7 +179,8 @@ def _distances(
         splits = distances.inception_splits(len(fake.probs))
         score = distances.inception_score(fake.probs, splits, seed)
         replicates = distances.inception_score_replicates(fake.probs, weights[0], splits, seed)
-        result[names["is"]] = _metric(score, replicates, "higher", least=1)
+        std = distances.inception_score_std(fake.probs, splits, seed) if splits > 1 else None
+        result[names["is"]] = replace(_metric(score, replicates, "higher", least=1), std=std)
     return result
 
 

@@ -69,8 +69,8 @@ class Protocol:
             "Noise": f"seed{'s' if len(self.seeds) > 1 else ''} {seeds}" if seeds else "seeds not known",
             "Features": f"{self.features} features",
             "Intervals": intervals,
-            "Set metrics": f"is: {inception_splits(self.num_generated)} splits, a diagnostic on photos of one kind; "
-            "kd, kid: all images at once, no subsets, not multiplied",
+            "Set metrics": f"is: {inception_splits(self.num_generated)} splits, ± their standard deviation, a "
+            "diagnostic on photos of one kind; kd, kid: all images at once, no subsets, not multiplied",
             "Fidelity": "psnr and ssim: RGB, data range 1, gaussian window of sigma 1.5, mean over images",
             "Garment": "gradient: Wasserstein distance of luma gradients in the mask; edge f1: Canny edges at its "
             "border; color: CIEDE2000 of its mean colors; pattern: patches against the source's, early "

@@ -43,7 +43,8 @@ BLOCKS = {
 class MetricValue:
     """A number, its 95 % interval (None: not computed), which direction is better (None: closer to 1).
 
-    ``replicates`` (R,) are its bootstrap replicates; they make paired comparisons possible; not stored.
+    ``replicates`` (R,) are its bootstrap replicates; they make paired comparisons possible; not stored. ``std``: over
+    the splits of an Inception score.
     """
 
     value: float
@@ -51,12 +52,13 @@ class MetricValue:
     high: float | None
     better: Better | None
     replicates: Tensor | None = field(default=None, repr=False, compare=False)
+    std: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: value, low, high, better; not finite becomes null."""
+        """For JSON: value, low, high, better, and std where there is one; not finite becomes null."""
         numbers = {"value": self.value, "low": self.low, "high": self.high}
         finite = {k: v if v is not None and math.isfinite(v) else None for k, v in numbers.items()}
-        return {**finite, "better": self.better}
+        return {**finite, "better": self.better, **({} if self.std is None else {"std": self.std})}
 
 
 def paired_difference(method: MetricValue, baseline: MetricValue) -> MetricValue | None:
@@ -102,14 +104,15 @@ def verdict(method: MetricValue, baseline: MetricValue, p: float | None = None) 
 
 
 def format_value(metric: MetricValue) -> tuple[str, str]:
-    """The value and its interval ("[low, high]", or ""), to the decimals that it supports (<= 4)."""
+    """The value (and "± std") and its interval ("[low, high]", or ""), to the decimals that it supports (<= 4)."""
     if not math.isfinite(metric.value):
         return "n/a", ""
+    spread = "" if metric.std is None else f" ± {metric.std:.2g}"
     if metric.low is None or metric.high is None:
-        return f"{metric.value:.3g}", ""
+        return f"{metric.value:.3g}{spread}", ""
     half = (metric.high - metric.low) / 2
     decimals = min(max(1 - math.floor(math.log10(half)), 0), 4) if half > 0 else 3
-    return f"{metric.value:.{decimals}f}", f"[{metric.low:.{decimals}f}, {metric.high:.{decimals}f}]"
+    return f"{metric.value:.{decimals}f}{spread}", f"[{metric.low:.{decimals}f}, {metric.high:.{decimals}f}]"
 
 
 def format_name(name: str) -> str:
@@ -278,7 +281,9 @@ def load_table(path: Path) -> ResultsTable:
     def rows(named: dict[str, Any]) -> dict[str, dict[str, MetricValue]]:
         return {
             row: {
-                name: MetricValue(math.nan if m["value"] is None else m["value"], m["low"], m["high"], m["better"])
+                name: MetricValue(
+                    math.nan if m["value"] is None else m["value"], m["low"], m["high"], m["better"], std=m.get("std")
+                )
                 for name, m in metrics.items()
             }
             for row, metrics in named.items()

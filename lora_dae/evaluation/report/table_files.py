@@ -8,7 +8,7 @@ import re
 
 from lora_dae.evaluation.report.table import REFERENCES, ResultsTable, format_name
 
-COLUMNS = ("row", "kind", "metric", "value", "low", "high", "better", "p_holm", "verdict")
+COLUMNS = ("row", "kind", "metric", "value", "low", "high", "better", "p_holm", "verdict", "std")
 TEX_ARROWS = {"↓": r"$\downarrow$", "↑": r"$\uparrow$", "→ 1": r"$\rightarrow 1$"}
 
 
@@ -22,7 +22,7 @@ def table_rows(table: ResultsTable) -> list[list[str | float | None]]:
                 m = metric.as_dict()
                 p = corrected.get((row, name)) if kind == "method" else None
                 said = table.verdict(row, name) if kind == "method" else ""
-                found.append([row, kind, name, m["value"], m["low"], m["high"], m["better"], p, said])
+                found.append([row, kind, name, m["value"], m["low"], m["high"], m["better"], p, said, m.get("std")])
     return found
 
 
