@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_dae.evaluation.controls import blurred, over_sharpened
+from lora_dae.evaluation.metrics.color import ciede2000, srgb_to_lab
 from lora_dae.evaluation.metrics.features import EffnetFeatures, stack_images
 from lora_dae.evaluation.metrics.pattern import CELLS, PatternDistance, _statistics, pattern_distance
 
@@ -75,6 +76,16 @@ def test_only_the_garment_counts_and_no_garment_is_no_number(distance: PatternDi
         real.repeat(18, 1, 1, 1), real.repeat(18, 1, 1, 1), source.repeat(18, 1, 1, 1), mask.repeat(18, 1, 1)
     )
     assert many.shape == (18,) and torch.allclose(many, clean.expand(18), atol=1e-5)
+
+
+def test_the_sources_color_is_read_where_the_garment_lies_in_it(distance: PatternDistance) -> None:
+    """The cloth's own mean color, though it lies elsewhere in the source, and not the background's."""
+    source, real = _cloth("plaid", 10, 20), _cloth("plaid", 44, 36, phase=0.9)
+    found = distance.source_color(_batch(real), _batch(source), _mask(44, 36))
+    own = srgb_to_lab(_batch(source).permute(0, 2, 3, 1))[:, 20:84, 10:74].mean(dim=(1, 2))
+    gray = srgb_to_lab(torch.full((1, 3), 128 / 255))
+    assert ciede2000(found, own).item() < 0.5 * ciede2000(gray, own).item()
+    assert distance.source_color(_batch(real), _batch(source), torch.zeros(1, SIDE, SIDE)).isnan().all()
 
 
 def test_statistics_of_a_patch_are_mean_and_deviation_of_its_window() -> None:

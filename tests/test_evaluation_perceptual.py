@@ -25,7 +25,7 @@ from lora_dae.evaluation.metrics.clip_score import ClipScore
 from lora_dae.evaluation.metrics.color import ciede2000, color_difference, srgb_to_lab
 from lora_dae.evaluation.metrics.features import FeatureExtractor, stack_images
 from lora_dae.evaluation.metrics.observe import Batch, Meters, observe
-from lora_dae.evaluation.metrics.perceptual import Lpips, ms_ssim
+from lora_dae.evaluation.metrics.perceptual import Lpips, composed, ms_ssim
 from lora_dae.evaluation.report.table import MetricValue, Protocol, ResultsTable
 from lora_dae.rules import check
 
@@ -55,6 +55,34 @@ def test_lpips_equals_torchmetrics_on_the_same_weights(alexnet_file: Path, monke
     assert ours(a, b) == pytest.approx(reference(a, b, normalize=True).flatten().tolist(), rel=1e-4)
     assert ours(a, a).tolist() == [0, 0, 0]
     assert ours(a, b) == pytest.approx(ours(b, a).tolist(), rel=1e-5)
+
+
+def test_lpips_of_a_garment_is_the_mean_of_upstreams_map(alexnet_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference_lpips, "_get_tv_model_features", lambda net, pretrained=False: _alexnet())
+    reference = reference_lpips._LPIPS(net="alex", spatial=True)
+    a, b = torch.rand(2, 3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    masks = torch.zeros(3, 64, 64)
+    masks[0, 5:40, 11:50] = 1
+    masks[1] = 1
+    maps = reference(a, b, normalize=True)[:, 0]
+    first, whole, empty = Lpips(alexnet_file).inside(a, b, masks).tolist()
+    assert first == pytest.approx(maps[0, 5:40, 11:50].mean().item(), rel=1e-4)
+    assert whole == pytest.approx(maps[1].mean().item(), rel=1e-4) and math.isnan(empty)
+
+
+def test_a_composed_picture_is_the_real_one_outside_the_mask() -> None:
+    """Its squared error is the garment's, spread over the whole picture; what was drawn outside does not count."""
+    a, b = torch.rand(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    masks = torch.zeros(3, 16, 16)
+    masks[:2, 4:12, 4:12] = 1
+    elsewhere = torch.where(masks[:, None] > 0, a, torch.rand(3, 3, 16, 16))
+
+    def error(x: Tensor, y: Tensor) -> Tensor:
+        return (x - y).square().mean(dim=(1, 2, 3))
+
+    values = composed(error, a, b, masks)
+    assert values[:2] == pytest.approx((error(a[..., 4:12, 4:12], b[..., 4:12, 4:12])[:2] / 4).tolist())
+    assert math.isnan(values[2]) and torch.equal(composed(error, elsewhere, b, masks)[:2], values[:2])
 
 
 def test_lpips_names_a_file_that_does_not_fit(tmp_path: Path) -> None:
@@ -250,7 +278,10 @@ def test_ms_ssim_is_left_out_where_torchmetrics_has_no_fifth_scale(side: int, th
     b = 0.7 * a + 0.3 * _photos(1, 2, side)
     values = observe([Batch(a, b)], Meters((_Filters(),))).values
     assert ("ms_ssim" in values) == there
+    inside = observe([Batch(a, b, masks=torch.ones(2, side, side))], Meters((_Filters(),))).values
+    assert ("ms_ssim_composed" in inside) == there
     if there:
+        assert inside["ms_ssim_composed"].tolist() == pytest.approx(values["ms_ssim"].tolist())
         expected = multiscale_structural_similarity_index_measure(a, b, sigma=1.5, data_range=1.0)
         assert values["ms_ssim"].mean().item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -289,6 +320,7 @@ def test_options_add_their_metrics_and_rows_and_say_what_cannot_be_had(
     assert list(asked.references) == ["real, blurred", "real, over-sharpened"]
     own, other = asked.methods["strength 0"], asked.methods["frozen backbone"]
     assert own["lpips_alex"].value == 0 < asked.references["real, blurred"]["lpips_alex"].value
+    assert own["lpips_alex_garment"].value == 0 < asked.references["real, blurred"]["lpips_alex_garment"].value
     assert "lpips_alex" not in other  # it saw no source, so there is no photo that it should agree with
     assert own["color_garment"].value == 0 < asked.references["real, over-sharpened"]["color_garment"].value
     assert own["gradient_garment"].value == 0 and own["edge_f1_garment"].value == 1

@@ -14,11 +14,22 @@ from torch.multiprocessing.spawn import spawn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lora_dae.evaluation.attributes.classifier import AttributeClassifier
+from lora_dae.evaluation.metrics.color import srgb_to_lab
 from lora_dae.evaluation.metrics.distances import frechet_from_features
 from lora_dae.evaluation.metrics.measure import summarize
 from lora_dae.evaluation.metrics.observe import Batch, Meters, gathered, observe, share
 
 N = 11  # odd: one process has more to do
+
+
+class _Pattern:
+    """A stand-in."""
+
+    def __call__(self, a: torch.Tensor, b: torch.Tensor, s: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        return (a - s).abs().mean(dim=(1, 2, 3))
+
+    def source_color(self, b: torch.Tensor, s: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        return srgb_to_lab(s.mean(dim=(2, 3)))
 
 
 def _numbers() -> dict[str, list[float]]:
@@ -36,7 +47,7 @@ def _numbers() -> dict[str, list[float]]:
     extractor.names = {**extractor.names, "mmd": "mmd_tiny"}
     meters = Meters(
         (extractor,), classifier, {"lpips_alex": lambda a, b: (a - b).abs().mean(dim=(1, 2, 3))},
-        pattern=lambda a, b, s, m: (a - s).abs().mean(dim=(1, 2, 3)),  # type: ignore[arg-type]
+        pattern=_Pattern(),  # type: ignore[arg-type]
     )  # fmt: skip
 
     def batches(shown: torch.Tensor, paired: bool) -> list[Batch]:
@@ -75,7 +86,13 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     alone = _numbers()
     names = "fd_tiny kd_tiny mmd_tiny is_tiny attr_color psnr ssim lpips_alex psnr_garment edge_f1_garment"
-    assert set(names.split()) | {"pattern_garment", "color_garment", "lsd_garment"} <= set(alone)
+    assert set(names.split()) | {
+        "pattern_garment",
+        "color_garment",
+        "color_to_source_garment",
+        "lpips_alex_composed",
+        "lsd_garment",
+    } <= set(alone)
     assert json.dumps(first) == json.dumps(second) and list(first) == list(alone)
     for name, values in alone.items():
         assert first[name] == pytest.approx(values, rel=1e-5, abs=1e-7), name

@@ -70,9 +70,15 @@ def color_difference(images: Tensor, target: Tensor, masks: Tensor) -> Tensor:
     Float NCHW in [0, 1], ``masks`` (N, H, W) of 0 and 1. The mean color, not pixel against pixel: a pattern that is
     shifted by a thread has the same color. It does not see a wrong pattern of the right mean.
     """
-    means = []
+    return difference_to(images, _mean_lab(target, masks), masks)
+
+
+def difference_to(images: Tensor, expected: Tensor, masks: Tensor) -> Tensor:
+    """``color_difference`` to known colors: ``expected`` (N, 3) L*a*b*, e.g. of the source photo's garment."""
+    return ciede2000(_mean_lab(images, masks), expected).float()
+
+
+def _mean_lab(images: Tensor, masks: Tensor) -> Tensor:
     inside = masks.double()[..., None]
-    for batch in (images, target):
-        lab = srgb_to_lab(batch.permute(0, 2, 3, 1))
-        means.append((lab * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2)))  # 0 / 0 = NaN
-    return ciede2000(*means).float()
+    lab = srgb_to_lab(images.permute(0, 2, 3, 1))
+    return (lab * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2))  # 0 / 0 = NaN

@@ -94,9 +94,11 @@ def measure_images(
     was made from the source of real image i): ``psnr``, ``ssim``, from 176 pixels on ``ms_ssim``, and every distance of
     ``perceptual`` (by its name). With ``clip`` and ``captions``: ``clip_score``. With ``masks`` (the garment in the
     generated images; paired: the reference's by default): texture inside the garment, as ``power_low_garment`` and so
-    on, and paired ``psnr_garment``, ``ssim_garment``, ``gradient_garment``, ``edge_f1_garment``, ``color_garment``;
-    with ``pattern`` and ``sources`` (uint8 NCHW) also ``pattern_garment``. ``bootstrap=0`` leaves intervals out. The
-    numbers, and what they were made of. Raises ConfigError when numbers of images or sizes do not fit.
+    on, and paired ``psnr_garment``, ``ssim_garment``, ``gradient_garment``, ``edge_f1_garment``, ``color_garment``,
+    ``lpips_alex_garment`` (its map), ``ms_ssim_composed`` and ``dists_composed`` (pasted into the real photo); with
+    ``pattern`` and ``sources`` (uint8 NCHW) also ``pattern_garment`` and ``color_to_source_garment``.
+    ``bootstrap=0`` leaves intervals out. The numbers, and what they were made of. Raises ConfigError when numbers of
+    images or sizes do not fit.
     """
     images = as_float_images(generated)
     _check(images, real, attributes, paired)

@@ -18,7 +18,7 @@ from lora_dae.evaluation.metrics import color, edges, reference, texture
 from lora_dae.evaluation.metrics.clip_score import ClipScore
 from lora_dae.evaluation.metrics.features import FeatureExtractor, Features
 from lora_dae.evaluation.metrics.pattern import PatternDistance
-from lora_dae.evaluation.metrics.perceptual import MS_SSIM_SIDE, Distance, ms_ssim
+from lora_dae.evaluation.metrics.perceptual import MS_SSIM_SIDE, Distance, Lpips, composed, ms_ssim
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,20 @@ def _observe(batch: Batch, meters: Meters) -> Observed:
     if target is not None and masks is not None:
         values["psnr_garment"] = reference.psnr(images, target, masks)
         values["ssim_garment"] = reference.ssim(images, target, masks)
+        if min(images.shape[-2:]) >= MS_SSIM_SIDE:
+            values["ms_ssim_composed"] = composed(ms_ssim, images, target, masks)
+        for name, distance in meters.perceptual.items():
+            if isinstance(distance, Lpips):
+                values[f"{name}_garment"] = distance.inside(images, target, masks)
+            else:
+                values[f"{name}_composed"] = composed(distance, images, target, masks)
         values["gradient_garment"] = edges.gradient_distance(images, target, masks)
         values["edge_f1_garment"] = edges.edge_f1(images, target, masks)
         values["color_garment"] = color.color_difference(images, target, masks)
         if meters.pattern is not None and batch.source is not None:
             values["pattern_garment"] = meters.pattern(images, target, batch.source, masks)
+            expected = meters.pattern.source_color(target, batch.source, masks)
+            values["color_to_source_garment"] = color.difference_to(images, expected, masks)
     if meters.clip is not None and batch.captions is not None:
         values["clip_score"] = meters.clip(images, batch.captions)
     return Observed(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_dae.evaluation.metrics.color import srgb_to_lab
 from lora_dae.evaluation.metrics.texture import shrink
 
 SIDE = 224  # pixels that the network sees
@@ -46,9 +47,25 @@ class PatternDistance:
             part = slice(start, start + BATCH)
             made = self._describe(images[part])
             real, given = (self._remembered(x[part]) for x in (target, source))
-            inside = F.adaptive_avg_pool2d(shrink(masks[part])[:, None], CELLS)[:, 0].flatten(1) > 0.5
-            values.append(_distance(made, real, given, inside))
+            values.append(_distance(made, real, given, _cells(masks[part])))
         return torch.cat(values)
+
+    @torch.inference_mode()
+    def source_color(self, target: Tensor, source: Tensor, masks: Tensor) -> Tensor:
+        """Mean L*a*b* color of the source where the patches of the garment in ``target`` are found in it, (N, 3).
+
+        For sources without a mask of their own. Shapes as in ``__call__``; NaN for an empty mask.
+        """
+        means = []
+        for start in range(0, len(target), BATCH):
+            part = slice(start, start + BATCH)
+            matched = _matched(self._remembered(target[part]), self._remembered(source[part]))
+            lab = srgb_to_lab(source[part].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            colors = F.adaptive_avg_pool2d(lab, CELLS).flatten(2).transpose(1, 2)
+            found = colors.gather(1, matched.to(colors.device)[..., None].expand(-1, -1, 3))
+            inside = _cells(masks[part]).to(colors.device)[..., None]
+            means.append((found * inside).sum(1) / inside.sum(1))  # 0 / 0 = NaN
+        return torch.cat(means)
 
     def _remembered(self, images: Tensor) -> list[Tensor]:
         key = hashlib.blake2b(images.cpu().contiguous().numpy().tobytes()).digest()
@@ -76,9 +93,18 @@ def _statistics(maps: Tensor) -> Tensor:
     return torch.cat([means, deviations], dim=1).flatten(2).transpose(1, 2)
 
 
+def _cells(masks: Tensor) -> Tensor:
+    """Which cells lie in the garment, (N, CELLS^2)."""
+    return F.adaptive_avg_pool2d(shrink(masks)[:, None], CELLS)[:, 0].flatten(1) > 0.5
+
+
+def _matched(real: list[Tensor], given: list[Tensor]) -> Tensor:
+    """Where in the source each patch of the real photo is found, (N, CELLS^2)."""
+    return torch.stack([r @ g.transpose(1, 2) for r, g in zip(real, given, strict=True)]).mean(0).argmax(2)
+
+
 def _distance(made: list[Tensor], real: list[Tensor], given: list[Tensor], inside: Tensor) -> Tensor:
-    alike = torch.stack([r @ g.transpose(1, 2) for r, g in zip(real, given, strict=True)]).mean(0)
-    matched = alike.argmax(2)  # (N, cells): where in the source the real photo's patch is found
+    matched = _matched(real, given)
     row, column = matched // CELLS, matched % CELLS
     best = torch.full(matched.shape, torch.inf)
     for dy in range(-NEAR, NEAR + 1):

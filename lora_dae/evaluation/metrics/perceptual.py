@@ -38,6 +38,18 @@ def ms_ssim(images: Tensor, target: Tensor) -> Tensor:
     return torch.cat(values)
 
 
+def composed(distance: Distance, images: Tensor, target: Tensor, masks: Tensor) -> Tensor:
+    """A distance of whole pictures, of ``images`` pasted into ``target`` inside ``masks`` (N, H, W) of 0 and 1; (N,).
+
+    For what has no map to average over a garment: MS-SSIM multiplies means over scales, DISTS compares statistics of
+    the whole picture. As pasted results of virtual try-on are measured: the more background, the better the value, so
+    compare on the same masks only. NaN for an empty mask, where the picture would be the target itself.
+    """
+    inside = masks[:, None].to(images.dtype)
+    values = distance(images * inside + target * (1 - inside), target)
+    return torch.where(masks.flatten(1).sum(1).to(values.device) > 0, values, torch.nan)
+
+
 class Lpips(nn.Module):
     """LPIPS version 0.1 on AlexNet: mean over places of weighted squared differences of unit-length features.
 
@@ -77,12 +89,34 @@ class Lpips(nn.Module):
         pieces = zip(images.split(BATCH), target.split(BATCH), strict=True)
         return torch.cat([self._distance(a, b) for a, b in pieces])
 
+    @torch.inference_mode()
+    def inside(self, images: Tensor, target: Tensor, masks: Tensor) -> Tensor:
+        """Mean over the pixels of ``masks`` (N, H, W) of LPIPS's spatial map, (N,); NaN for an empty mask.
+
+        The map is upstream's (``spatial=True``): that of each layer enlarged bilinearly to the picture, then added. A
+        garment's value so does not depend on its size, as that of a picture pasted together would; features near its
+        border see what lies beside it.
+        """
+        means = []
+        pieces = zip(images.split(BATCH), target.split(BATCH), masks.split(BATCH), strict=True)
+        for a, b, mask in pieces:
+            maps = torch.zeros(len(a), *mask.shape[1:])
+            for one in self._maps(a, b):
+                maps += nn.functional.interpolate(one, mask.shape[1:], mode="bilinear", align_corners=False)[:, 0].cpu()
+            inside = mask.cpu().float()
+            means.append((maps * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2)))  # 0 / 0 = NaN
+        return torch.cat(means)
+
     def _distance(self, a: Tensor, b: Tensor) -> Tensor:
         total = torch.zeros(len(a))
-        for k, (x, y) in enumerate(zip(self._taps(a), self._taps(b), strict=True)):
-            weighted = nn.functional.conv2d((x - y).square(), self.get_buffer(f"head{k}"))
+        for weighted in self._maps(a, b):
             total = total + weighted.mean(dim=(1, 2, 3)).cpu()
         return total
+
+    def _maps(self, a: Tensor, b: Tensor) -> list[Tensor]:
+        """The distance at each place of each layer, (N, 1, h, w)."""
+        layers = enumerate(zip(self._taps(a), self._taps(b), strict=True))
+        return [nn.functional.conv2d((x - y).square(), self.get_buffer(f"head{k}")) for k, (x, y) in layers]
 
     def _taps(self, images: Tensor) -> list[Tensor]:
         x = (2 * images.to(self.get_buffer("shift").device) - 1 - self.get_buffer("shift")) / self.get_buffer("scale")

