@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lora_dae.backbone.allocator import keep_freed_memory
-from lora_dae.config import Config, ConfigError, conf_dir, from_dict, register
+from lora_dae.config import Config, ConfigError, TrackingConfig, conf_dir, from_dict, register
 from lora_dae.sweep.launcher import InterruptedSweepError
 from lora_dae.sweep.name import register_sweep_name
 from lora_dae.sweep.ranks import rank
@@ -155,6 +155,8 @@ def evaluate(cfg: DictConfig) -> None:
     """``python evaluate.py run=<dir>``, ``images=<dir> reference=<dir>`` or ``runs=[<dir>,<dir>]``: measure."""
     from lora_dae.evaluation.command import EvaluateRequest
     from lora_dae.evaluation.command import evaluate as run_evaluation
+    from lora_dae.training.page_log import page_logger
 
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    run_evaluation(EvaluateRequest(**values), console)
+    request = EvaluateRequest(**values)
+    run_evaluation(request, console, page_logger(TrackingConfig(**request.tracking), console))

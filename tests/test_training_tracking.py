@@ -13,14 +13,21 @@ import wandb
 import yaml
 from compose import config
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from rich.console import Console
+from test_evaluation_folders import _folder
+from test_evaluation_measure import TinyFeatures
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from lora_dae.cli import typed
 from lora_dae.config import Config, ConfigError, TrackingConfig, conf_dir, register
+from lora_dae.evaluation import folder_run
+from lora_dae.evaluation.command import EvaluateRequest, evaluate
 from lora_dae.rules import check
 from lora_dae.training import run as training
 from lora_dae.training import tracking
+from lora_dae.training.page_log import page_logger
 
 ROOT = Path(__file__).parent.parent
 BLOCK, HEADER = 32768, 7
@@ -113,6 +120,46 @@ def test_offline_run_holds_everything(make: Make, monkeypatch: pytest.MonkeyPatc
     assert metrics["val/loss"].summary.min and metrics["images/s"].summary.max
 
 
+def test_a_page_of_finished_pictures_goes_to_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _folder(tmp_path / "made", 0, 4), _folder(tmp_path / "real", 100, 4)
+    monkeypatch.setattr(folder_run, "load_features", lambda name: TinyFeatures())
+    words = [f"images={tmp_path / 'made'}", f"reference={tmp_path / 'real'}", f"output={tmp_path / 'out'}"]
+    words += [f"cache_dir={tmp_path / 'cache'}", "bootstrap=0", "controls=false"]
+
+    def page(*more: str) -> dict[str, Any]:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            cfg = compose("evaluate", [*words, *more])
+        request = EvaluateRequest(**OmegaConf.to_container(cfg))  # type: ignore[arg-type]
+        quiet = Console(quiet=True)
+        evaluate(request, quiet, page_logger(TrackingConfig(**request.tracking), quiet))
+        return json.loads((tmp_path / "out" / "metrics.json").read_text())
+
+    page()
+    assert not (tmp_path / "out" / "wandb").exists()  # nothing is logged unless it is asked for
+    with pytest.raises(ConfigError, match="not to csv"):
+        page("logger=csv")
+    numbers = page("logger=wandb", "tracking.wandb=offline", "tracking.tags=[mine]")
+    assert wandb.run is None
+    run, rows, _ = read_offline(tmp_path / "out")
+    assert (run.project, run.job_type, list(run.tags), run.display_name) == ("lora-dae", "evaluate", ["mine"], "out")
+    assert nested(run.config.update)["protocol"]["num_generated"] == 4
+    told = {key: value for row in rows for key, value in row.items()}
+    for name, metric in numbers["methods"]["made"].items():
+        assert told[f"test/made/{name}"] == metric["value"]
+
+    def table(key: str) -> dict[str, Any]:
+        (path,) = (tmp_path / "out").glob(f"wandb/offline-run-*/files/{told[key]['path']}")
+        return json.loads(path.read_text())
+
+    values = {row[2]: row[3] for row in table("test/table")["data"]}
+    assert values["fd_tiny"] == numbers["methods"]["made"]["fd_tiny"]["value"]
+    (pictures,) = (key for key in told if key.startswith("pictures/"))
+    shown = table(pictures)
+    assert shown["columns"] == ["prompt", "made", "real"] and len(shown["data"]) == 4
+    (html,) = (tmp_path / "out").glob(f"wandb/offline-run-*/files/{told['report']['path']}")
+    assert "data:image/png;base64," in html.read_text()
+
+
 def test_no_logger_and_tensorboard(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     result = training.run(make("logger=none", "trainer.max_steps=1", "enhancement=none"))
     assert (result.run_dir / "report.html").is_file()
@@ -125,7 +172,6 @@ def test_no_logger_and_tensorboard(make: Make, monkeypatch: pytest.MonkeyPatch, 
 def test_tensorboard_gets_curves_of_both_stages(tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     cfg = Config(run_dir=str(tmp_path), tracking=TrackingConfig(logger="tensorboard"))
-    from rich.console import Console
 
     loggers = tracking.build_loggers(cfg, tmp_path, {}, Console(quiet=True))
     tracking.log_metrics(tracking.trackers(loggers), {"train/loss": 2.0}, 3)

@@ -14,6 +14,7 @@ from lora_dae.backbone.precision import best_device, choose_precision
 from lora_dae.config import Config, ConfigError, EvaluationConfig, overridden, overridden_sampling, to_dict
 from lora_dae.evaluation.compare_runs import CompareRequest, compare_runs
 from lora_dae.evaluation.folder_run import FolderRequest, evaluate_folder
+from lora_dae.evaluation.report.page import OnPage
 from lora_dae.evaluation.run import evaluate_run
 from lora_dae.rules import check, check_evaluation
 from lora_dae.sampling.load import load_run, read_config
@@ -61,9 +62,10 @@ class EvaluateRequest:
     controls: bool | None
     cache_dir: str
     output: str | None
+    tracking: dict[str, Any]  # for ``on_page``: where else the page goes
 
 
-def evaluate(request: EvaluateRequest, console: Console) -> None:
+def evaluate(request: EvaluateRequest, console: Console, on_page: OnPage | None = None) -> None:
     """Carry out a request. Raises ConfigError, before any weight is loaded where that is possible."""
     modes = [name for name in ("run", "images", "runs") if getattr(request, name)]
     if len(modes) != 1:
@@ -80,10 +82,10 @@ def evaluate(request: EvaluateRequest, console: Console) -> None:
             raise ConfigError(f"{option} needs prompts, which images= does not have: leave it out.")
     if request.split not in ("test", "val"):
         raise ConfigError(f"split={request.split} is unknown: use test or val.")
-    {"run": _run, "images": _folder, "runs": _compare}[modes[0]](request, console)
+    {"run": _run, "images": _folder, "runs": _compare}[modes[0]](request, console, on_page)
 
 
-def _run(request: EvaluateRequest, console: Console) -> None:
+def _run(request: EvaluateRequest, console: Console, on_page: OnPage | None) -> None:
     run_dir = Path(str(request.run))
     own = read_config(run_dir)
     cfg = requested(own, request)
@@ -96,11 +98,18 @@ def _run(request: EvaluateRequest, console: Console) -> None:
         console.print(f"other settings than the run's own: its report stays, this one goes to {output}", soft_wrap=True)
     bf16 = choose_precision("auto", device) == "bf16-mixed"
     evaluate_run(
-        run_dir, console, split=request.split, run=loaded, bf16=bf16, output=output, command=command_of(request)
+        run_dir,
+        console,
+        split=request.split,
+        run=loaded,
+        bf16=bf16,
+        output=output,
+        command=command_of(request),
+        on_page=on_page,
     )
 
 
-def _folder(request: EvaluateRequest, console: Console) -> None:
+def _folder(request: EvaluateRequest, console: Console, on_page: OnPage | None) -> None:
     if request.reference is None:
         raise ConfigError("images= needs reference=<folder of real photos>: what should they be measured against?")
     cfg = overridden(EvaluationConfig(), request)
@@ -117,10 +126,10 @@ def _folder(request: EvaluateRequest, console: Console) -> None:
         output=Path(request.output or f"evaluations/{images.resolve().name}"),
         command=command_of(request),
     )
-    evaluate_folder(folder, cfg, console)
+    evaluate_folder(folder, cfg, console, on_page)
 
 
-def _compare(request: EvaluateRequest, console: Console) -> None:
+def _compare(request: EvaluateRequest, console: Console, on_page: OnPage | None) -> None:
     cfg = overridden(EvaluationConfig(), request)
     check_evaluation(cfg)
     comparison = CompareRequest(
@@ -133,7 +142,7 @@ def _compare(request: EvaluateRequest, console: Console) -> None:
         output=Path(request.output or "evaluations/comparison"),
         command=command_of(request),
     )
-    compare_runs(comparison, cfg, console)
+    compare_runs(comparison, cfg, console, on_page)
 
 
 def requested(own: Config, request: Any) -> Config:
@@ -178,7 +187,7 @@ def command_of(request: EvaluateRequest) -> str:
     words = []
     for field in fields(request):
         value = asdict(request)[field.name]
-        if value is None or value == defaults.get(field.name):
+        if field.name == "tracking" or value is None or value == defaults.get(field.name):
             continue
         text = f"[{','.join(value)}]" if isinstance(value, list) else str(value)
         words.append(shlex.quote(f"{field.name}={text.lower() if isinstance(value, bool) else text}"))

@@ -25,7 +25,7 @@ from lora_dae.evaluation.metrics.sizes import add_infinity, size_curves
 from lora_dae.evaluation.pictures import METADATA, Item, gather, parse_spec
 from lora_dae.evaluation.references import reference_rows
 from lora_dae.evaluation.report.examples import extremes, prompt_grid
-from lora_dae.evaluation.report.page import Page, check_writable, write_page
+from lora_dae.evaluation.report.page import OnPage, Page, check_writable, write_page
 from lora_dae.evaluation.report.plots import plot_band_power, plot_sizes
 from lora_dae.evaluation.report.protocol import Protocol, size_warnings
 from lora_dae.evaluation.report.sheets import judges_sheets, people_sheets
@@ -47,7 +47,9 @@ class CompareRequest:
     command: str
 
 
-def compare_runs(request: CompareRequest, cfg: EvaluationConfig, console: Console) -> ResultsTable:
+def compare_runs(
+    request: CompareRequest, cfg: EvaluationConfig, console: Console, on_page: OnPage | None = None
+) -> ResultsTable:
     """Draw what is not drawn yet, measure, write the page into ``request.output``, and return the table.
 
     Raises ConfigError before anything is drawn for paths, names, a vqa or study folder that do not fit; and for
@@ -154,6 +156,8 @@ def compare_runs(request: CompareRequest, cfg: EvaluationConfig, console: Consol
     )
     report = write_page(request.output, page)
     console.print(f"report   {report}", soft_wrap=True, highlight=False)
+    if on_page is not None:
+        on_page(request.output, page)
     return table
 
 

@@ -31,7 +31,7 @@ from lora_dae.evaluation.metrics.observe import Batch, Meters, Observed, gathere
 from lora_dae.evaluation.metrics.sizes import add_infinity, size_curves
 from lora_dae.evaluation.references import FLOOR
 from lora_dae.evaluation.report.examples import EXTREMES, PictureGrid, prompt_grid, rows_that_fit
-from lora_dae.evaluation.report.page import Page, check_writable, write_page
+from lora_dae.evaluation.report.page import OnPage, Page, check_writable, write_page
 from lora_dae.evaluation.report.plots import plot_band_power, plot_sizes
 from lora_dae.evaluation.report.protocol import Protocol, size_warnings
 from lora_dae.evaluation.report.table import MetricValue, ResultsTable
@@ -55,7 +55,9 @@ class FolderRequest:
     command: str
 
 
-def evaluate_folder(request: FolderRequest, cfg: EvaluationConfig, console: Console) -> ResultsTable | None:
+def evaluate_folder(
+    request: FolderRequest, cfg: EvaluationConfig, console: Console, on_page: OnPage | None = None
+) -> ResultsTable | None:
     """Measure, write the page into ``request.output``, and return the table (None on all processes but the first).
 
     Raises ConfigError before anything is measured: folders that are empty, too small, of mixed or different sizes, hold
@@ -132,6 +134,8 @@ def evaluate_folder(request: FolderRequest, cfg: EvaluationConfig, console: Cons
     )
     report = write_page(request.output, page)
     console.print(f"report   {report}", soft_wrap=True, highlight=False)
+    if on_page is not None:
+        on_page(request.output, page)
     return table
 
 

@@ -32,7 +32,7 @@ from lora_dae.evaluation.metrics.sizes import add_infinity, size_curves
 from lora_dae.evaluation.metrics.texture import band_power
 from lora_dae.evaluation.references import reference_rows
 from lora_dae.evaluation.report.examples import PictureGrid, extremes, prompt_grid
-from lora_dae.evaluation.report.page import Page, check_writable, write_page
+from lora_dae.evaluation.report.page import OnPage, Page, check_writable, write_page
 from lora_dae.evaluation.report.plots import plot_band_power, plot_curves, plot_sizes
 from lora_dae.evaluation.report.protocol import Protocol, size_warnings
 from lora_dae.evaluation.report.table import MetricValue, ResultsTable
@@ -182,6 +182,7 @@ def evaluate_run(
     output: Path | None = None,
     command: str | None = None,
     on_images: Callable[[HeldOut, dict[str, np.ndarray]], None] | None = None,
+    on_page: OnPage | None = None,
 ) -> tuple[ResultsTable, np.ndarray]:
     """Draw, measure and report one run; returns the table and the sample grid.
 
@@ -222,6 +223,8 @@ def evaluate_run(
     )
     report = write_page(output, page)
     console.print(f"report   {report}", soft_wrap=True, highlight=False)
+    if on_page is not None:
+        on_page(output, page)
     return table, grid
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import netrc
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,28 +85,37 @@ def build_trackers(cfg: Config, run_dir: Path, plain: dict[str, Any], console: C
     """The loggers beside the CSV log."""
     if cfg.tracking.logger == "tensorboard":
         return [StagedTensorBoardLogger(run_dir, name="tensorboard", version="")]
-    mode = wandb_mode(cfg.tracking.wandb)
-    if cfg.tracking.logger != "wandb" or mode == "disabled":
+    tags = [*cfg.tracking.tags, cfg.name, cfg.conditioning]
+    tracking = replace(cfg.tracking, group=cfg.tracking.group or cfg.name, tags=tags)
+    logger = wandb_logger(tracking, run_dir, plain, console)
+    if logger is None:
         return []
-    if mode == "offline":
-        console.print(
-            f"W&B is offline; upload later with: wandb sync {run_dir / 'wandb'}/offline-run-*", soft_wrap=True
-        )
-    os.environ.setdefault("WANDB_SILENT", "true")
-    logger = StagedWandbLogger(
-        name=run_dir.name,
-        save_dir=run_dir,
-        offline=mode == "offline",
-        project=cfg.tracking.project,
-        group=cfg.tracking.group or cfg.name,
-        job_type=cfg.tracking.job_type,
-        tags=[*cfg.tracking.tags, cfg.name, cfg.conditioning],
-        config=plain,
-        log_model=False,  # every checkpoint would be uploaded
-    )
     for name, summary in SUMMARIES.items():
         logger.experiment.define_metric(name, step_metric=STEP, step_sync=True, summary=summary)
     return [logger]
+
+
+def wandb_logger(
+    cfg: TrackingConfig, folder: Path, plain: dict[str, Any], console: Console
+) -> StagedWandbLogger | None:
+    """A W&B run named like ``folder``, its files in there, or None where W&B is not wanted."""
+    mode = wandb_mode(cfg.wandb)
+    if cfg.logger != "wandb" or mode == "disabled":
+        return None
+    if mode == "offline":
+        console.print(f"W&B is offline; upload later with: wandb sync {folder / 'wandb'}/offline-run-*", soft_wrap=True)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    return StagedWandbLogger(
+        name=folder.name,
+        save_dir=folder,
+        offline=mode == "offline",
+        project=cfg.project,
+        group=cfg.group,
+        job_type=cfg.job_type,
+        tags=cfg.tags,
+        config=plain,
+        log_model=False,  # every checkpoint would be uploaded
+    )
 
 
 def trackers(loggers: list[Logger]) -> list[Logger]:

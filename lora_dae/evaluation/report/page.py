@@ -7,7 +7,7 @@ import datetime
 import io
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +47,9 @@ class Page:
     sheets: Sequence[Sheet] = ()
     config_yaml: str = ""
     usage: str = ""
+
+
+OnPage = Callable[[Path, Page], None]  # told of a page once it is written: its folder, and what it shows
 
 
 def write_page(folder: Path, page: Page) -> Path:
