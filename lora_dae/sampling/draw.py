@@ -15,6 +15,7 @@ from lora_dae.backbone.load import Backbone
 from lora_dae.config import ConfigError, SamplingConfig
 from lora_dae.enhancement.hook import enhance_scheduler
 from lora_dae.enhancement.module import EnhancementModule
+from lora_dae.sampling.keep import Kept
 from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, noise_generator, sample_latents
 from lora_dae.sampling.method import Method
 from lora_dae.sampling.methods import build_method
@@ -51,6 +52,7 @@ class Drawer:
         strength: float = 0.0,
         indices: Sequence[int] | None = None,
         on_batch: Callable[[int], None] | None = None,
+        keep: Kept | None = None,
     ) -> np.ndarray:
         """uint8 (N, H, W, 3), one image per caption; ``sources`` uint8 (N, H, W, 3) steer them.
 
@@ -58,6 +60,7 @@ class Drawer:
 
         ``indices`` choose the noise of each image together with ``cfg.seed``, so the same index gives the
         same image at any batch size. ``on_batch`` is told how many images each batch finished.
+        ``keep``: one real photo per caption, of which all but a part stays as the VAE gives it back.
         """
         if self.conditioning == "none" and sources is not None:
             raise ConfigError("this run was trained with conditioning=none: it takes captions alone.")
@@ -67,15 +70,24 @@ class Drawer:
             for k in range(0, len(captions), self.cfg.batch_size):
                 at = slice(k, k + self.cfg.batch_size)
                 some = None if sources is None else sources[at]
-                latents = self.latents(list(captions[at]), some, strength, list(indices[at]))
-                pixels = self._refined(self.backbone.decode(latents), some, strength).permute(0, 2, 3, 1)
-                out.append(self._method().picture((pixels * 255).round().to(torch.uint8).cpu().numpy()))
+                kept = None if keep is None else keep[at]
+                latents = self.latents(list(captions[at]), some, strength, list(indices[at]), kept)
+                decoded = self.backbone.decode(latents)
+                pictures = self._method().picture(_bytes(self._refined(decoded, some, strength)))
+                out.append(pictures if kept is None else kept.finished(pictures, _bytes(decoded)))
                 if on_batch is not None:
                     on_batch(len(latents))
         return np.concatenate(out)
 
     @torch.no_grad()
-    def latents(self, captions: list[str], sources: np.ndarray | None, strength: float, indices: list[int]) -> Tensor:
+    def latents(
+        self,
+        captions: list[str],
+        sources: np.ndarray | None,
+        strength: float,
+        indices: list[int],
+        kept: Kept | None = None,
+    ) -> Tensor:
         """Clean latents, float32 (N, C, h, w), for one batch."""
         backbone, device = self.backbone, self.backbone.device
         size = self.resolution // backbone.vae_scale_factor
@@ -98,6 +110,7 @@ class Drawer:
                 self.cfg.num_inference_steps,
                 self._method(),
                 [noise_generator(self.cfg.seed + FRESH, i) for i in indices],
+                kept,
             )
 
     @torch.no_grad()
@@ -115,3 +128,8 @@ class Drawer:
     def _precision(self) -> AbstractContextManager:
         half = self.bf16 or self.backbone.unet.conv_in.weight.dtype != torch.float32
         return torch.autocast(self.backbone.device.type, torch.bfloat16) if half else nullcontext()
+
+
+def _bytes(images: Tensor) -> np.ndarray:
+    """(N, 3, H, W) in [0, 1] as uint8 (N, H, W, 3)."""
+    return (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()

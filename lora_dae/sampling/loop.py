@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dae.diffusion import current_level, is_sigma_space, next_level, predict_x0, x0_delta_to_output_delta
+from lora_dae.sampling.keep import Kept
 from lora_dae.sampling.method import Method, Step
 
 FRESH_NOISE = ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
@@ -118,11 +119,13 @@ def sample_latents(
     num_inference_steps: int,
     method: Method | None = None,
     generators: Sequence[torch.Generator] = (),
+    kept: Kept | None = None,
 ) -> Tensor:
     """Run ``scheduler`` from standard normal ``noise`` (B, C, h, w) to clean latents, float32.
 
     An enhanced scheduler (``enhancement.hook``) is given the conditional prediction of every step. Call it
-    under autocast for bf16. ``generators``, one per image, feed the solvers that draw fresh noise.
+    under autocast for bf16. ``generators``, one per image, feed the solvers that draw fresh noise. ``kept``: photos
+    of which the rest stays.
     """
     method = method or Method()
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
@@ -146,6 +149,8 @@ def sample_latents(
             level = next_level(scheduler, t)
             reached = scheduler.step(guided, t, sample, **extra).prev_sample
             sample = method.after(step, guided, reached, level)
+            if kept is not None:
+                sample = kept.at(sample, noise, level if k + 1 < len(scheduler.timesteps) else None)
     return sample
 
 
