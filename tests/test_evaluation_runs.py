@@ -73,6 +73,44 @@ def test_own_settings_write_the_runs_report_and_others_never_touch_it(run_dir: P
     assert other["methods"]["strength 0"]["fd_tiny"] != result["methods"]["strength 0"]["fd_tiny"]
 
 
+def test_drawing_garments_into_real_photos_has_a_table_of_its_own(run_dir: Path, tmp_path: Path) -> None:
+    """Though captions alone steer it, it is measured against the photos that it was drawn into."""
+    _evaluate(f"run={run_dir}", "mode=masked", "bootstrap=0")
+    result = json.loads((run_dir / "evaluations" / "mode=masked,bootstrap=0" / "metrics.json").read_text())
+    assert result["protocol"]["mode"] == "masked" and "mode=masked" in result["command"]
+    metrics = {"psnr", "psnr_garment", "edge_f1_garment", "fd_tiny"}
+    assert metrics <= set(result["methods"]["strength 0"]) & set(result["methods"][run.FROZEN])
+    assert metrics <= set(result["references"][CEILING])
+    html = (run_dir / "evaluations" / "mode=masked,bootstrap=0" / "report.html").read_text()
+    assert "masked, paired" in html and "what the VAE makes of it" in html
+    both = ("mode=masked", "bootstrap=0", "num_samples=4", f"output={tmp_path / 'both'}")
+    _evaluate(f"runs=['a={run_dir}','b={run_dir}']", *both)
+    several = json.loads((tmp_path / "both" / "metrics.json").read_text())
+    assert several["protocol"]["mode"] == "masked"
+    assert several["methods"]["a"]["psnr"]["value"] == pytest.approx(result["methods"]["strength 0"]["psnr"]["value"])
+    pictures = run_dir / "pictures" / "test_strength_0_masked"
+    with pytest.raises(ConfigError, match="pictures of mode=masked, which are compared with no others"):
+        _evaluate(f"runs=[{run_dir},{pictures}]", f"output={tmp_path / 'mixed'}")
+    with pytest.raises(ConfigError, match="holds finished pictures, and mode=masked draws its own"):
+        _evaluate(f"runs=[{run_dir},{pictures}]", "mode=masked", f"output={tmp_path / 'mixed'}")
+
+
+def test_what_cannot_be_drawn_into_real_photos_is_refused(run_dir: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="mode=half is unknown"):
+        _evaluate(f"run={run_dir}", "mode=half")
+    with pytest.raises(ConfigError, match="give run= or runs= to draw with, not images="):
+        _evaluate("images=a", "reference=b", "mode=masked")
+    with pytest.raises(ConfigError, match="give one of run="):
+        _evaluate("mode=masked")
+    cfg = OmegaConf.load(run_dir / "config.yaml")
+    cfg.data.name, cfg.data.root = "folder", str(tiny_folder)
+    (tmp_path / "bare" / "adapter").mkdir(parents=True)
+    OmegaConf.save(cfg, tmp_path / "bare" / "config.yaml")
+    for words in (f"run={tmp_path / 'bare'}", f"runs=[{tmp_path / 'bare'}]"):
+        with pytest.raises(ConfigError, match="the test split has no garment masks: train with data.masks"):
+            _evaluate(words, "mode=masked", f"output={tmp_path / 'out'}")
+
+
 def test_what_cannot_be_had_stops_an_evaluation_before_anything_is_drawn(
     run_dir: Path, methods: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ class EvaluateRequest:
     guidance_scale: float | None
     source_guidance_scale: float | None
     sampling_method: str | None
+    mode: str | None
     split: str
     num_samples: int | None
     features: str | None
@@ -80,6 +81,10 @@ def evaluate(request: EvaluateRequest, console: Console, on_page: OnPage | None 
     for option in OF_DRAWN:
         if modes[0] == "images" and getattr(request, option) is not None:
             raise ConfigError(f"{option} needs prompts, which images= does not have: leave it out.")
+    if request.mode not in (None, "masked"):
+        raise ConfigError(f"mode={request.mode} is unknown: use masked, or leave it out to draw as the run draws.")
+    if request.mode is not None and modes[0] == "images":
+        raise ConfigError("mode=masked draws garments into real photos: give run= or runs= to draw with, not images=.")
     if request.split not in ("test", "val"):
         raise ConfigError(f"split={request.split} is unknown: use test or val.")
     {"run": _run, "images": _folder, "runs": _compare}[modes[0]](request, console, on_page)
@@ -90,7 +95,9 @@ def _run(request: EvaluateRequest, console: Console, on_page: OnPage | None) -> 
     own = read_config(run_dir)
     cfg = requested(own, request)
     check(cfg)
-    output = folder_of(run_dir, own, cfg, request.split) if request.output is None else Path(request.output)
+    output = (
+        folder_of(run_dir, own, cfg, request.split, request.mode) if request.output is None else Path(request.output)
+    )
     device = best_device()
     loaded = load_run(run_dir, device)
     loaded.cfg = cfg
@@ -105,6 +112,7 @@ def _run(request: EvaluateRequest, console: Console, on_page: OnPage | None) -> 
         bf16=bf16,
         output=output,
         command=command_of(request),
+        masked=request.mode == "masked",
         on_page=on_page,
     )
 
@@ -139,8 +147,9 @@ def _compare(request: EvaluateRequest, console: Console, on_page: OnPage | None)
         vqa=None if request.vqa is None else Path(request.vqa),
         study=None if request.study is None else Path(request.study),
         seed=request.seed or 0,
-        output=Path(request.output or "evaluations/comparison"),
+        output=Path(request.output or "evaluations/comparison" + (",mode=masked" if request.mode else "")),
         command=command_of(request),
+        masked=request.mode == "masked",
     )
     compare_runs(comparison, cfg, console, on_page)
 
@@ -161,13 +170,14 @@ def requested(own: Config, request: Any) -> Config:
     return cfg
 
 
-def folder_of(run_dir: Path, own: Config, cfg: Config, split: str) -> Path:
+def folder_of(run_dir: Path, own: Config, cfg: Config, split: str, mode: str | None = None) -> Path:
     """The run's own folder for its own settings; for others ``evaluations/<what differs>`` inside it.
 
     So that an evaluation with another guidance never stands where the run's own numbers are looked for.
     """
     before, now = to_dict(own), to_dict(cfg)
-    words = [] if split == "test" else [f"split={split}"]
+    words = [] if mode is None else [f"mode={mode}"]
+    words += [] if split == "test" else [f"split={split}"]
     for part in ("enhancement", "sampling", "evaluation"):
         for key, value in now[part].items():
             if value != before[part][key]:

@@ -45,6 +45,7 @@ class CompareRequest:
     seed: int
     output: Path
     command: str
+    masked: bool = False  # in the real photos the garments alone are drawn
 
 
 def compare_runs(
@@ -62,7 +63,7 @@ def compare_runs(
     sheets = [] if request.vqa is None else judges_sheets(request.vqa)
     sheets += [] if request.study is None else people_sheets(request.study)
     extractor = load_features(cfg.features).to(best_device())  # what cannot be had costs no drawing
-    sets = gather(request.runs, request.split, cfg.num_samples, console)
+    sets = gather(request.runs, request.split, cfg.num_samples, console, request.masked)
     held_out = _held_out(sets.items)
     size = held_out.pairs[0].image.shape
     if any(p.image.shape != size for p in held_out.pairs) or next(iter(sets.methods.values()))[0].shape != size:
@@ -88,7 +89,7 @@ def compare_runs(
                 classifier=classifier,
                 bootstrap=cfg.bootstrap,
                 seed=request.seed,
-                paired=sources_given and name in sets.from_source,
+                paired=request.masked or (sources_given and name in sets.from_source),
                 perceptual=extras.perceptual,
                 clip=extras.clip,
                 captions=held_out.captions,
@@ -96,7 +97,9 @@ def compare_runs(
                 pattern=pattern,
                 more=extras.more,
             )
-        if sources_given:  # who drew from the prompt alone is not measured against the photo of the same pair
+        if (
+            sources_given and not request.masked
+        ):  # who drew from the prompt alone is not measured against the photo of the same pair
             comparable = next(set(methods[n]) for n in methods if n in sets.from_source)
             for name in set(methods) - sets.from_source:
                 methods[name] = {k: v for k, v in methods[name].items() if k in comparable}
@@ -109,8 +112,9 @@ def compare_runs(
             backbone = None if run is None else load_backbone(read_config(run).backbone, best_device())
             training = None if splits is None else training_pairs(splits["train"], held_out)
             references = reference_rows(
-                held_out, real, training, backbone, extractor, extras, classifier, cfg.bootstrap, request.seed, pattern
-            )
+                held_out, real, training, backbone, extractor, extras, classifier, cfg.bootstrap, request.seed,
+                pattern, request.masked,
+            )  # fmt: skip
     seeds = sorted({item.seed for item in sets.items if item.seed is not None})
     curves = size_curves(seen, methods, real.features, extractors, request.seed)
     protocol = Protocol(
@@ -127,7 +131,7 @@ def compare_runs(
         bootstrap=cfg.bootstrap,
         definitions=[*extras.definitions, *_settings(request.runs)],
         not_available=extras.not_available,
-        mode="source" if sources_given else "text",
+        mode="masked" if request.masked else "source" if sources_given else "text",
         resize="none: pictures and real photos have one size",
         files="PNG",
         warnings=[*([leaked] if leaked else []), *size_warnings(len(held_out.pairs), len(real), len(seeds))],
@@ -146,7 +150,7 @@ def compare_runs(
     for name in methods:
         grids += extremes(name, seen[name].values, held_out.captions, ordered, sources, photos)[:1]
     page = Page(
-        title="Comparison of " + ", ".join(methods),
+        title="Comparison of " + ", ".join(methods) + (" · masked, paired" if request.masked else ""),
         table=table,
         command=request.command,
         summary={"Methods": str(len(methods)), "Prompts": str(len(held_out.pairs)), "Baseline": first},

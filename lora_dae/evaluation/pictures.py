@@ -21,11 +21,12 @@ from rich.console import Console
 from lora_dae.backbone.precision import best_device, choose_precision
 from lora_dae.config import ConfigError
 from lora_dae.data.sources import load_splits
-from lora_dae.evaluation.heldout import HeldOut
+from lora_dae.evaluation.heldout import HeldOut, check_masks
 from lora_dae.rules import check
 from lora_dae.sampling.load import load_run, read_config
 
 METADATA = "metadata.jsonl"
+SETTINGS = "settings.json"  # of a run's drawn folder
 FORMAT = 2  # of a run's drawn folder; 1 had no masks
 
 
@@ -54,11 +55,12 @@ class PictureSets:
     from_source: frozenset[str] = frozenset()
 
 
-def gather(specs: Sequence[str], split: str, count: int, console: Console) -> PictureSets:
+def gather(specs: Sequence[str], split: str, count: int, console: Console, masked: bool = False) -> PictureSets:
     """Pictures of every method named by ``[name=]<run or folder>[@strength]``, at most ``count`` of each.
 
-    The first method's items lead; every other must have the same prompts (and seeds, where given). Raises ConfigError
-    when a path is neither run nor folder of pictures, names repeat, or prompts, seeds or sizes differ.
+    The first method's items lead; every other must have the same prompts (and seeds, where given). ``masked``: in the
+    real photos the garments alone are drawn, which is compared with nothing else. Raises ConfigError when a path is
+    neither run nor folder of pictures, names repeat, or prompts, seeds or sizes differ.
     """
     if not specs:
         raise ConfigError(
@@ -72,12 +74,14 @@ def gather(specs: Sequence[str], split: str, count: int, console: Console) -> Pi
     names = [name for name, _, _ in parsed]
     if len(set(names)) < len(names):
         raise ConfigError(f"two methods have one name ({', '.join(names)}): tell them apart by name=path.")
-    folders = [_folder(path, strength) for _, path, strength in parsed]  # all paths are checked before one is drawn
+    folders = [
+        _folder(path, strength, masked) for _, path, strength in parsed
+    ]  # all paths are checked before one is drawn
     items: list[Item] = []
     methods: dict[str, list[np.ndarray]] = {}
     from_source: set[str] = set()
     for name, folder, (_, path, strength) in zip(names, folders, parsed, strict=True):
-        found = folder or draw_pictures(path, strength, split, count, console)
+        found = folder or draw_pictures(path, strength, split, count, console, masked)
         own, images = read_pictures(found, count)
         if items:
             _same(items, own, name, names[0])
@@ -109,11 +113,17 @@ def parse_spec(spec: str) -> tuple[str, Path, float | None]:
     return name or Path(path).name + ("" if number is None else f" @{number:g}"), Path(path), number
 
 
-def _folder(path: Path, strength: float | None) -> Path | None:
+def _folder(path: Path, strength: float | None, masked: bool) -> Path | None:
     """The folder of pictures that a path is, or None for a run; ConfigError for anything else."""
     if (path / METADATA).is_file():
         if strength is not None:
             raise ConfigError(f"{path} holds finished pictures: a strength can be given for a run only.")
+        if masked:
+            raise ConfigError(f"{path} holds finished pictures, and mode=masked draws its own: give run folders.")
+        if (path / SETTINGS).is_file() and json.loads((path / SETTINGS).read_text(encoding="utf-8")).get("masked"):
+            raise ConfigError(
+                f"{path} holds pictures of mode=masked, which are compared with no others: give runs and mode=masked."
+            )
         return path
     if not path.is_dir():
         raise ConfigError(f"{path} does not exist: give a run folder, or a folder of pictures with {METADATA}.")
@@ -123,8 +133,13 @@ def _folder(path: Path, strength: float | None) -> Path | None:
     return None
 
 
-def draw_pictures(run_dir: Path, strength: float | None, split: str, count: int, console: Console) -> Path:
-    """Draw a run's held-out pictures into ``<run>/pictures/<split>_strength_<s>``, unless they are there already."""
+def draw_pictures(
+    run_dir: Path, strength: float | None, split: str, count: int, console: Console, masked: bool = False
+) -> Path:
+    """Draw a run's held-out pictures into ``<run>/pictures/<split>_strength_<s>``, unless they are there already.
+
+    ``masked``: the garments in the real photos alone, into ``..._masked``.
+    """
     cfg = read_config(run_dir)
     own = cfg.enhancement.strength if cfg.enhancement.enabled and cfg.enhancement.placement != "none" else 0.0
     strength = own if strength is None else strength
@@ -132,15 +147,20 @@ def draw_pictures(run_dir: Path, strength: float | None, split: str, count: int,
         raise ConfigError(f"{run_dir} was trained without enhancement: give it without @{strength:g}, or with @0.")
     cfg = replace(cfg, enhancement=replace(cfg.enhancement, strength=strength))
     check(cfg)
-    held_out = HeldOut.take(load_splits(cfg.data)[split], count, cfg.conditioning)
-    folder = run_dir / "pictures" / f"{split}_strength_{strength:g}"
+    dataset = load_splits(cfg.data)[split]
+    if masked:
+        check_masks(dataset, split)
+    held_out = HeldOut.take(dataset, count, cfg.conditioning)
+    folder = run_dir / "pictures" / (f"{split}_strength_{strength:g}" + ("_masked" if masked else ""))
     settings = {
         "format": FORMAT, "strength": strength, "split": split, "count": len(held_out.pairs),
         "sampling": vars(cfg.sampling),
         "pairs": [[p.caption, *(p.key(part) for part in ("image", "source", "mask"))] for p in held_out.pairs],
         "adapter": [[f.name, f.stat().st_mtime_ns] for f in sorted((run_dir / "adapter").rglob("*.safetensors"))],
     }  # fmt: skip
-    stamp = folder / "settings.json"
+    if masked:
+        settings["masked"] = True
+    stamp = folder / SETTINGS
     if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == json.loads(json.dumps(settings)):
         return folder
     device = best_device()
@@ -148,7 +168,8 @@ def draw_pictures(run_dir: Path, strength: float | None, split: str, count: int,
     run.cfg = cfg
     with console.status(f"drawing {len(held_out.pairs)} pictures of {run_dir.name}"):
         drawer = run.drawer(choose_precision("auto", device) == "bf16-mixed")
-        images = drawer.images(held_out.captions, held_out.sources, strength)
+        keep = held_out.kept(run.backbone) if masked else None
+        images = drawer.images(held_out.captions, held_out.sources, strength, keep=keep)
     stamp.unlink(missing_ok=True)
     write_pictures(folder, _items(held_out, cfg.sampling.seed), list(images))
     stamp.write_text(json.dumps(settings, indent=1), encoding="utf-8")  # last: a killed drawing starts again

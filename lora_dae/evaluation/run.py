@@ -7,6 +7,7 @@ table.md|csv|tex, samples/, plots, report.html.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from lora_dae.backbone.precision import best_device
 from lora_dae.config import Config, to_dict
 from lora_dae.data.sources import load_splits
 from lora_dae.evaluation.attributes.labels import studio_classifier
-from lora_dae.evaluation.heldout import HeldOut, overlap, training_pairs
+from lora_dae.evaluation.heldout import HeldOut, check_masks, overlap, training_pairs
 from lora_dae.evaluation.metrics.extras import Extras, load_extras
 from lora_dae.evaluation.metrics.features import FeatureExtractor, load_features, stack_images
 from lora_dae.evaluation.metrics.measure import Reference, build_reference, measure_images
@@ -48,9 +49,12 @@ def row_name(strength: float) -> str:
     return f"strength {strength:g}"
 
 
-def draw_rows(run: LoadedRun, held_out: HeldOut, console: Console, bf16: bool) -> dict[str, np.ndarray]:
-    """Images of every row of the table, uint8 (N, H, W, 3), by row name."""
+def draw_rows(
+    run: LoadedRun, held_out: HeldOut, console: Console, bf16: bool, masked: bool = False
+) -> dict[str, np.ndarray]:
+    """Images of every row of the table, uint8 (N, H, W, 3), by row name; ``masked``: the garments in them alone."""
     cfg = run.cfg
+    keep = held_out.kept(run.backbone) if masked else None
     n = len(held_out.pairs)
     strengths = [0.0]
     if run.enhancement is not None and cfg.enhancement.strength > 0 and cfg.enhancement.placement != "none":
@@ -61,7 +65,8 @@ def draw_rows(run: LoadedRun, held_out: HeldOut, console: Console, bf16: bool) -
 
         def images(name: str, drawer: Drawer, sources: np.ndarray | None, strength: float) -> np.ndarray:
             task = progress.add_task(f"drawing {name}", total=n)
-            return drawer.images(held_out.captions, sources, strength, on_batch=lambda k: progress.advance(task, k))
+            advance = partial(progress.advance, task)
+            return drawer.images(held_out.captions, sources, strength, on_batch=advance, keep=keep)
 
         for strength in strengths:
             rows[row_name(strength)] = images(row_name(strength), run.drawer(bf16), held_out.sources, strength)
@@ -82,10 +87,12 @@ def measure_rows(
     extras: Extras,
     run: LoadedRun | None = None,
     training: HeldOut | None = None,
+    masked: bool = False,
 ) -> tuple[ResultsTable, Reference, dict[str, Observed]]:
     """The table over all rows, the real side that it was measured against, and what was seen of each row's images.
 
     ``run`` gives the VAE and ``training`` the photos of the reference rows (``evaluation.controls``).
+    ``masked``: the garments alone were drawn, so every row is measured against the photo that it was drawn into.
     """
     real = build_reference(stack_images([p.image for p in held_out.pairs]), held_out.masks, extractor, *extras.more)
     classifier = studio_classifier(held_out.attributes)
@@ -102,7 +109,7 @@ def measure_rows(
             classifier=classifier,
             bootstrap=cfg.evaluation.bootstrap,
             seed=cfg.seed,
-            paired=held_out.sources is not None and name != FROZEN,
+            paired=masked or (held_out.sources is not None and name != FROZEN),
             perceptual=extras.perceptual,
             clip=extras.clip,
             captions=held_out.captions,
@@ -115,7 +122,7 @@ def measure_rows(
         references = reference_rows(
             held_out, real, training, None if run is None else run.backbone, extractor, extras, classifier,
             cfg.evaluation.bootstrap, cfg.seed,
-            pattern,
+            pattern, masked,
         )  # fmt: skip
     sampling = cfg.sampling
     protocol = Protocol(
@@ -132,7 +139,7 @@ def measure_rows(
         bootstrap=cfg.evaluation.bootstrap,
         definitions=extras.definitions,
         not_available=extras.not_available,
-        mode="text" if held_out.sources is None else "source",
+        mode="masked" if masked else "text" if held_out.sources is None else "source",
         method=sampling.method,
         warnings=[*size_warnings(len(held_out.pairs), len(real), 1), *bucket_warnings(cfg)],
     )
@@ -181,19 +188,23 @@ def evaluate_run(
     bf16: bool = False,
     output: Path | None = None,
     command: str | None = None,
+    masked: bool = False,
     on_images: Callable[[HeldOut, dict[str, np.ndarray]], None] | None = None,
     on_page: OnPage | None = None,
 ) -> tuple[ResultsTable, np.ndarray]:
     """Draw, measure and report one run; returns the table and the sample grid.
 
-    Everything is written into ``output``, the run's own folder by default. ``on_images`` is given the held-out pairs
-    and each row's images, uint8 (N, H, W, 3), before they are measured. Raises ConfigError for a folder that is no
-    finished run or a split without images.
+    Everything is written into ``output``, the run's own folder by default. ``masked``: in the held-out photos the
+    garments alone are drawn. ``on_images`` is given the held-out pairs and each row's images, uint8 (N, H, W, 3),
+    before they are measured. Raises ConfigError for a folder that is no finished run, a split without images or, to
+    draw ``masked``, without garment masks.
     """
     run = run or load_run(run_dir)
     output = output or run_dir
     cfg = run.cfg
     splits = load_splits(cfg.data)
+    if masked:
+        check_masks(splits[split], split)
     held_out = HeldOut.take(splits[split], cfg.evaluation.num_samples, cfg.conditioning)
     if len(held_out.pairs) < cfg.evaluation.num_samples:
         asked = cfg.evaluation.num_samples
@@ -201,18 +212,18 @@ def evaluate_run(
     extras = load_extras(cfg.evaluation, cfg.data.resolution, held_out.captions)
     extractor = load_features(cfg.evaluation.features).to(best_device())  # what cannot be had costs no drawing
     check_writable(output)
-    rows = draw_rows(run, held_out, console, bf16)
+    rows = draw_rows(run, held_out, console, bf16, masked)
     if on_images is not None:
         on_images(held_out, rows)
     training = training_pairs(splits["train"], held_out) if cfg.evaluation.controls else None
     with console.status("measuring"):
-        table, real, seen = measure_rows(cfg, rows, held_out, split, extractor, extras, run, training)
+        table, real, seen = measure_rows(cfg, rows, held_out, split, extractor, extras, run, training, masked)
     if found := overlap(splits, split, len(held_out.pairs)):
         table.protocol.warnings.append(found)
     console.print(table.rich())  # first: whatever becomes of the files, the numbers are there
     grid = write_grid(rows, held_out, output / "samples" / "grid.png")
     page = Page(
-        title=f"LoRA-DAE · {cfg.name}",
+        title=f"LoRA-DAE · {cfg.name}" + (" · masked, paired" if masked else ""),
         summary=_summary(run_dir, cfg),
         table=table,
         grids=_grids(rows, held_out, seen),
@@ -244,7 +255,7 @@ def _plots(
     run_dir: Path, output: Path, rows: dict[str, np.ndarray], real: Reference, table: ResultsTable, cfg: Config
 ) -> list[Path]:
     plots = []
-    paired = real.garment_power is not None and cfg.conditioning == "source"
+    paired = real.garment_power is not None and table.protocol.mode in ("source", "masked")
     masks = real.masks if paired else None
     spectra = {
         name: band_power(stack_images(list(images)).float() / 255, masks).spectrum() for name, images in rows.items()

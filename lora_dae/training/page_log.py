@@ -31,14 +31,16 @@ def page_logger(cfg: TrackingConfig, console: Console) -> OnPage | None:
             return
         import wandb
 
+        # Numbers of pictures whose surroundings were given share no chart with others.
+        test = "test_masked" if page.table.protocol.mode == "masked" else "test"
         numbers = {
-            f"test/{method}/{metric}".replace(" ", "_"): value.value
+            f"{test}/{method}/{metric}".replace(" ", "_"): value.value
             for method, row in page.table.methods.items()
             for metric, value in row.items()
             if math.isfinite(value.value)
         }
         tracking.log_metrics([logger], numbers, 0)
-        tracking.log_table([logger], "test/table", list(COLUMNS), table_rows(page.table))
+        tracking.log_table([logger], f"{test}/table", list(COLUMNS), table_rows(page.table))
         for grid in page.grids:
             rows = [
                 [row.caption, *(None if cell is None else wandb.Image(cell) for cell in row.cells)] for row in grid.rows

@@ -17,6 +17,10 @@ MORE_LIBRARIES = ("clean-fid", "torch-fidelity", "efficientnet-lite0-pytorch-mod
 MODES = {
     "source": "paired: image i is drawn from the source of real image i, nothing of the real photo is pasted in "
     "(but for columns named composed)",
+    "masked": "masked, paired: in real image i the garment alone is drawn anew, from its mask grown by 1/64 of the "
+    "height; the latents outside are the real photo's after every step (blended latent diffusion), so pixels there are "
+    "what the VAE makes of it, nothing is pasted in (but for columns named composed); rows that saw no source are "
+    "measured too",
     "text": "text only: fidelity to the caption's own photo is not measured",
     "paired": "paired: image i has the name of real image i",
     "sets": "unpaired: two sets of images",
