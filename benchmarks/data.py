@@ -5,7 +5,8 @@ Ratios within one process and run, interleaved repeats, medians; ``--count 64 --
 without one, its row is left out and said.
 
     decode     images/s of decode + crop + batch at 256 pixels: ours, torchvision ImageFolder + DataLoader, and Hugging
-               Face datasets with the transforms of diffusers' text-to-image example
+               Face datasets with the transforms of diffusers' text-to-image example; the main process has one
+               thread, as each of their workers has (with more, its arithmetic waits for cores that decode)
     cached     time that a training step of the studio waits for its cached batch, as a share of the step
     building   share of the wall time of building a cache in which an encoder (VAE or text) is busy: the studio's
                small backbone, and SD 1.x's VAE
@@ -120,7 +121,10 @@ def decode(photos: Path, work: Path, count: int, repeats: int) -> dict[str, floa
             functions[name] = make(same.parent)
         except ImportError as error:
             console.print(f"no comparison with {name}: {error}")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     seconds = interleaved(functions, repeats)
+    torch.set_num_threads(threads)
     rates = {f"{name}_images_per_second": count / value for name, value in seconds.items()}
     others = [value for name, value in seconds.items() if name != "ours"]
     return rates | ({"ratio_to_the_better_one": min(others) / seconds["ours"]} if others else {})

@@ -32,11 +32,12 @@ from lora_dae.evaluation.metrics.networks import CleanFid
 from lora_dae.evaluation.metrics.observe import Batch, Meters, observe
 
 NETWORK_SIDE = 224  # effnet's
+AT_ONCE = 16  # pictures that the bare network gets: as many as it is the fastest with
 NUM_FEATURES = 320  # of its 1280, beside clean-fid: roots of large matrices have no part in what is compared
 
 
-def write_pictures(folder: Path, count: int, size: int) -> None:
-    rng = np.random.default_rng(0)
+def write_pictures(folder: Path, count: int, size: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
     for k in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((size, size))
         noise = rng.integers(0, 16, (size, size, 3))
@@ -58,11 +59,11 @@ def against_bare(folder: PictureFolder, extractor: FeatureExtractor, repeats: in
     extractor.extract(batches(folder, peaks))  # first: later peaks would hide its own
     quarter = len(peaks) // 4
     grown = (peaks[-1] - peaks[quarter]) / max((len(peaks) - 1 - quarter) * BATCH, 1)
-    held = torch.rand(min(BATCH, len(folder)), 3, NETWORK_SIDE, NETWORK_SIDE, device=extractor.device)
+    held = torch.rand(min(AT_ONCE, len(folder)), 3, NETWORK_SIDE, NETWORK_SIDE, device=extractor.device)
 
     def bare() -> None:
         with torch.inference_mode():
-            for start in range(0, len(folder), BATCH):
+            for start in range(0, len(folder), AT_ONCE):
                 extractor.features_and_probs(held[: len(folder) - start])[0].cpu()
 
     seconds = interleaved(
@@ -122,9 +123,9 @@ def main() -> None:
     extractor = load_features("effnet", device)
     with tempfile.TemporaryDirectory() as name:
         paths = [Path(name) / which for which in ("images", "reference")]
-        for path, count in zip(paths, (args.images, min(args.images, 2048)), strict=True):
+        for seed, (path, count) in enumerate(zip(paths, (args.images, min(args.images, 2048)), strict=True)):
             path.mkdir()
-            write_pictures(path, count, args.size)
+            write_pictures(path, count, args.size, seed)
         images, reference = (folders.scan(path.name, path) for path in paths)
         results = against_bare(images, extractor, args.repeats)
         try:

@@ -31,7 +31,7 @@ def test_effnet_gives_features_and_probabilities_that_a_batch_does_not_change(
     together = effnet.extract([images])
     assert together.pooled.shape == (3, 1280) and together.probs.shape == (3, 1000)
     assert torch.allclose(together.probs.sum(1), torch.ones(3), atol=1e-5)
-    apart = effnet.extract(iter([images[:1], images[1:]]), batch_size=1)
+    apart = effnet.extract(iter([images[:1], images[1:]]))
     assert torch.allclose(together.pooled, apart.pooled, atol=1e-4)
     assert torch.allclose(effnet(as_float_images(images)), together.pooled, atol=1e-4)
 
