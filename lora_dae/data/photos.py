@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 from PIL import Image
@@ -142,6 +143,13 @@ class PhotoPairs:
             mirror=self.mirror and entry.mirror,
             origin=self.fit.origin(facts["image"], size),
         )
+
+    @property
+    def blocks(self) -> list[int] | None:
+        """How many consecutive photos lie in each file (``Entry.block``); None where that does not matter."""
+        if self.fit.buckets or not any(entry.block for entry in self.entries):
+            return None
+        return [len(list(run)) for _, run in groupby(self.entries, lambda entry: entry.block)]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -7,10 +7,10 @@
 ``python -m lora_dae.data shards --to <folder> data=...`` writes them, files as they are; ``data.root`` is that folder
 or its address in an object store that fsspec knows (``s3://...``). The webdataset library reads the same tars.
 
-Why not a library: LitData can unpickle what a shard tells it to, and brings torchvision and boto3; webdataset streams,
-so that a run cannot go on in the middle of an epoch exactly. With the index, a record is one ranged read: any order,
-any share, any step. The index of a shard is read when one of its records is wanted; opening ten million records reads
-``index.json``.
+Of the two libraries, LitData is the better kept, and reads and writes its own sets here (``data=litdata``, litdata.py).
+Ten million records need what neither has, webdataset streaming and LitData holding no sizes or words apart from the
+photos: with our index a record is one ranged read, in any order, share and step, a run goes on exactly in the middle of
+an epoch, and opening reads ``index.json``. The index of a shard is read when one of its records is wanted.
 """
 
 from __future__ import annotations
@@ -144,13 +144,13 @@ def write(splits: Splits, root: Path, per_shard: int = PER_SHARD) -> None:
 def _add(tar: tarfile.TarFile, key: str, pairs: PairDataset, index: int) -> dict[str, Any]:
     """Writes one record's files; returns its line of the index."""
     pair = pairs[index]
-    entry = _entry_of(pairs, index)
+    entry = entry_of(pairs, index)
     words = {
         "id": pair.id, "group_id": pair.group_id, "captions": list(pair.captions or (pair.caption,)),
         "category": pair.category, "attributes": pair.attributes or {}, "mirror": entry is None or entry.mirror,
     }  # fmt: skip
     parts = {}
-    for part, data, suffix in _files(entry, pair):
+    for part, data, suffix in files_of(entry, pair):
         facts = examine(RowBlob(part, "", partial(bytes, data)))
         offset = _put(tar, f"{key}{'' if part == 'image' else f'.{part}'}.{suffix}", data)
         place = [facts.digest, facts.width, facts.height, facts.remark, facts.reason, facts.hash]
@@ -159,7 +159,7 @@ def _add(tar: tarfile.TarFile, key: str, pairs: PairDataset, index: int) -> dict
     return words | {"parts": parts}
 
 
-def _entry_of(pairs: PairDataset, index: int) -> Entry | None:
+def entry_of(pairs: PairDataset, index: int) -> Entry | None:
     """What the source said of a pair whose photos are files."""
     if isinstance(pairs, ShardPairs):
         shard, row = pairs.find(index)
@@ -167,7 +167,7 @@ def _entry_of(pairs: PairDataset, index: int) -> Entry | None:
     return pairs.entries[index] if isinstance(pairs, PhotoPairs) else None
 
 
-def _files(entry: Entry | None, pair: Pair) -> Iterator[tuple[str, bytes, str]]:
+def files_of(entry: Entry | None, pair: Pair) -> Iterator[tuple[str, bytes, str]]:
     """(part, encoded bytes, suffix): a photo's own file where there is one, else a PNG."""
     for part in PARTS:
         blob = None if entry is None else getattr(entry, part)
