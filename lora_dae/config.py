@@ -34,7 +34,7 @@ UNET_GROUPS = ("cross_attention", "self_attention", "feed_forward", "conv", "con
 TARGET_GROUPS = (*UNET_GROUPS, "text_encoder")
 SOURCES = (
     "studio", "folder", "fashion_mannequin", "viton_hd", "dress_code", "deepfashion_multimodal", "fashion_product",
-    "fashion_gen", "hf", "webdataset", "shards",
+    "fashion_gen", "hf", "webdataset", "litdata", "shards",
 )  # fmt: skip
 LOGGERS = ("wandb", "tensorboard", "csv", "none")
 DIFFICULTIES = ("aligned", "shifted", "reposed")

@@ -54,10 +54,8 @@ def check(cfg: Config) -> None:
     if cfg.data.name in ("shards", "studio") and cfg.data.masks is not None:
         raise ConfigError(f"data={cfg.data.name} has the masks that it has: leave data.masks out.")
     check_evaluation(cfg.evaluation)
-    if cfg.data.name == "shards" and (cfg.data.buckets or cfg.data.max_images is not None):
-        raise ConfigError(
-            "data.buckets and data.max_images need the list of all photos, which shards do not have: leave them out."
-        )
+    if cfg.data.name == "shards" and cfg.data.max_images is not None:
+        raise ConfigError("data.max_images needs the list of all photos, which shards do not have: leave it out.")
     at_least = {
         "backbone.text_chunks": (cfg.backbone.text_chunks, 1),
         "adapter.words": (cfg.adapter.words, 1),

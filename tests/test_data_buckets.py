@@ -9,7 +9,16 @@ import pytest
 from PIL import Image
 
 from lora_dae.config import ConfigError, DataConfig
-from lora_dae.data.buckets import choose_bucket, crop_box, cut_share, fit_bucket, fit_bucket_mask, parse_buckets
+from lora_dae.data.buckets import (
+    choose_bucket,
+    choose_buckets,
+    crop_box,
+    cut_share,
+    fit_bucket,
+    fit_bucket_mask,
+    parse_buckets,
+)
+from lora_dae.data.photos import Fit
 from lora_dae.data.sources import load_photos
 
 AUTO = parse_buckets(["auto"], 512)
@@ -33,6 +42,19 @@ def test_each_photo_has_a_bucket_of_its_shape() -> None:
     assert choose_bucket((768, 1024), AUTO, 512) == (448, 576)
     assert choose_bucket((1024, 768), AUTO, 512) == (576, 448)
     assert choose_bucket((768, 1024), [(512, 704), (512, 512)], 512) == (512, 704)
+
+
+@pytest.mark.parametrize("buckets", [AUTO, [(704, 512), (512, 704), (512, 512)]])
+def test_many_sizes_at_once_get_the_buckets_that_each_gets_alone(buckets: list[tuple[int, int]]) -> None:
+    sizes = np.random.default_rng(0).integers(1, 3000, (3000, 2))
+    sizes[:1000] = sizes[:1000, :1] * [[2, 2]] + np.arange(1000)[:, None] % [
+        [7, 1]
+    ]  # nearly square: ties and near ties
+    alone = [buckets.index(choose_bucket((w, h), buckets, 512)) for w, h in sizes.tolist()]
+    assert choose_buckets(sizes, buckets, 512).tolist() == alone
+    labels = Fit(512, tuple(buckets)).buckets_of(np.repeat(sizes, 2, 0).astype(np.uint32))
+    assert labels is not None and labels.tolist() == np.repeat(alone, 2).tolist()
+    assert Fit(512).buckets_of(sizes) is None
 
 
 def test_never_more_than_five_percent_is_cut() -> None:

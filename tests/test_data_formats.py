@@ -7,6 +7,7 @@ import json
 import sys
 import tarfile
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -21,8 +22,10 @@ from lora_dae.data.__main__ import data_config, main
 from lora_dae.data.export import LAYOUTS, export
 from lora_dae.data.sources import load_photos, load_splits, read_entries
 
-PAIRED = ("folder", "fashion_mannequin", "viton_hd", "dress_code", "hf", "webdataset", "shards")
+PAIRED = ("folder", "fashion_mannequin", "viton_hd", "dress_code", "hf", "webdataset", "litdata", "shards")
 MASKED = (*PAIRED, "deepfashion_multimodal")
+WITHOUT = pytest.mark.skipif(find_spec("litdata") is None, reason="litdata is not installed")
+INSTALLED = [pytest.param(name, marks=WITHOUT) if name == "litdata" else name for name in LAYOUTS]
 SIZES = {"train": 6, "val": 3, "test": 3}
 
 
@@ -41,7 +44,7 @@ def photo(path: Path, color: tuple[int, int, int] = (9, 90, 200), size: tuple[in
     Image.new("RGB", size, color).save(path)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", INSTALLED)
 def test_the_studio_comes_back_from_every_layout(layout: str, studio: DataConfig, tmp_path: Path) -> None:
     made = load_splits(studio)
     assert export(studio, layout, tmp_path / "out") == SIZES
@@ -82,7 +85,7 @@ def test_the_export_command(studio: DataConfig, tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().err.startswith("error: these overrides do not fit")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", INSTALLED)
 def test_every_layout_has_a_config_and_says_what_it_needs(layout: str, tmp_path: Path) -> None:
     assert data_config([f"data={layout}", "data.root=somewhere"]).name == layout
     with pytest.raises(ConfigError) as caught:
@@ -92,13 +95,13 @@ def test_every_layout_has_a_config_and_says_what_it_needs(layout: str, tmp_path:
         data_config([f"data={layout}"])
 
 
-@pytest.mark.parametrize(("layout", "library"), [("hf", "datasets"), ("fashion_gen", "h5py")])
+@pytest.mark.parametrize(("layout", "library"), [("hf", "datasets"), ("fashion_gen", "h5py"), ("litdata", "litdata")])
 def test_a_library_that_is_not_there_is_said(
     layout: str, library: str, studio: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     (tmp_path / "x.h5").touch()
-    extra = {"hf": "hf", "fashion_gen": "hdf5"}[layout]
+    extra = {"hf": "hf", "fashion_gen": "hdf5", "litdata": "litdata"}[layout]
     with pytest.raises(ConfigError, match=rf"lora-dae\[{extra}\]"):
         load_splits(config(layout, tmp_path, tmp_path.parent / "cache"))
     with pytest.raises(ConfigError, match=rf"lora-dae\[{extra}\]"):

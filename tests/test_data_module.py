@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 import pytest
 import torch
 from test_data_cache import Encoders, Pairs
@@ -90,6 +91,37 @@ def test_blocks_are_read_few_at_a_time() -> None:
     for start in range(0, 400, 80):  # WINDOW = 8 blocks of 10
         assert len({i // 10 for i in flat[start : start + 80]}) == 8
     assert flat != sorted(flat) and flat != sum(first_steps(100, dataset_size=400, batch_size=4), [])
+
+
+BLOCKS = [50] * 59 + [30]  # 2980 samples
+LABELS = np.random.default_rng(5).choice(3, 2980, p=[0.6, 0.39, 0.01]).astype(np.uint16)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_buckets_in_blocks_keep_every_promise(world_size: int) -> None:
+    """One size on all ranks, each sample once a pass, few blocks at a time, and the stream begins anywhere."""
+    settings = {"dataset_size": 2980, "seed": 1, "groups": LABELS, "blocks": BLOCKS}
+    shares = [first_steps(3000, batch_size=2, rank=r, world_size=world_size, **settings) for r in range(world_size)]
+    steps = [sum(step, []) for step in zip(*shares, strict=True)]
+    assert all(len(set(LABELS[step])) == 1 and len(step) == 2 * world_size for step in steps)
+    assert first_steps(3000, batch_size=2 * world_size, **settings) == steps  # what one device would see
+    assert first_steps(20, batch_size=2 * world_size, start_step=1490, **settings) == steps[1490:1510]
+    for label in range(3):
+        members = np.flatnonzero(LABELS == label)
+        stream = [i for step in steps if LABELS[step[0]] == label for i in step]
+        assert len(stream) > len(members)
+        for start in range(0, len(stream) - len(members), len(members)):
+            assert sorted(stream[start : start + len(members)]) == members.tolist()
+    assert steps[:99] != first_steps(99, batch_size=2 * world_size, **{**settings, "seed": 2})
+
+    def touched(settings: dict[str, Any]) -> int:
+        """The most blocks that 240 samples in a row lie in."""
+        flat = sum(first_steps(1000 // world_size, batch_size=2 * world_size, **settings), [])
+        return max(len({i // 50 for i in flat[start : start + 240]}) for start in range(0, len(flat) - 240, 60))
+
+    assert (
+        touched(settings) <= 24 < 50 <= touched({**settings, "blocks": None})
+    )  # of 60: two windows of 8, and leftovers
 
 
 def test_numbers_name_the_pass() -> None:

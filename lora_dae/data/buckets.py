@@ -54,6 +54,21 @@ def choose_bucket(size: Size, buckets: list[Size], resolution: int) -> Size:
     return min(fitting, key=lambda b: (abs(math.log(b[0] * b[1] / resolution**2)), cut_share(size, b), b))
 
 
+def choose_buckets(sizes: np.ndarray, buckets: list[Size], resolution: int) -> np.ndarray:
+    """``choose_bucket`` of many: sizes (N, 2) as (width, height) to int (N,), numbers in ``buckets``."""
+    wide, tall = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
+    chosen = np.full(len(sizes), -1)
+    best_far, best_cut = np.full(len(sizes), np.inf), np.full(len(sizes), np.inf)
+    for number in sorted(range(len(buckets)), key=lambda k: buckets[k]):  # of equal ones the smallest
+        width, height = buckets[number]
+        cut = 1 - np.minimum(wide / width, tall / height) / np.maximum(wide / width, tall / height)
+        # What cuts little counts by its area first; nothing else is as near as that.
+        far = np.where(cut <= MAX_CROP, abs(math.log(width * height / resolution**2)), np.finfo(np.float64).max)
+        better = (far < best_far) | ((far == best_far) & (cut < best_cut))
+        chosen[better], best_far[better], best_cut[better] = number, far[better], cut[better]
+    return chosen
+
+
 def cut_share(size: Size, bucket: Size) -> float:
     """The share of a photo that covering the bucket would cut off."""
     wide, tall = size[0] / bucket[0], size[1] / bucket[1]

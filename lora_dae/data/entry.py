@@ -76,7 +76,8 @@ class Entry:
     """One line of a data set. ``where`` says which line, for messages; see ``Pair`` for the rest.
 
     ``captions`` may be empty: then ``attributes`` and a template, or a captioner, have to fill them.
-    ``split`` is the publisher's (train, val or test), None where we split.
+    ``split`` is the publisher's (train, val or test), None where we split. ``block`` names the file that
+    its photos lie in with others, where reading few such files at a time pays.
     """
 
     id: str
@@ -91,6 +92,7 @@ class Entry:
     split: str | None = None
     mirror: bool = True
     repeats: int = 1
+    block: str = ""
 
     @property
     def caption(self) -> str:

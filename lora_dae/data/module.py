@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
@@ -84,8 +85,7 @@ class PairDataModule(lightning.LightningDataModule):
             start_step = self.trainer.global_step * self.trainer.accumulate_grad_batches
         rank, world_size = self._rank()
         pairs, cache = self.pairs["train"], self.caches["train"]
-        blocks = getattr(pairs, "blocks", None)
-        sizes = None if blocks is not None else cache.sizes
+        blocks, sizes = getattr(pairs, "blocks", None), self._sizes("train")
         sampler = StepBatchSampler(
             len(pairs), self.batch_size, self.seed, rank, world_size, start_step, groups=sizes, blocks=blocks
         )
@@ -118,11 +118,16 @@ class PairDataModule(lightning.LightningDataModule):
         """Every sample once, size by size and in order; rank r takes each world_size-th, so ranks may differ by one."""
         rank, world_size = self._rank()
         cache = self.caches[name]
-        shards = getattr(self.pairs[name], "blocks", None) is not None  # all of one size, which none need be read for
-        sizes = [(0, 0)] * len(cache) if shards else cache.sizes
+        given = self._sizes(name)
+        sizes = np.zeros(len(cache), np.uint8) if given is None else given
         share = sorted(range(len(cache)), key=lambda index: sizes[index])[rank::world_size]
         batches = [batch for _, part in groupby(share, lambda i: sizes[i]) for batch in _chunks(part, self.batch_size)]
         return DataLoader(cache, batch_sampler=batches, collate_fn=_as_is)
+
+    def _sizes(self, name: str) -> list[tuple[int, int]] | np.ndarray | None:
+        """A label of each sample's size; None where all are alike. Shards know without looking at any."""
+        pairs = self.pairs[name]
+        return pairs.size_labels if hasattr(pairs, "size_labels") else self.caches[name].sizes
 
     def _rank(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

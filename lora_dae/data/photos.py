@@ -5,12 +5,21 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import numpy as np
 from PIL import Image
 
 from lora_dae.config import ConfigError, DataConfig
-from lora_dae.data.buckets import Size, choose_bucket, fit_bucket, fit_bucket_mask, origin_of, parse_buckets
+from lora_dae.data.buckets import (
+    Size,
+    choose_bucket,
+    choose_buckets,
+    fit_bucket,
+    fit_bucket_mask,
+    origin_of,
+    parse_buckets,
+)
 from lora_dae.data.catalog import Facts
 from lora_dae.data.decode import BadImageError, check_background, decode
 from lora_dae.data.entry import Blob, Entry
@@ -38,6 +47,18 @@ class Fit:
         if not self.buckets:
             return self.resolution, self.resolution
         return choose_bucket((facts.width, facts.height), list(self.buckets), self.resolution)
+
+    def buckets_of(self, sizes: np.ndarray) -> np.ndarray | None:
+        """Which bucket each photo gets, uint16 (N,), of sizes (N, 2) as (width, height); None where all are alike."""
+        if not self.buckets:
+            return None
+        parts = []
+        for part in np.array_split(sizes, max(len(sizes) // 1_000_000, 1)):  # bounds what sorting takes
+            keys = part[:, 0].astype(np.uint64) << np.uint64(32) | part[:, 1].astype(np.uint64)
+            different, back = np.unique(keys, return_inverse=True)
+            pairs = np.stack([different >> np.uint64(32), different & np.uint64(2**32 - 1)], 1)
+            parts.append(choose_buckets(pairs, list(self.buckets), self.resolution).astype(np.uint16)[back])
+        return np.concatenate(parts)
 
     def origin(self, facts: Facts, size: Size) -> tuple[int, int, int, int] | None:
         """``Pair.origin``; None for an oblong photo in a square, whose crop depends on its pixels."""
@@ -142,6 +163,13 @@ class PhotoPairs:
             mirror=self.mirror and entry.mirror,
             origin=self.fit.origin(facts["image"], size),
         )
+
+    @property
+    def blocks(self) -> list[int] | None:
+        """How many consecutive photos lie in each file (``Entry.block``); None where that does not matter."""
+        if not any(entry.block for entry in self.entries):
+            return None
+        return [len(list(run)) for _, run in groupby(self.entries, lambda entry: entry.block)]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -22,8 +22,8 @@ class StepBatchSampler(Sampler[list[int]]):
 
     With ``groups`` (a label for each sample: its size) every group is such a stream of its own, and a step takes
     from one of them, the same on all ranks: each as often as its share of the data, in an order drawn anew for
-    each pass. With ``blocks`` (consecutive samples that lie in one file; no groups then) an order keeps ``WINDOW``
-    blocks together, so that few files are read at a time.
+    each pass. With ``blocks`` (consecutive samples that lie in one file) an order keeps ``WINDOW`` blocks together,
+    the same ones in all groups, so that few files are read at a time.
 
     Sample i in pass k is given as the number i + k * dataset_size.
     """
@@ -36,7 +36,7 @@ class StepBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
-        groups: Sequence[Hashable] | None = None,
+        groups: Sequence[Hashable] | np.ndarray | None = None,
         blocks: Sequence[int] | None = None,
     ) -> None:
         self.dataset_size = dataset_size
@@ -45,14 +45,12 @@ class StepBatchSampler(Sampler[list[int]]):
         self.rank = rank
         self.world_size = world_size
         self.start_step = start_step
-        self.blocks = blocks
-        labels = list(dict.fromkeys(groups)) if groups is not None else []
-        if groups is not None and len(labels) > 1:
-            number = {label: k for k, label in enumerate(labels)}
-            member = np.array([number[label] for label in groups])
-            self.members: list[np.ndarray | None] = [np.flatnonzero(member == k) for k in range(len(labels))]
-        else:
-            self.members = [None]  # everything
+        self.blocks = None if blocks is None else np.asarray(blocks, np.int64)
+        self.members = _members(groups)
+        if self.blocks is not None:  # of each group, how many samples each block has
+            edges = np.concatenate([[0], np.cumsum(self.blocks)])
+            self._in_block = [np.diff(np.searchsorted(m, edges)) for m in self.members if m is not None]
+        self._windows = lru_cache(maxsize=2)(self._draw_windows)
         self._order = lru_cache(maxsize=2 * len(self.members))(self._shuffled)
         self._turns = lru_cache(maxsize=2)(self._schedule)
 
@@ -77,7 +75,12 @@ class StepBatchSampler(Sampler[list[int]]):
     def _shuffled(self, group: int, number: int) -> np.ndarray:
         members = self.members[group]
         if members is not None:
-            return np.random.default_rng([self.seed, number, group]).permutation(members)
+            rng = np.random.default_rng([self.seed, number, group])
+            if self.blocks is None:
+                return rng.permutation(members)
+            drawn = rng.permutation(len(members))
+            window = np.repeat(self._windows(number), self._in_block[group])[drawn]
+            return members[drawn[np.argsort(window, kind="stable")]]
         rng = np.random.default_rng([self.seed, number])
         if self.blocks is None:
             return rng.permutation(self.dataset_size)
@@ -86,6 +89,14 @@ class StepBatchSampler(Sampler[list[int]]):
         windows = (order[k : k + WINDOW] for k in range(0, len(order), WINDOW))
         ranges = ([np.arange(ends[b] - self.blocks[b], ends[b]) for b in window] for window in windows)
         return np.concatenate([rng.permutation(np.concatenate(window)) for window in ranges])
+
+    def _draw_windows(self, number: int) -> np.ndarray:
+        """The window in which each block is read in pass ``number``."""
+        assert self.blocks is not None
+        windows = np.empty(len(self.blocks), np.int32)
+        order = np.random.default_rng([self.seed, number]).permutation(len(windows))
+        windows[order] = np.arange(len(windows)) // WINDOW
+        return windows
 
     # A group of n samples has floor(c * n / G) whole batches of G = batch_size * world_size before cycle c. Cycle c
     # therefore holds, of each group, the difference to cycle c + 1: over time every group in its share, no sample lost.
@@ -104,7 +115,23 @@ class StepBatchSampler(Sampler[list[int]]):
             (cycle + 1) * self._size(g) // self._global - cycle * self._size(g) // self._global
             for g in range(len(self.members))
         ]
-        return np.random.default_rng([self.seed, cycle]).permutation(np.repeat(np.arange(len(counts)), counts))
+        turns = np.repeat(np.arange(len(counts)), counts)
+        rng = np.random.default_rng([self.seed, cycle])
+        if self.blocks is None:
+            return rng.permutation(turns)
+        # Groups go through the windows side by side: a batch has its turn where its last sample lies.
+        drawn = rng.permutation(len(turns))
+        windows = np.concatenate([self._last_windows(group, cycle, count) for group, count in enumerate(counts)])
+        return turns[drawn[np.argsort(windows[drawn], kind="stable")]]
+
+    def _last_windows(self, group: int, cycle: int, count: int) -> np.ndarray:
+        """In which window of the cycle's pass the last sample lies of each of the group's ``count`` batches there."""
+        windows = self._windows(cycle)
+        seen = np.cumsum(np.bincount(windows, weights=self._in_block[group]).astype(np.int64))
+        size = self._size(group)
+        first = cycle * size // self._global
+        last = (first + 1 + np.arange(count)) * self._global - 1 - cycle * size
+        return np.searchsorted(seen, last, side="right")
 
     def _turn(self, step: int) -> tuple[int, int]:
         """(group, how many batches of this group came before) of ``step``."""
@@ -119,6 +146,18 @@ class StepBatchSampler(Sampler[list[int]]):
         group = int(turns[at])
         earlier = low * self._size(group) // self._global
         return group, earlier + int((turns[:at] == group).sum())
+
+
+def _members(groups: Sequence[Hashable] | np.ndarray | None) -> list[np.ndarray] | list[None]:
+    """The samples of each group, in order; [None] stands for one group of all."""
+    if groups is None:
+        return [None]
+    if isinstance(groups, np.ndarray):
+        labels, member = list(np.unique(groups)), groups
+    else:
+        number = {label: k for k, label in enumerate(dict.fromkeys(groups))}
+        labels, member = list(number.values()), np.array([number[label] for label in groups])
+    return [None] if len(labels) < 2 else [np.flatnonzero(member == label) for label in labels]
 
 
 class Announced(Sampler[list[int]]):

@@ -149,6 +149,8 @@ class _WithoutSource:
     def __init__(self, dataset: PairDataset) -> None:
         self.dataset, self.has_mask = dataset, dataset.has_mask
         self.blocks = getattr(dataset, "blocks", None)
+        if hasattr(dataset, "size_labels"):
+            self.size_labels = dataset.size_labels
         self.fingerprint = dataset.fingerprint + "-text"
 
     def __len__(self) -> int:

@@ -3,14 +3,15 @@
     index.json                 {"format": 1, "splits": {"train": {"shards": [{"file", "count"}, ...], ...}}}
     train-000000.tar           00000000.jpg, 00000000.source.jpg, 00000000.mask.png, 00000000.json, 00000001.jpg, ...
     train-000000.index.jsonl   one line a record: its words, and where in the tar which of its files lies
+    train.sizes.npy            (N, 2) width and height of each photo, which data.buckets needs to know at the start
 
 ``python -m lora_dae.data shards --to <folder> data=...`` writes them, files as they are; ``data.root`` is that folder
 or its address in an object store that fsspec knows (``s3://...``). The webdataset library reads the same tars.
 
-Why not a library: LitData can unpickle what a shard tells it to, and brings torchvision and boto3; webdataset streams,
-so that a run cannot go on in the middle of an epoch exactly. With the index, a record is one ranged read: any order,
-any share, any step. The index of a shard is read when one of its records is wanted; opening ten million records reads
-``index.json``.
+Of the two libraries, LitData is the better kept, and reads and writes its own sets here (``data=litdata``, litdata.py).
+Ten million records need what neither has, webdataset streaming and LitData holding no sizes or words apart from the
+photos: with our index a record is one ranged read, in any order, share and step, a run goes on exactly in the middle of
+an epoch, and opening reads ``index.json``. The index of a shard is read when one of its records is wanted.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import json
 import tarfile
 from bisect import bisect_right
 from collections.abc import Iterator
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import cached_property, lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -48,8 +50,11 @@ PARTS = ("image", "source", "mask")
 class ShardPairs:
     """One split of shards: a data set of pairs, of which nothing is held but the shards' names and sizes."""
 
-    def __init__(self, root: str, split: dict[str, Any], cfg: DataConfig, fit: Fit, mirror: bool) -> None:
+    def __init__(
+        self, root: str, split: dict[str, Any], cfg: DataConfig, fit: Fit, mirror: bool, trained: Fit | None = None
+    ) -> None:
         self.root, self.cfg, self.fit, self.mirror = root, cfg, fit, mirror
+        self.split, self.trained = split, trained or fit  # as PhotoPairs has it
         self.files: list[str] = [shard["file"] for shard in split["shards"]]
         self.ends = list(accumulate(int(shard["count"]) for shard in split["shards"]))
         self.has_source, self.has_mask = bool(split["has_source"]), bool(split["has_mask"])
@@ -74,6 +79,24 @@ class ShardPairs:
             raise IndexError(index)
         shard = bisect_right(self.ends, index)
         return self._open(shard), index - (self.ends[shard - 1] if shard else 0)
+
+    def as_trained(self) -> ShardPairs:
+        """The same photos in the sizes of training."""
+        return ShardPairs(self.root, self.split, self.cfg, self.trained, self.mirror)
+
+    @cached_property
+    def size_labels(self) -> np.ndarray | None:
+        """Which bucket each photo gets, (N,), without reading any index; None without buckets."""
+        if not self.fit.buckets:
+            return None
+        file = f"{self.root}/{self.split['sizes']}"
+        try:
+            sizes = np.load(io.BytesIO(read_range(file)), allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{file} cannot be read ({error}): write the shards anew.") from error
+        if sizes.shape != (len(self), 2):
+            raise ConfigError(f"{file} has the sizes of {len(sizes)} photos, not {len(self)}: write the shards anew.")
+        return self.fit.buckets_of(sizes)
 
     @property
     def blocks(self) -> list[int]:
@@ -108,8 +131,15 @@ def load(cfg: DataConfig) -> dict[str, PairDataset]:
     if index.get("format") != FORMAT:
         raise ConfigError(f"{root}/index.json is of format {index.get('format')}, this program reads {FORMAT}.")
     fit = Fit.of(cfg)
+    if fit.buckets and not all("sizes" in split for split in index["splits"].values()):
+        raise ConfigError(
+            f"the shards in {root} do not tell their photos' sizes, which data.buckets needs: write them anew with "
+            "python -m lora_dae.data shards, or leave data.buckets out."
+        )
+    square = replace(fit, buckets=())  # as for photos in files: held-out ones are drawn and measured in squares
     splits = {
-        name: ShardPairs(root, split, cfg, fit, cfg.flip and name == "train") for name, split in index["splits"].items()
+        name: ShardPairs(root, split, cfg, fit if name == "train" else square, cfg.flip and name == "train", fit)
+        for name, split in index["splits"].items()
     }
     lacking = [name for name in ("train", "val", "test") if not len(splits.get(name, ()))]
     if lacking:
@@ -122,20 +152,24 @@ def write(splits: Splits, root: Path, per_shard: int = PER_SHARD) -> None:
     root.mkdir(parents=True, exist_ok=True)
     told = {}
     for split, pairs in splits.items():
-        shards, digest = [], hashlib.sha256()
+        shards, digest, sizes = [], hashlib.sha256(), np.zeros((len(pairs), 2), np.uint32)
         for number, start in enumerate(range(0, len(pairs), per_shard)):
             name = f"{split}-{number:06d}"
             count = min(per_shard, len(pairs) - start)
             lines = []
             with tarfile.open(root / f"{name}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
                 for row in range(count):
-                    lines.append(json.dumps(_add(tar, f"{row:08d}", pairs, start + row), ensure_ascii=False))
+                    line = _add(tar, f"{row:08d}", pairs, start + row)
+                    sizes[start + row] = line["parts"]["image"][3:5]
+                    lines.append(json.dumps(line, ensure_ascii=False))
             text = "".join(f"{line}\n" for line in lines)
             (root / f"{name}.index.jsonl").write_text(text, encoding="utf-8")
             digest.update(text.encode())
             shards.append({"file": f"{name}.tar", "count": count})
+        np.save(root / f"{split}.sizes.npy", sizes)
         told[split] = {
-            "shards": shards, "digest": digest.hexdigest(), "has_source": pairs.has_source, "has_mask": pairs.has_mask
+            "shards": shards, "sizes": f"{split}.sizes.npy", "digest": digest.hexdigest(),
+            "has_source": pairs.has_source, "has_mask": pairs.has_mask,
         }  # fmt: skip
     index = {"format": FORMAT, "splits": told}
     (root / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
@@ -144,13 +178,13 @@ def write(splits: Splits, root: Path, per_shard: int = PER_SHARD) -> None:
 def _add(tar: tarfile.TarFile, key: str, pairs: PairDataset, index: int) -> dict[str, Any]:
     """Writes one record's files; returns its line of the index."""
     pair = pairs[index]
-    entry = _entry_of(pairs, index)
+    entry = entry_of(pairs, index)
     words = {
         "id": pair.id, "group_id": pair.group_id, "captions": list(pair.captions or (pair.caption,)),
         "category": pair.category, "attributes": pair.attributes or {}, "mirror": entry is None or entry.mirror,
     }  # fmt: skip
     parts = {}
-    for part, data, suffix in _files(entry, pair):
+    for part, data, suffix in files_of(entry, pair):
         facts = examine(RowBlob(part, "", partial(bytes, data)))
         offset = _put(tar, f"{key}{'' if part == 'image' else f'.{part}'}.{suffix}", data)
         place = [facts.digest, facts.width, facts.height, facts.remark, facts.reason, facts.hash]
@@ -159,7 +193,7 @@ def _add(tar: tarfile.TarFile, key: str, pairs: PairDataset, index: int) -> dict
     return words | {"parts": parts}
 
 
-def _entry_of(pairs: PairDataset, index: int) -> Entry | None:
+def entry_of(pairs: PairDataset, index: int) -> Entry | None:
     """What the source said of a pair whose photos are files."""
     if isinstance(pairs, ShardPairs):
         shard, row = pairs.find(index)
@@ -167,7 +201,7 @@ def _entry_of(pairs: PairDataset, index: int) -> Entry | None:
     return pairs.entries[index] if isinstance(pairs, PhotoPairs) else None
 
 
-def _files(entry: Entry | None, pair: Pair) -> Iterator[tuple[str, bytes, str]]:
+def files_of(entry: Entry | None, pair: Pair) -> Iterator[tuple[str, bytes, str]]:
     """(part, encoded bytes, suffix): a photo's own file where there is one, else a PNG."""
     for part in PARTS:
         blob = None if entry is None else getattr(entry, part)
