@@ -83,9 +83,9 @@ def evaluate(request: EvaluateRequest, console: Console, on_page: OnPage | None 
     for option in OF_DRAWN:
         if modes[0] == "images" and getattr(request, option) is not None:
             raise ConfigError(f"{option} needs prompts, which images= does not have: leave it out.")
-    mode = photo_mode(request.mode, request.noise_strength)
-    if mode is not None and modes[0] == "images":
-        raise ConfigError(f"mode={mode.name} draws from real photos: give run= or runs= to draw with, not images=.")
+    given = photo_mode(request.mode, request.noise_strength)
+    if given is not None and modes[0] == "images":
+        raise ConfigError(f"mode={given.name} draws from real photos: give run= or runs= to draw with, not images=.")
     if request.split not in ("test", "val"):
         raise ConfigError(f"split={request.split} is unknown: use test or val.")
     {"run": _run, "images": _folder, "runs": _compare}[modes[0]](request, console, on_page)
