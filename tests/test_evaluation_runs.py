@@ -22,7 +22,7 @@ from lora_dae.config import AdapterConfig, Config, ConfigError, DataConfig, conf
 from lora_dae.data.formats import shards
 from lora_dae.data.pair import Pair
 from lora_dae.data.sources import load_photos, load_splits
-from lora_dae.evaluation import compare_runs, run
+from lora_dae.evaluation import compare_runs, pictures, run
 from lora_dae.evaluation.command import EvaluateRequest, evaluate
 from lora_dae.evaluation.heldout import HeldOut, overlap
 from lora_dae.evaluation.metrics.extras import Extras
@@ -88,14 +88,71 @@ def test_drawing_garments_into_real_photos_has_a_table_of_its_own(run_dir: Path,
     several = json.loads((tmp_path / "both" / "metrics.json").read_text())
     assert several["protocol"]["mode"] == "masked"
     assert several["methods"]["a"]["psnr"]["value"] == pytest.approx(result["methods"]["strength 0"]["psnr"]["value"])
-    pictures = run_dir / "pictures" / "test_strength_0_masked"
+    finished = run_dir / "pictures" / "test_strength_0_masked"
     with pytest.raises(ConfigError, match="pictures of mode=masked, which are compared with no others"):
-        _evaluate(f"runs=[{run_dir},{pictures}]", f"output={tmp_path / 'mixed'}")
+        _evaluate(f"runs=[{run_dir},{finished}]", f"output={tmp_path / 'mixed'}")
     with pytest.raises(ConfigError, match="holds finished pictures, and mode=masked draws its own"):
-        _evaluate(f"runs=[{run_dir},{pictures}]", "mode=masked", f"output={tmp_path / 'mixed'}")
+        _evaluate(f"runs=[{run_dir},{finished}]", "mode=masked", f"output={tmp_path / 'mixed'}")
 
 
-def test_what_cannot_be_drawn_into_real_photos_is_refused(run_dir: Path, tiny_folder: Path, tmp_path: Path) -> None:
+def test_drawing_real_photos_again_has_a_table_of_its_own(run_dir: Path, tmp_path: Path) -> None:
+    """Of one step in 500 little is left but the VAE."""
+    _evaluate(f"run={run_dir}", "mode=reconstruction", "noise_strength=0.5", "bootstrap=0")
+    half = run_dir / "evaluations" / "mode=reconstruction,noise_strength=0.5,bootstrap=0"
+    result = json.loads((half / "metrics.json").read_text())
+    assert result["protocol"]["mode"] == "reconstruction" and result["protocol"]["noise_strength"] == 0.5
+    assert "mode=reconstruction noise_strength=0.5" in result["command"]
+    assert {"psnr", "psnr_garment"} <= set(result["methods"]["strength 0"]) & set(result["methods"][run.FROZEN])
+    assert "image-to-image" in (page := (half / "report.html").read_text())
+    assert "strength 0.5: the last 1 of 2 steps" in page
+    both = ("mode=reconstruction", "noise_strength=0.5", "bootstrap=0", "num_samples=4", f"output={tmp_path / 'both'}")
+    _evaluate(f"runs=['a={run_dir}','b={run_dir}']", *both)
+    several = json.loads((tmp_path / "both" / "metrics.json").read_text())
+    assert several["protocol"]["mode"] == "reconstruction"
+    psnr = result["methods"]["strength 0"]["psnr"]["value"]
+    assert several["methods"]["b"]["psnr"]["value"] == pytest.approx(psnr)
+    little = ("noise_strength=0.002", "num_inference_steps=500", "scheduler=ddim", "frozen=false", "bootstrap=0")
+    _evaluate(f"run={run_dir}", "mode=reconstruction", *little, f"output={tmp_path / 'little'}")
+    least = json.loads((tmp_path / "little" / "metrics.json").read_text())
+    ceiling = least["references"][CEILING]["psnr"]["value"]
+    assert least["methods"]["strength 0"]["psnr"]["value"] == pytest.approx(ceiling, abs=0.001)
+    assert abs(psnr - ceiling) > 0.01
+    finished = run_dir / "pictures" / "test_strength_0_reconstruction_0.5"
+    with pytest.raises(ConfigError, match="pictures of mode=reconstruction, which are compared with no others"):
+        _evaluate(f"runs=[{run_dir},{finished}]", f"output={tmp_path / 'mixed'}")
+
+
+def test_photos_that_cannot_be_drawn_again_are_refused_before_weights_are_loaded(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _no_weights(monkeypatch)
+    again = "mode=reconstruction"
+    for words in (f"run={run_dir}", f"runs=[{run_dir}]"):
+        for value in ("0", "1.2", "-0.3", "nan", "half"):
+            with pytest.raises(ConfigError, match="is no share of the schedule: give 0.3 to 0.5"):
+                _evaluate(words, again, f"noise_strength={value}")
+        with pytest.raises(ConfigError, match="noise_strength=0.4 of 2 steps is less than one"):
+            _evaluate(words, again, f"output={tmp_path / 'out'}")
+        with pytest.raises(ConfigError, match="noise_strength belongs to mode=reconstruction"):
+            _evaluate(words, "mode=masked", "noise_strength=0.4")
+    with pytest.raises(ConfigError, match="where lms needs steps that it has not done"):
+        _evaluate(f"run={run_dir}", again, "noise_strength=0.5", "scheduler=lms", f"output={tmp_path / 'out'}")
+
+
+def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*_: object) -> None:
+        raise AssertionError("weights are loaded")
+
+    for module in (run, compare_runs):
+        monkeypatch.setattr(module, "load_features", loaded)
+    for module in (run, pictures):
+        monkeypatch.setattr(module, "load_run", loaded)
+
+
+def test_what_cannot_be_drawn_into_real_photos_is_refused_before_weights_are_loaded(
+    run_dir: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _no_weights(monkeypatch)
     with pytest.raises(ConfigError, match="mode=half is unknown"):
         _evaluate(f"run={run_dir}", "mode=half")
     with pytest.raises(ConfigError, match="give run= or runs= to draw with, not images="):

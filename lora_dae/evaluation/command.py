@@ -14,10 +14,11 @@ from lora_dae.backbone.precision import best_device, choose_precision
 from lora_dae.config import Config, ConfigError, EvaluationConfig, overridden, overridden_sampling, to_dict
 from lora_dae.evaluation.compare_runs import CompareRequest, compare_runs
 from lora_dae.evaluation.folder_run import FolderRequest, evaluate_folder
+from lora_dae.evaluation.photo_mode import NOISE_STRENGTH, PhotoMode, photo_mode
 from lora_dae.evaluation.report.page import OnPage
 from lora_dae.evaluation.run import evaluate_run
 from lora_dae.rules import check, check_evaluation
-from lora_dae.sampling.load import load_run, read_config
+from lora_dae.sampling.load import read_config
 
 LONGEST_NAME = 100  # characters of a folder that is named by what differs
 OF_DRAWN = ("num_samples", "clip")
@@ -49,6 +50,7 @@ class EvaluateRequest:
     source_guidance_scale: float | None
     sampling_method: str | None
     mode: str | None
+    noise_strength: float | None
     split: str
     num_samples: int | None
     features: str | None
@@ -81,10 +83,9 @@ def evaluate(request: EvaluateRequest, console: Console, on_page: OnPage | None 
     for option in OF_DRAWN:
         if modes[0] == "images" and getattr(request, option) is not None:
             raise ConfigError(f"{option} needs prompts, which images= does not have: leave it out.")
-    if request.mode not in (None, "masked"):
-        raise ConfigError(f"mode={request.mode} is unknown: use masked, or leave it out to draw as the run draws.")
-    if request.mode is not None and modes[0] == "images":
-        raise ConfigError("mode=masked draws garments into real photos: give run= or runs= to draw with, not images=.")
+    given = photo_mode(request.mode, request.noise_strength)
+    if given is not None and modes[0] == "images":
+        raise ConfigError(f"mode={given.name} draws from real photos: give run= or runs= to draw with, not images=.")
     if request.split not in ("test", "val"):
         raise ConfigError(f"split={request.split} is unknown: use test or val.")
     {"run": _run, "images": _folder, "runs": _compare}[modes[0]](request, console, on_page)
@@ -95,24 +96,20 @@ def _run(request: EvaluateRequest, console: Console, on_page: OnPage | None) -> 
     own = read_config(run_dir)
     cfg = requested(own, request)
     check(cfg)
-    output = (
-        folder_of(run_dir, own, cfg, request.split, request.mode) if request.output is None else Path(request.output)
-    )
-    device = best_device()
-    loaded = load_run(run_dir, device)
-    loaded.cfg = cfg
+    mode = photo_mode(request.mode, request.noise_strength)
+    output = folder_of(run_dir, own, cfg, request.split, mode) if request.output is None else Path(request.output)
     if output != run_dir:
         console.print(f"other settings than the run's own: its report stays, this one goes to {output}", soft_wrap=True)
-    bf16 = choose_precision("auto", device) == "bf16-mixed"
+    bf16 = choose_precision("auto", best_device()) == "bf16-mixed"
     evaluate_run(
         run_dir,
         console,
         split=request.split,
-        run=loaded,
+        cfg=cfg,
         bf16=bf16,
         output=output,
         command=command_of(request),
-        masked=request.mode == "masked",
+        mode=mode,
         on_page=on_page,
     )
 
@@ -140,6 +137,7 @@ def _folder(request: EvaluateRequest, console: Console, on_page: OnPage | None) 
 def _compare(request: EvaluateRequest, console: Console, on_page: OnPage | None) -> None:
     cfg = overridden(EvaluationConfig(), request)
     check_evaluation(cfg)
+    mode = photo_mode(request.mode, request.noise_strength)
     comparison = CompareRequest(
         runs=list(request.runs or []),
         baseline=request.baseline,
@@ -147,9 +145,9 @@ def _compare(request: EvaluateRequest, console: Console, on_page: OnPage | None)
         vqa=None if request.vqa is None else Path(request.vqa),
         study=None if request.study is None else Path(request.study),
         seed=request.seed or 0,
-        output=Path(request.output or "evaluations/comparison" + (",mode=masked" if request.mode else "")),
+        output=Path(request.output or "evaluations/comparison" + ("" if mode is None else f",mode={mode.name}")),
         command=command_of(request),
-        masked=request.mode == "masked",
+        mode=mode,
     )
     compare_runs(comparison, cfg, console, on_page)
 
@@ -170,13 +168,15 @@ def requested(own: Config, request: Any) -> Config:
     return cfg
 
 
-def folder_of(run_dir: Path, own: Config, cfg: Config, split: str, mode: str | None = None) -> Path:
+def folder_of(run_dir: Path, own: Config, cfg: Config, split: str, mode: PhotoMode | None = None) -> Path:
     """The run's own folder for its own settings; for others ``evaluations/<what differs>`` inside it.
 
     So that an evaluation with another guidance never stands where the run's own numbers are looked for.
     """
     before, now = to_dict(own), to_dict(cfg)
-    words = [] if mode is None else [f"mode={mode}"]
+    words = [] if mode is None else [f"mode={mode.name}"]
+    if mode is not None and mode.noise_strength not in (None, NOISE_STRENGTH):
+        words.append(f"noise_strength={mode.noise_strength:g}")
     words += [] if split == "test" else [f"split={split}"]
     for part in ("enhancement", "sampling", "evaluation"):
         for key, value in now[part].items():

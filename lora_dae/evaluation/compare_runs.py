@@ -22,7 +22,8 @@ from lora_dae.evaluation.metrics.measure import build_reference, measure_images
 from lora_dae.evaluation.metrics.observe import Observed
 from lora_dae.evaluation.metrics.pattern import pattern_distance
 from lora_dae.evaluation.metrics.sizes import add_infinity, size_curves
-from lora_dae.evaluation.pictures import METADATA, Item, gather, parse_spec
+from lora_dae.evaluation.photo_mode import PhotoMode
+from lora_dae.evaluation.pictures import METADATA, Item, find_methods, gather, parse_spec
 from lora_dae.evaluation.references import reference_rows
 from lora_dae.evaluation.report.examples import extremes, prompt_grid
 from lora_dae.evaluation.report.page import OnPage, Page, check_writable, write_page
@@ -45,7 +46,7 @@ class CompareRequest:
     seed: int
     output: Path
     command: str
-    masked: bool = False  # in the real photos the garments alone are drawn
+    mode: PhotoMode | None = None  # the real photos themselves are given
 
 
 def compare_runs(
@@ -59,11 +60,12 @@ def compare_runs(
     names = [parse_spec(spec)[0] for spec in request.runs]
     if request.baseline is not None and request.baseline not in names:
         raise ConfigError(f"baseline={request.baseline} is none of the methods: use one of {', '.join(names)}.")
+    find_methods(request.runs, request.split, request.mode)  # before features are loaded
     check_writable(request.output)
     sheets = [] if request.vqa is None else judges_sheets(request.vqa)
     sheets += [] if request.study is None else people_sheets(request.study)
     extractor = load_features(cfg.features).to(best_device())  # what cannot be had costs no drawing
-    sets = gather(request.runs, request.split, cfg.num_samples, console, request.masked)
+    sets = gather(request.runs, request.split, cfg.num_samples, console, request.mode)
     held_out = _held_out(sets.items)
     size = held_out.pairs[0].image.shape
     if any(p.image.shape != size for p in held_out.pairs) or next(iter(sets.methods.values()))[0].shape != size:
@@ -72,7 +74,7 @@ def compare_runs(
         raise ConfigError("the source photos have not the pictures' size: measure all at one resolution.")
     extras = load_extras(cfg, min(size[:2]), held_out.captions)
     extractors = (extractor, *extras.more)
-    sources_given = held_out.sources is not None
+    sources_given, given = held_out.sources is not None, request.mode is not None
     real = build_reference(stack_images([p.image for p in held_out.pairs]), held_out.masks, *extractors)
     classifier = studio_classifier(held_out.attributes)
     pattern = pattern_distance(extractor)
@@ -89,7 +91,7 @@ def compare_runs(
                 classifier=classifier,
                 bootstrap=cfg.bootstrap,
                 seed=request.seed,
-                paired=request.masked or (sources_given and name in sets.from_source),
+                paired=given or (sources_given and name in sets.from_source),
                 perceptual=extras.perceptual,
                 clip=extras.clip,
                 captions=held_out.captions,
@@ -97,9 +99,8 @@ def compare_runs(
                 pattern=pattern,
                 more=extras.more,
             )
-        if (
-            sources_given and not request.masked
-        ):  # who drew from the prompt alone is not measured against the photo of the same pair
+        # Who drew from the prompt alone is not measured against the photo of the same pair.
+        if sources_given and not given:
             comparable = next(set(methods[n]) for n in methods if n in sets.from_source)
             for name in set(methods) - sets.from_source:
                 methods[name] = {k: v for k, v in methods[name].items() if k in comparable}
@@ -113,7 +114,7 @@ def compare_runs(
             training = None if splits is None else training_pairs(splits["train"], held_out)
             references = reference_rows(
                 held_out, real, training, backbone, extractor, extras, classifier, cfg.bootstrap, request.seed,
-                pattern, request.masked,
+                pattern, given,
             )  # fmt: skip
     seeds = sorted({item.seed for item in sets.items if item.seed is not None})
     curves = size_curves(seen, methods, real.features, extractors, request.seed)
@@ -131,7 +132,8 @@ def compare_runs(
         bootstrap=cfg.bootstrap,
         definitions=[*extras.definitions, *_settings(request.runs)],
         not_available=extras.not_available,
-        mode="masked" if request.masked else "source" if sources_given else "text",
+        mode=request.mode.name if request.mode else "source" if sources_given else "text",
+        noise_strength=request.mode.noise_strength if request.mode else None,
         resize="none: pictures and real photos have one size",
         files="PNG",
         warnings=[*([leaked] if leaked else []), *size_warnings(len(held_out.pairs), len(real), len(seeds))],
@@ -150,7 +152,7 @@ def compare_runs(
     for name in methods:
         grids += extremes(name, seen[name].values, held_out.captions, ordered, sources, photos)[:1]
     page = Page(
-        title="Comparison of " + ", ".join(methods) + (" · masked, paired" if request.masked else ""),
+        title="Comparison of " + ", ".join(methods) + (f" · {request.mode}" if request.mode else ""),
         table=table,
         command=request.command,
         summary={"Methods": str(len(methods)), "Prompts": str(len(held_out.pairs)), "Baseline": first},

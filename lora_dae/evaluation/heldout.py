@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_dae.backbone.load import Backbone
 from lora_dae.config import ConfigError
 from lora_dae.data.pair import Pair, PairDataset, replace_pixels
-from lora_dae.sampling.keep import Kept
 
 MOST = 200_000  # training pairs that are looked through one by one
 
@@ -44,24 +42,10 @@ class HeldOut:
         found = [p.mask for p in self.pairs if p.mask is not None]
         return torch.from_numpy(np.stack(found)) if len(found) == len(self.pairs) else None
 
-    def kept(self, backbone: Backbone) -> Kept:
-        """Their photos, of which the garments alone are drawn; the pairs have masks (``check_masks``)."""
-        assert self.masks is not None
-        return Kept.of_photos(backbone, np.stack([p.image for p in self.pairs]), self.masks)
-
     @property
     def attributes(self) -> list[dict[str, str]] | None:
         found = [p.attributes for p in self.pairs if p.attributes is not None]
         return found if len(found) == len(self.pairs) else None
-
-
-def check_masks(dataset: PairDataset, split: str) -> None:
-    """Raises ConfigError for pairs whose garments ``mode=masked`` cannot find."""
-    if not dataset.has_mask:
-        raise ConfigError(
-            f"mode=masked draws the garment alone, and the {split} split has no garment masks: train with "
-            "data.masks=<folder> (python -m lora_dae.data masks draws them), or leave mode= out."
-        )
 
 
 def training_pairs(train: PairDataset, held_out: HeldOut) -> HeldOut | None:

@@ -21,7 +21,8 @@ from rich.console import Console
 from lora_dae.backbone.precision import best_device, choose_precision
 from lora_dae.config import ConfigError
 from lora_dae.data.sources import load_splits
-from lora_dae.evaluation.heldout import HeldOut, check_masks
+from lora_dae.evaluation.heldout import HeldOut
+from lora_dae.evaluation.photo_mode import PhotoMode
 from lora_dae.rules import check
 from lora_dae.sampling.load import load_run, read_config
 
@@ -55,33 +56,25 @@ class PictureSets:
     from_source: frozenset[str] = frozenset()
 
 
-def gather(specs: Sequence[str], split: str, count: int, console: Console, masked: bool = False) -> PictureSets:
+def gather(
+    specs: Sequence[str], split: str, count: int, console: Console, mode: PhotoMode | None = None
+) -> PictureSets:
     """Pictures of every method named by ``[name=]<run or folder>[@strength]``, at most ``count`` of each.
 
-    The first method's items lead; every other must have the same prompts (and seeds, where given). ``masked``: in the
-    real photos the garments alone are drawn, which is compared with nothing else. Raises ConfigError when a path is
+    The first method's items lead; every other must have the same prompts (and seeds, where given). ``mode``: the
+    real photos are given, which is compared with nothing else. Raises ConfigError when a path is
     neither run nor folder of pictures, names repeat, or prompts, seeds or sizes differ.
     """
-    if not specs:
-        raise ConfigError(
-            "runs=[] names no method: give run folders or folders of pictures, e.g. runs=[runs/a,runs/b]."
-        )
     if count < 1:
         raise ConfigError(f"num_samples={count} is below 1: give at least 1.")
-    if split not in ("test", "val"):
-        raise ConfigError(f"split={split} is unknown: use test or val.")
+    folders = find_methods(specs, split, mode)
     parsed = [parse_spec(spec) for spec in specs]
     names = [name for name, _, _ in parsed]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"two methods have one name ({', '.join(names)}): tell them apart by name=path.")
-    folders = [
-        _folder(path, strength, masked) for _, path, strength in parsed
-    ]  # all paths are checked before one is drawn
     items: list[Item] = []
     methods: dict[str, list[np.ndarray]] = {}
     from_source: set[str] = set()
     for name, folder, (_, path, strength) in zip(names, folders, parsed, strict=True):
-        found = folder or draw_pictures(path, strength, split, count, console, masked)
+        found = folder or draw_pictures(path, strength, split, count, console, mode)
         own, images = read_pictures(found, count)
         if items:
             _same(items, own, name, names[0])
@@ -100,6 +93,21 @@ def gather(specs: Sequence[str], split: str, count: int, console: Console, maske
     return PictureSets(items, methods, frozenset(from_source))
 
 
+def find_methods(specs: Sequence[str], split: str, mode: PhotoMode | None = None) -> list[Path | None]:
+    """Of every method the folder of finished pictures, None for a run; raises ``gather``'s errors, loading nothing."""
+    if not specs:
+        raise ConfigError(
+            "runs=[] names no method: give run folders or folders of pictures, e.g. runs=[runs/a,runs/b]."
+        )
+    if split not in ("test", "val"):
+        raise ConfigError(f"split={split} is unknown: use test or val.")
+    parsed = [parse_spec(spec) for spec in specs]
+    names = [name for name, _, _ in parsed]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two methods have one name ({', '.join(names)}): tell them apart by name=path.")
+    return [_folder(path, strength, split, mode) for _, path, strength in parsed]
+
+
 def parse_spec(spec: str) -> tuple[str, Path, float | None]:
     """``[name=]path[@strength]`` as (name, path, strength); the name is the folder's (and strength) by default."""
     match = re.fullmatch(r"(?:([^=/]+)=)?(.+?)(?:@([\d.]+))?", spec.strip())
@@ -113,32 +121,35 @@ def parse_spec(spec: str) -> tuple[str, Path, float | None]:
     return name or Path(path).name + ("" if number is None else f" @{number:g}"), Path(path), number
 
 
-def _folder(path: Path, strength: float | None, masked: bool) -> Path | None:
+def _folder(path: Path, strength: float | None, split: str, mode: PhotoMode | None) -> Path | None:
     """The folder of pictures that a path is, or None for a run; ConfigError for anything else."""
     if (path / METADATA).is_file():
         if strength is not None:
             raise ConfigError(f"{path} holds finished pictures: a strength can be given for a run only.")
-        if masked:
-            raise ConfigError(f"{path} holds finished pictures, and mode=masked draws its own: give run folders.")
-        if (path / SETTINGS).is_file() and json.loads((path / SETTINGS).read_text(encoding="utf-8")).get("masked"):
+        if mode is not None:
+            raise ConfigError(f"{path} holds finished pictures, and mode={mode.name} draws its own: give run folders.")
+        drawn = json.loads((path / SETTINGS).read_text(encoding="utf-8")) if (path / SETTINGS).is_file() else {}
+        if given := drawn.get("mode"):
             raise ConfigError(
-                f"{path} holds pictures of mode=masked, which are compared with no others: give runs and mode=masked."
+                f"{path} holds pictures of mode={given}, which are compared with no others: give runs and mode={given}."
             )
         return path
     if not path.is_dir():
         raise ConfigError(f"{path} does not exist: give a run folder, or a folder of pictures with {METADATA}.")
     if not (path / "config.yaml").is_file():
         raise ConfigError(f"{path} is neither a run nor a folder of pictures (no {METADATA}): give one of these.")
-    read_config(path)
+    cfg = read_config(path)
+    if mode is not None:
+        mode.check(cfg, split)
     return None
 
 
 def draw_pictures(
-    run_dir: Path, strength: float | None, split: str, count: int, console: Console, masked: bool = False
+    run_dir: Path, strength: float | None, split: str, count: int, console: Console, mode: PhotoMode | None = None
 ) -> Path:
     """Draw a run's held-out pictures into ``<run>/pictures/<split>_strength_<s>``, unless they are there already.
 
-    ``masked``: the garments in the real photos alone, into ``..._masked``.
+    ``mode``: from the real photos, into a folder of its own.
     """
     cfg = read_config(run_dir)
     own = cfg.enhancement.strength if cfg.enhancement.enabled and cfg.enhancement.placement != "none" else 0.0
@@ -147,19 +158,16 @@ def draw_pictures(
         raise ConfigError(f"{run_dir} was trained without enhancement: give it without @{strength:g}, or with @0.")
     cfg = replace(cfg, enhancement=replace(cfg.enhancement, strength=strength))
     check(cfg)
-    dataset = load_splits(cfg.data)[split]
-    if masked:
-        check_masks(dataset, split)
-    held_out = HeldOut.take(dataset, count, cfg.conditioning)
-    folder = run_dir / "pictures" / (f"{split}_strength_{strength:g}" + ("_masked" if masked else ""))
+    held_out = HeldOut.take(load_splits(cfg.data)[split], count, cfg.conditioning)
+    folder = run_dir / "pictures" / (f"{split}_strength_{strength:g}" + ("" if mode is None else mode.folder))
     settings = {
         "format": FORMAT, "strength": strength, "split": split, "count": len(held_out.pairs),
         "sampling": vars(cfg.sampling),
         "pairs": [[p.caption, *(p.key(part) for part in ("image", "source", "mask"))] for p in held_out.pairs],
         "adapter": [[f.name, f.stat().st_mtime_ns] for f in sorted((run_dir / "adapter").rglob("*.safetensors"))],
     }  # fmt: skip
-    if masked:
-        settings["masked"] = True
+    if mode is not None:
+        settings |= {"mode": mode.name, "noise_strength": mode.noise_strength}
     stamp = folder / SETTINGS
     if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == json.loads(json.dumps(settings)):
         return folder
@@ -168,8 +176,9 @@ def draw_pictures(
     run.cfg = cfg
     with console.status(f"drawing {len(held_out.pairs)} pictures of {run_dir.name}"):
         drawer = run.drawer(choose_precision("auto", device) == "bf16-mixed")
-        keep = held_out.kept(run.backbone) if masked else None
-        images = drawer.images(held_out.captions, held_out.sources, strength, keep=keep)
+        keep = None if mode is None else mode.keep(held_out, run.backbone)
+        start = None if mode is None else mode.start(held_out, run.backbone)
+        images = drawer.images(held_out.captions, held_out.sources, strength, keep=keep, start=start)
     stamp.unlink(missing_ok=True)
     write_pictures(folder, _items(held_out, cfg.sampling.seed), list(images))
     stamp.write_text(json.dumps(settings, indent=1), encoding="utf-8")  # last: a killed drawing starts again

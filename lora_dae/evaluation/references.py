@@ -33,16 +33,16 @@ def reference_rows(
     bootstrap: int,
     seed: int,
     pattern: PatternDistance | None = None,
-    masked: bool = False,
+    from_photos: bool = False,
 ) -> dict[str, dict[str, MetricValue]]:
     """Real training photos against the real held-out ones, and the held-out ones through the VAE, blurred, sharpened.
 
     A distance cannot be expected to fall below the first row's, nor texture to be better than the second's; a metric of
     texture that ranks the last two well says nothing. ``training``: as many training pairs, all of one size with
-    the held-out ones, or None; ``backbone``: None leaves the VAE's row out. ``masked``: the methods drew the garments
-    alone, and are measured on them whether they saw sources or not.
+    the held-out ones, or None; ``backbone``: None leaves the VAE's row out. ``from_photos``: the methods
+    were given the photos, and are measured on their garments whether they saw sources or not.
     """
-    on_garment = held_out.masks is not None and (masked or held_out.sources is not None)
+    on_garment = held_out.masks is not None and (from_photos or held_out.sources is not None)
     if not on_garment:  # as the methods are measured: on the whole picture
         real = replace(real, masks=None, garment_power=None)
     originals = np.stack([p.image for p in held_out.pairs])

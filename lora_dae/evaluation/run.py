@@ -23,7 +23,7 @@ from lora_dae.backbone.precision import best_device
 from lora_dae.config import Config, to_dict
 from lora_dae.data.sources import load_splits
 from lora_dae.evaluation.attributes.labels import studio_classifier
-from lora_dae.evaluation.heldout import HeldOut, check_masks, overlap, training_pairs
+from lora_dae.evaluation.heldout import HeldOut, overlap, training_pairs
 from lora_dae.evaluation.metrics.extras import Extras, load_extras
 from lora_dae.evaluation.metrics.features import FeatureExtractor, load_features, stack_images
 from lora_dae.evaluation.metrics.measure import Reference, build_reference, measure_images
@@ -31,14 +31,15 @@ from lora_dae.evaluation.metrics.observe import Observed
 from lora_dae.evaluation.metrics.pattern import pattern_distance
 from lora_dae.evaluation.metrics.sizes import add_infinity, size_curves
 from lora_dae.evaluation.metrics.texture import band_power
+from lora_dae.evaluation.photo_mode import PhotoMode
 from lora_dae.evaluation.references import reference_rows
 from lora_dae.evaluation.report.examples import PictureGrid, extremes, prompt_grid
 from lora_dae.evaluation.report.page import OnPage, Page, check_writable, write_page
 from lora_dae.evaluation.report.plots import plot_band_power, plot_curves, plot_sizes
-from lora_dae.evaluation.report.protocol import Protocol, size_warnings
+from lora_dae.evaluation.report.protocol import GIVEN_PHOTOS, Protocol, size_warnings
 from lora_dae.evaluation.report.table import MetricValue, ResultsTable
 from lora_dae.sampling.draw import Drawer
-from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet
+from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet, read_config
 from lora_dae.sampling.sheet import image_grid
 
 GRID_ROWS = 6
@@ -50,11 +51,12 @@ def row_name(strength: float) -> str:
 
 
 def draw_rows(
-    run: LoadedRun, held_out: HeldOut, console: Console, bf16: bool, masked: bool = False
+    run: LoadedRun, held_out: HeldOut, console: Console, bf16: bool, mode: PhotoMode | None = None
 ) -> dict[str, np.ndarray]:
-    """Images of every row of the table, uint8 (N, H, W, 3), by row name; ``masked``: the garments in them alone."""
+    """Images of every row of the table, uint8 (N, H, W, 3), by row name; ``mode``: from real photos."""
     cfg = run.cfg
-    keep = held_out.kept(run.backbone) if masked else None
+    keep = None if mode is None else mode.keep(held_out, run.backbone)
+    start = None if mode is None else mode.start(held_out, run.backbone)
     n = len(held_out.pairs)
     strengths = [0.0]
     if run.enhancement is not None and cfg.enhancement.strength > 0 and cfg.enhancement.placement != "none":
@@ -66,7 +68,7 @@ def draw_rows(
         def images(name: str, drawer: Drawer, sources: np.ndarray | None, strength: float) -> np.ndarray:
             task = progress.add_task(f"drawing {name}", total=n)
             advance = partial(progress.advance, task)
-            return drawer.images(held_out.captions, sources, strength, on_batch=advance, keep=keep)
+            return drawer.images(held_out.captions, sources, strength, on_batch=advance, keep=keep, start=start)
 
         for strength in strengths:
             rows[row_name(strength)] = images(row_name(strength), run.drawer(bf16), held_out.sources, strength)
@@ -87,12 +89,12 @@ def measure_rows(
     extras: Extras,
     run: LoadedRun | None = None,
     training: HeldOut | None = None,
-    masked: bool = False,
+    mode: PhotoMode | None = None,
 ) -> tuple[ResultsTable, Reference, dict[str, Observed]]:
     """The table over all rows, the real side that it was measured against, and what was seen of each row's images.
 
     ``run`` gives the VAE and ``training`` the photos of the reference rows (``evaluation.controls``).
-    ``masked``: the garments alone were drawn, so every row is measured against the photo that it was drawn into.
+    ``mode``: real photos were given, so every row is measured against them.
     """
     real = build_reference(stack_images([p.image for p in held_out.pairs]), held_out.masks, extractor, *extras.more)
     classifier = studio_classifier(held_out.attributes)
@@ -109,7 +111,7 @@ def measure_rows(
             classifier=classifier,
             bootstrap=cfg.evaluation.bootstrap,
             seed=cfg.seed,
-            paired=masked or (held_out.sources is not None and name != FROZEN),
+            paired=mode is not None or (held_out.sources is not None and name != FROZEN),
             perceptual=extras.perceptual,
             clip=extras.clip,
             captions=held_out.captions,
@@ -122,7 +124,7 @@ def measure_rows(
         references = reference_rows(
             held_out, real, training, None if run is None else run.backbone, extractor, extras, classifier,
             cfg.evaluation.bootstrap, cfg.seed,
-            pattern, masked,
+            pattern, mode is not None,
         )  # fmt: skip
     sampling = cfg.sampling
     protocol = Protocol(
@@ -139,7 +141,8 @@ def measure_rows(
         bootstrap=cfg.evaluation.bootstrap,
         definitions=extras.definitions,
         not_available=extras.not_available,
-        mode="masked" if masked else "text" if held_out.sources is None else "source",
+        mode=mode.name if mode else "text" if held_out.sources is None else "source",
+        noise_strength=mode.noise_strength if mode else None,
         method=sampling.method,
         warnings=[*size_warnings(len(held_out.pairs), len(real), 1), *bucket_warnings(cfg)],
     )
@@ -185,26 +188,26 @@ def evaluate_run(
     *,
     split: str = "test",
     run: LoadedRun | None = None,
+    cfg: Config | None = None,
     bf16: bool = False,
     output: Path | None = None,
     command: str | None = None,
-    masked: bool = False,
+    mode: PhotoMode | None = None,
     on_images: Callable[[HeldOut, dict[str, np.ndarray]], None] | None = None,
     on_page: OnPage | None = None,
 ) -> tuple[ResultsTable, np.ndarray]:
     """Draw, measure and report one run; returns the table and the sample grid.
 
-    Everything is written into ``output``, the run's own folder by default. ``masked``: in the held-out photos the
-    garments alone are drawn. ``on_images`` is given the held-out pairs and each row's images, uint8 (N, H, W, 3),
-    before they are measured. Raises ConfigError for a folder that is no finished run, a split without images or, to
-    draw ``masked``, without garment masks.
+    Everything is written into ``output``, the run's own folder by default. ``run`` is loaded where it is not given;
+    ``cfg``: other settings than its own. ``mode``: the held-out photos themselves are given. ``on_images`` is given the
+    held-out pairs and each row's images, uint8 (N, H, W, 3), before they are measured. Raises ConfigError for a folder
+    that is no finished run, a split without images or one that ``mode`` cannot draw.
     """
-    run = run or load_run(run_dir)
+    cfg = cfg or (read_config(run_dir) if run is None else run.cfg)
     output = output or run_dir
-    cfg = run.cfg
+    if mode is not None:
+        mode.check(cfg, split)
     splits = load_splits(cfg.data)
-    if masked:
-        check_masks(splits[split], split)
     held_out = HeldOut.take(splits[split], cfg.evaluation.num_samples, cfg.conditioning)
     if len(held_out.pairs) < cfg.evaluation.num_samples:
         asked = cfg.evaluation.num_samples
@@ -212,18 +215,20 @@ def evaluate_run(
     extras = load_extras(cfg.evaluation, cfg.data.resolution, held_out.captions)
     extractor = load_features(cfg.evaluation.features).to(best_device())  # what cannot be had costs no drawing
     check_writable(output)
-    rows = draw_rows(run, held_out, console, bf16, masked)
+    run = run or load_run(run_dir, best_device())
+    run.cfg = cfg
+    rows = draw_rows(run, held_out, console, bf16, mode)
     if on_images is not None:
         on_images(held_out, rows)
     training = training_pairs(splits["train"], held_out) if cfg.evaluation.controls else None
     with console.status("measuring"):
-        table, real, seen = measure_rows(cfg, rows, held_out, split, extractor, extras, run, training, masked)
+        table, real, seen = measure_rows(cfg, rows, held_out, split, extractor, extras, run, training, mode)
     if found := overlap(splits, split, len(held_out.pairs)):
         table.protocol.warnings.append(found)
     console.print(table.rich())  # first: whatever becomes of the files, the numbers are there
     grid = write_grid(rows, held_out, output / "samples" / "grid.png")
     page = Page(
-        title=f"LoRA-DAE · {cfg.name}" + (" · masked, paired" if masked else ""),
+        title=f"LoRA-DAE · {cfg.name}" + (f" · {mode}" if mode else ""),
         summary=_summary(run_dir, cfg),
         table=table,
         grids=_grids(rows, held_out, seen),
@@ -255,7 +260,7 @@ def _plots(
     run_dir: Path, output: Path, rows: dict[str, np.ndarray], real: Reference, table: ResultsTable, cfg: Config
 ) -> list[Path]:
     plots = []
-    paired = real.garment_power is not None and table.protocol.mode in ("source", "masked")
+    paired = real.garment_power is not None and table.protocol.mode in ("source", *GIVEN_PHOTOS)
     masks = real.masks if paired else None
     spectra = {
         name: band_power(stack_images(list(images)).float() / 255, masks).spectrum() for name, images in rows.items()

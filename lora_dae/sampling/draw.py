@@ -19,6 +19,7 @@ from lora_dae.sampling.keep import Kept
 from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, noise_generator, sample_latents
 from lora_dae.sampling.method import Method
 from lora_dae.sampling.methods import build_method
+from lora_dae.sampling.noised import Noised
 from lora_dae.sampling.schedulers import build_scheduler
 
 FRESH = 7_919  # apart from the seed of the noise that a chain starts from
@@ -53,6 +54,7 @@ class Drawer:
         indices: Sequence[int] | None = None,
         on_batch: Callable[[int], None] | None = None,
         keep: Kept | None = None,
+        start: Noised | None = None,
     ) -> np.ndarray:
         """uint8 (N, H, W, 3), one image per caption; ``sources`` uint8 (N, H, W, 3) steer them.
 
@@ -60,7 +62,8 @@ class Drawer:
 
         ``indices`` choose the noise of each image together with ``cfg.seed``, so the same index gives the
         same image at any batch size. ``on_batch`` is told how many images each batch finished.
-        ``keep``: one real photo per caption, of which all but a part stays as the VAE gives it back.
+        ``keep``: one real photo per caption, of which all but a part stays as the VAE gives it back; ``start``: one
+        that is noised and drawn again.
         """
         if self.conditioning == "none" and sources is not None:
             raise ConfigError("this run was trained with conditioning=none: it takes captions alone.")
@@ -71,7 +74,8 @@ class Drawer:
                 at = slice(k, k + self.cfg.batch_size)
                 some = None if sources is None else sources[at]
                 kept = None if keep is None else keep[at]
-                latents = self.latents(list(captions[at]), some, strength, list(indices[at]), kept)
+                noised = None if start is None else start[at]
+                latents = self.latents(list(captions[at]), some, strength, list(indices[at]), kept, noised)
                 decoded = self.backbone.decode(latents)
                 pictures = self._method().picture(_bytes(self._refined(decoded, some, strength)))
                 out.append(pictures if kept is None else kept.finished(pictures, _bytes(decoded)))
@@ -87,6 +91,7 @@ class Drawer:
         strength: float,
         indices: list[int],
         kept: Kept | None = None,
+        start: Noised | None = None,
     ) -> Tensor:
         """Clean latents, float32 (N, C, h, w), for one batch."""
         backbone, device = self.backbone, self.backbone.device
@@ -111,6 +116,7 @@ class Drawer:
                 self._method(),
                 [noise_generator(self.cfg.seed + FRESH, i) for i in indices],
                 kept,
+                start,
             )
 
     @torch.no_grad()

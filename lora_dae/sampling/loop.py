@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_dae.diffusion import current_level, is_sigma_space, next_level, predict_x0, x0_delta_to_output_delta
 from lora_dae.sampling.keep import Kept
 from lora_dae.sampling.method import Method, Step
+from lora_dae.sampling.noised import Noised
 
 FRESH_NOISE = ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
 
@@ -120,22 +121,25 @@ def sample_latents(
     method: Method | None = None,
     generators: Sequence[torch.Generator] = (),
     kept: Kept | None = None,
+    start: Noised | None = None,
 ) -> Tensor:
     """Run ``scheduler`` from standard normal ``noise`` (B, C, h, w) to clean latents, float32.
 
     An enhanced scheduler (``enhancement.hook``) is given the conditional prediction of every step. Call it
     under autocast for bf16. ``generators``, one per image, feed the solvers that draw fresh noise. ``kept``: photos
-    of which the rest stays.
+    of which the rest stays; ``start``: photos that the last steps draw again.
     """
     method = method or Method()
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
-    sample = noise * scheduler.init_noise_sigma
+    first, sample = 0, noise * scheduler.init_noise_sigma
+    if start is not None:
+        first, sample = start.begin(scheduler, noise, num_inference_steps)
     stochastic = str(scheduler.config.get("algorithm_type")).startswith("sde")
     fresh = len(generators) > 0 and (stochastic or type(scheduler).__name__ in FRESH_NOISE)
     extra = {"generator": list(generators)} if fresh else {}
     last = max(len(scheduler.timesteps) - 1, 1)
     with method.around(unet):
-        for k, t in enumerate(scheduler.timesteps):
+        for k, t in enumerate(scheduler.timesteps[first:], first):
             told = method.seen_level(scheduler, t, k / last)
             model_input = scheduler.scale_model_input(sample, t)
             if told is None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lora_dae.config import ConfigError, TrackingConfig
 from lora_dae.evaluation.report.page import OnPage, Page
+from lora_dae.evaluation.report.protocol import GIVEN_PHOTOS
 from lora_dae.evaluation.report.table_files import COLUMNS, table_rows
 from lora_dae.training import tracking
 
@@ -31,8 +32,9 @@ def page_logger(cfg: TrackingConfig, console: Console) -> OnPage | None:
             return
         import wandb
 
-        # Numbers of pictures whose surroundings were given share no chart with others.
-        test = "test_masked" if page.table.protocol.mode == "masked" else "test"
+        # Numbers of pictures to which the real photos were given share no chart with others.
+        mode = page.table.protocol.mode
+        test = f"test_{mode}" if mode in GIVEN_PHOTOS else "test"
         numbers = {
             f"{test}/{method}/{metric}".replace(" ", "_"): value.value
             for method, row in page.table.methods.items()

@@ -10,6 +10,7 @@ import torch
 
 from lora_dae.evaluation.metrics.distances import inception_splits
 from lora_dae.evaluation.metrics.grouped import GROUPS, is_large
+from lora_dae.sampling.noised import steps_left
 
 FULL_RANK = 2048  # images: below, published Frechet distances are known to be far too high
 LIBRARIES = ("torch", "torchmetrics", "transformers", "diffusers", "numpy", "scipy", "pillow", "opencv-python-headless")
@@ -21,10 +22,14 @@ MODES = {
     "height; the latents outside are the real photo's after every step (blended latent diffusion), so pixels there are "
     "what the VAE makes of it, nothing is pasted in (but for columns named composed); rows that saw no source are "
     "measured too",
+    "reconstruction": "reconstruction: real image i is encoded, noised to a share of the schedule (strength, as in "
+    "diffusers' image-to-image) and drawn again with its caption, and with its source by rows that see one; rows that "
+    "saw no source are measured too; context, not a claim: most of the photo was given",
     "text": "text only: fidelity to the caption's own photo is not measured",
     "paired": "paired: image i has the name of real image i",
     "sets": "unpaired: two sets of images",
 }
+GIVEN_PHOTOS = ("masked", "reconstruction")
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Protocol:
     definitions: list[str] = field(default_factory=list)  # of the metrics that were asked for: net, formula
     not_available: dict[str, str] = field(default_factory=dict)  # metric -> why
     mode: str = "source"  # one of MODES
+    noise_strength: float | None = None  # of the reconstruction
     method: str = "none"  # one of config.METHODS, inside the sampler
     resize: str = "none: drawn at this size; the real photos are scaled (Lanczos) and cropped or padded to the square"
     files: str = "8 bits a channel, nothing compressed between drawing and measuring"
@@ -63,10 +69,15 @@ class Protocol:
         intervals = f"95 % intervals, {self.bootstrap} bootstrap samples of the images"
         if is_large(self.num_generated, self.num_reference):
             intervals += f"; of distances between sets: jackknife over {GROUPS} groups of images"
+        mode = MODES[self.mode]
+        if self.noise_strength is not None:
+            mode += f"; strength {self.noise_strength:g}"
+            if self.steps is not None:
+                mode += f": the last {steps_left(self.steps, self.noise_strength)} of {self.steps} steps"
         seeds = ", ".join(map(str, self.seeds))
         rows = {
             "Images": f"{self.num_generated} generated, {self.num_reference} real images ({self.split} split)",
-            "Mode": MODES[self.mode],
+            "Mode": mode,
             "Size": self.pixels or f"{self.resolution} x {self.resolution} pixels",
             "Resizing": self.resize,
             "Files": self.files,
