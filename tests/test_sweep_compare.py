@@ -162,6 +162,8 @@ def test_frozen_rows_depend_on_no_training_and_all_on_the_frozen_weights(tiny_ba
     assert [a.digest == b.digest for a, b in zip(one, other, strict=True)] == [False] * 4
     longer = cells_of(folder, f"backbone.path={tiny_backbone}", "trainer.max_steps=5")
     assert [a.digest == b.digest for a, b in zip(one, longer, strict=True)] == [False, False, False, True]
+    rounded = cells_of(folder, f"backbone.path={tiny_backbone}", "trainer.precision=bf16-mixed")
+    assert [a.digest == b.digest for a, b in zip(one, rounded, strict=True)] == [False] * 4
 
 
 def test_a_process_for_each_adapter_and_seed_of_what_is_missing(tmp_path: Path) -> None:
@@ -188,7 +190,9 @@ def test_a_process_for_each_adapter_and_seed_of_what_is_missing(tmp_path: Path) 
         (("cells:", "cells: ["), "is no YAML"),
         (("row: frozen", "line: frozen"), "cell 'theirs'"),
         (("row: frozen backbone", "row: real photos"), "has the row 'real photos': use one of"),
-        (("seeds: [0, 1, 2]", "seeds: []"), "seeds is empty"),
+        (("seeds: [0, 1, 2]", "seeds: []"), "seeds is .*: give a list of at least one, each once"),
+        (("seeds: [0, 1, 2]", "seeds: [0, 1, 0]"), "seeds is .*: give a list of at least one, each once"),
+        (("half: [enhancement.strength=0.5]", "half:"), "cell 'half' is a list of overrides"),
         (("experiment=rank4", "experiment=rank99"), "rank99"),
         (("experiment=rank4", "adapter.rank=0"), "adapter.rank=0"),
     ],

@@ -76,7 +76,7 @@ def read_comparison(folder: Path) -> Comparison:
     cells = []
     for name, given in values["cells"].items():
         entry = given if isinstance(given, dict) else {"overrides": given}
-        if "overrides" not in entry or not set(entry) <= {"overrides", "row", "against"}:
+        if not isinstance(entry.get("overrides"), list) or not set(entry) <= {"overrides", "row", "against"}:
             raise ConfigError(f"{path}: cell '{name}' is a list of overrides, or overrides with row and against.")
         if entry.get("row") not in (None, *UNTRAINED):
             raise ConfigError(f"{path}: cell '{name}' has the row '{entry['row']}': use one of {', '.join(UNTRAINED)}.")
@@ -85,10 +85,11 @@ def read_comparison(folder: Path) -> Comparison:
     for baseline in (values["baseline"], *(cell.against for cell in cells if cell.against is not None)):
         if baseline not in names:
             raise ConfigError(f"{path}: the baseline '{baseline}' is none of its cells.")
-    if not values["seeds"]:
-        raise ConfigError(f"{path}: seeds is empty; give at least one.")
+    seeds = values["seeds"]
+    if not isinstance(seeds, list) or not seeds or len({*map(str, seeds)}) < len(seeds):
+        raise ConfigError(f"{path}: seeds is {seeds}: give a list of at least one, each once.")
     return Comparison(
-        folder.resolve().name, values["title"], tuple(values["seeds"]), values["baseline"], tuple(values["metrics"]),
+        folder.resolve().name, values["title"], tuple(seeds), values["baseline"], tuple(values["metrics"]),
         tuple(map(str, values["common"])), tuple(cells),
     )  # fmt: skip
 
@@ -162,7 +163,9 @@ def what_matters(cfg: Config, row: str | None) -> dict[str, Any]:
     if row is None:
         return {**found, "training": training, "strength": cfg.enhancement.strength, "sampling": sampling}
     seen = {"data": training["data"], "backbone": training["backbone"], "conditioning": cfg.conditioning}
-    return {**found, **seen, "sampling": sampling if row == FROZEN else None}
+    if row == FROZEN:  # it is drawn, in the precision that the others are trained and drawn in
+        seen |= {"sampling": sampling, "precision": str(cfg.trainer.get("precision", "auto"))}
+    return {**found, **seen}
 
 
 _fingerprints: dict[str, str] = {}
