@@ -1,28 +1,28 @@
-"""Every study of experiments/ from its files to its table, shortened; shared between them, and after a kill."""
+"""Studies from their files to their tables, shortened; shared between them, and after a kill."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from compose import SHORT
 from rich.console import Console
-from test_sweep_compare import ROOT, STUDIES, STUDY, write_study
+from test_sweep_compare import ROOT, STUDIES, STUDY, fake, write_study
 from test_sweep_compare import test_tables_and_files_of_every_study_agree as check_files
 
 from lora_dae.sweep import store
+from lora_dae.sweep.cell_files import read_cell, write_cell
 from lora_dae.sweep.cell_worker import Work, measure_cells
-from lora_dae.sweep.cells import Wanted
-from lora_dae.sweep.compare import list_file, make_jobs, read_studies, write_tables
-from lora_dae.sweep.files import read_json
+from lora_dae.sweep.cells import Wanted, read_comparison, wanted_cells
+from lora_dae.sweep.compare import Study, list_file, make_jobs, read_studies, write_tables
 from lora_dae.sweep.results import read_results
 
 QUIET = Console(quiet=True)
@@ -33,21 +33,15 @@ def shortened(backbone: Path, cache: Path) -> list[str]:
     return [f"backbone.path={backbone}", f"data.cache_dir={cache}", "trainer.max_steps=1", "data.test_size=4", *short]
 
 
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """experiments/ and multirun/ of all studies, so that later ones find what earlier ones measured."""
-    return tmp_path_factory.mktemp("studies")
-
-
-@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
-def test_every_study_runs(study: Path, tiny_backbone: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of its cells with one seed; what another study has measured is not measured again."""
-    folder = shared / "experiments" / study.name
-    shutil.copytree(study, folder)
+def test_a_study_runs_from_its_file_to_its_table(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All cells of texture/ with one seed, each measured once; what studies ask for is among what is measured."""
+    folder = tmp_path / "experiments" / "texture"
+    shutil.copytree(ROOT / "experiments" / "texture", folder)
     text = (folder / "study.yaml").read_text()
-    (folder / "study.yaml").write_text(re.sub(r"(?m)^seeds: .*$", "seeds: [0]", text))
-    (one,) = read_studies([folder], [*shortened(tiny_backbone, shared / "cache"), "objective.prior_images=2"])
-    before = {path.stem for path in one.results.glob("*.json")}
+    (folder / "study.yaml").write_text(re.sub(r"(?m)^seeds: [^#]*", "seeds: [0] ", text))
+    (one,) = read_studies([folder], shortened(tiny_backbone, tmp_path / "cache"))
     drawn: list[str] = []
     original = Work.measure
 
@@ -56,19 +50,34 @@ def test_every_study_runs(study: Path, tiny_backbone: Path, shared: Path, monkey
         return original(self, wanted)
 
     monkeypatch.setattr(Work, "measure", counted)
-    for job in make_jobs([one], shared / "multirun"):
+    for job in make_jobs([one], tmp_path / "multirun"):
         measure_cells(list_file(job), QUIET)
-    wanted = {w.digest for w in one.cells}
-    assert sorted(drawn) == sorted(wanted - before)
-    write_tables([one], shared / "multirun", QUIET)
+    assert sorted(drawn) == sorted(w.digest for w in one.cells)
+    write_tables([one], tmp_path / "multirun", QUIET)
     results = read_results(folder)
     assert list(results["cells"]) == [cell.name for cell in one.grid.cells]
     assert f"Complete: {len(one.grid.cells)} cells with 1 training seed each." in (folder / "README.md").read_text()
     check_files(folder)
     assert {"crops.png", "pareto.png"} <= {path.name for path in (folder / "figures").iterdir()}
-    assert make_jobs([one], shared / "multirun") == []
-    if study.name == "rank_x_strength":
-        assert (folder / "figures" / "heat_fd_effnet.png").is_file()
+    assert make_jobs([one], tmp_path / "multirun") == []
+    ours = next(w for w in one.cells if w.cell.name == "LoRA-DAE, strength 1")
+    measured = read_cell(one.results, ours.digest)
+    assert measured is not None
+    for study in STUDIES:
+        assert set(read_comparison(study).metrics) <= set(measured.metrics)
+
+
+def test_rank_x_strength_is_a_heat_map(tmp_path: Path) -> None:
+    """Of a finished study; the numbers are made up."""
+    folder = tmp_path / "experiments" / "rank_x_strength"
+    shutil.copytree(ROOT / "experiments" / "rank_x_strength", folder)
+    grid = replace(read_comparison(folder), seeds=(0,))
+    study = Study(folder, grid, wanted_cells(grid))
+    for number, one in enumerate(study.cells):
+        write_cell(study.results, one.digest, "test", fake(float(number + 1), 0))
+    write_tables([study], tmp_path / "multirun", QUIET)
+    check_files(folder)
+    assert {"heat_fd_effnet.png", "curves.png"} <= {path.name for path in (folder / "figures").iterdir()}
 
 
 def test_two_studies_share_measurements_and_adapters(
@@ -110,26 +119,43 @@ def compare(tmp_path: Path, *words: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def workers(launcher: int) -> list[Path]:
+    """/proc's folders of a process's children."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return [Path("/proc") / child for child in children]
+
+
+def ended(process: Path) -> bool:
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for a process's children")
 def test_a_killed_comparison_goes_on_with_the_same_command(tmp_path: Path, tiny_backbone: Path) -> None:
+    """The killed one's worker ends with it; what it had measured is neither measured nor trained again."""
     folder = write_study(tmp_path / "experiments" / "tiny", STUDY.replace("[0, 1, 2]", "[0]"))
-    words = ["experiments/tiny", *shortened(tiny_backbone, Path("cache"))]
-    killed = compare(tmp_path, *words)
+    short = shortened(tiny_backbone, tmp_path / "cache")
+    killed = compare(tmp_path, "experiments/tiny", *short)
     cells = tmp_path / "experiments" / "cells"
     while not list(cells.glob("*.json")):
         assert killed.poll() is None, killed.stdout and killed.stdout.read()
         time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
+    left = workers(killed.pid)
+    assert left
+    killed.kill()
     killed.wait()
+    deadline = time.monotonic() + 120
+    while not all(ended(process) for process in left):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     first = {path: path.stat().st_mtime_ns for path in cells.glob("*.json")}
-    again = compare(tmp_path, *words)
+    again = compare(tmp_path, "experiments/tiny", *short)
     text, _ = again.communicate(timeout=600)
     assert again.returncode == 0, text
     times = {path: path.stat().st_mtime_ns for path in cells.glob("*.json")}
     assert len(first) < len(times) == 4 and first.items() <= times.items()
     assert len(list((tmp_path / "multirun" / "store").glob("*/trained.json"))) == 2
     check_files(folder)
-    assert all(read_json(path)["metrics"] for path in times)
-    shutil.rmtree(tmp_path / "cache")  # nothing is trained or drawn again
-    last = compare(tmp_path, *words)
-    assert last.wait() == 0
-    assert {path: path.stat().st_mtime_ns for path in cells.glob("*.json")} == times
+    assert make_jobs(read_studies([folder], short), tmp_path / "multirun") == []
