@@ -149,6 +149,13 @@ def search(cfg: DictConfig) -> None:
     report_if_any(Path(request.folder))
 
 
+def cells(list_file: str) -> None:
+    """One process of ``python -m lora_dae.sweep.compare``: measure the cells of a list."""
+    from lora_dae.sweep.cell_worker import measure_cells
+
+    _one_sentence(lambda _: measure_cells(Path(list_file), console))(DictConfig({}))
+
+
 @hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
 @_one_sentence
 def evaluate(cfg: DictConfig) -> None:

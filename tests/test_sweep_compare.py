@@ -1,42 +1,25 @@
-"""Comparisons: what a study.yaml means, its statistics against scipy's, and files that agree with each other."""
+"""Comparisons: what a study.yaml means and costs, and files that agree with each other."""
 
 from __future__ import annotations
 
 import csv
-import json
 import math
-import os
+import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from compose import SHORT
-from scipy import stats
 
-from lora_dae.config import Config, ConfigError, to_dict
-from lora_dae.evaluation.report.table import MetricValue, Protocol, ResultsTable
-from lora_dae.sweep.cells import budget, make_jobs, read_comparison, run_folder
-from lora_dae.sweep.compare import main
-from lora_dae.sweep.results import (
-    BEGIN,
-    END,
-    NOT_RUN,
-    Measured,
-    build_results,
-    csv_lines,
-    difference,
-    read_results,
-    render,
-    standard_error,
-    summary,
-    write_results,
-)  # fmt: skip
-from lora_dae.training.replicates import load_replicates, save_replicates
+from lora_dae.config import ConfigError
+from lora_dae.evaluation.report.table import MetricValue, Protocol
+from lora_dae.sweep.budget import budget
+from lora_dae.sweep.cell_files import MeasuredCell, cell_file, read_cell, write_cell
+from lora_dae.sweep.cells import Wanted, distinct, read_comparison, wanted_cells
+from lora_dae.sweep.compare import Study, main, make_jobs, read_studies
+from lora_dae.sweep.results import BEGIN, END, NOT_RUN, build_results, csv_lines, read_results, render, write_results
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted(path.parent for path in (ROOT / "experiments").glob("*/study.yaml"))
@@ -45,12 +28,12 @@ title: A study
 seeds: [0, 1, 2]
 baseline: plain
 metrics: [fd_effnet, attr_color, power_high]
-common: [experiment=rank4, evaluation.frozen=false]
+common: [experiment=rank4]
 cells:
   plain: [enhancement.strength=0]
   half: [enhancement.strength=0.5]
   ours: [enhancement.strength=1]
-  theirs: {overrides: [enhancement.strength=0, evaluation.frozen=true], row: frozen backbone, against: ours}
+  theirs: {overrides: [], row: frozen backbone, against: ours}
 """
 README = f"# A study\n\nbefore\n\n{BEGIN}\n{NOT_RUN}\n{END}\n\nafter\n"
 
@@ -62,19 +45,28 @@ def write_study(folder: Path, text: str = STUDY) -> Path:
     return folder
 
 
+def cells_of(folder: Path, *extra: str) -> list[Wanted]:
+    return wanted_cells(read_comparison(folder), extra)
+
+
 def test_studies_are_those_that_the_project_promises() -> None:
     expected = {"rank_x_strength", "mainstream", "enhancement_ablation", "solver_and_steps", "paired_source", "texture"}
     assert {study.name for study in STUDIES} == expected
 
 
-@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
-def test_every_study_composes_and_says_what_it_costs(study: Path) -> None:
-    grid = read_comparison(study)
-    jobs, configs = make_jobs(grid, Path("multirun") / "x")
-    assert len(jobs) == len(grid.cells) * len(grid.seeds) and len(grid.seeds) >= 3
-    cost = budget(grid, jobs, configs)
-    assert cost.trainings <= len(jobs) and 0 < cost.training + cost.measuring < 48
-    assert {job.overrides[-2] for job in jobs[: len(grid.cells)]} == {f"seed={grid.seeds[0]}"}
+def test_all_studies_together_take_ten_hours_at_most() -> None:
+    """The headline table has 3 x 342 = 1,026 pictures a cell; what studies share is counted once."""
+    studies = read_studies(STUDIES, [])
+    whole = budget(one for study in studies for one in study.cells)
+    alone = [budget(study.cells) for study in studies]
+    assert 0 < whole.hours <= 10 < sum(cost.hours for cost in alone)
+    assert whole.trainings < sum(cost.trainings for cost in alone)
+    for study in studies:
+        headline = study.grid.name == "mainstream"
+        assert len(study.grid.seeds) >= (3 if headline else 2)
+        pictures = {one.cfg.evaluation.num_samples for one in study.cells}
+        assert len(pictures) == 1 and pictures.pop() * len(study.grid.seeds) >= (1024 if headline else 96)
+        assert [one.seed for one in study.cells[: len(study.grid.cells)]] == [0] * len(study.grid.cells)
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
@@ -88,16 +80,91 @@ def test_tables_and_files_of_every_study_agree(study: Path) -> None:
             lines = list(csv.reader(file))[1:]
         assert lines == [["" if v is None else str(v) for v in line] for line in csv_lines(results)]
         assert set(results["cells"]) <= {cell.name for cell in read_comparison(study).cells}
+    for cell in results.get("cells", {}).values():
+        files = [read_cell(study.parent / "cells", digest) for digest in cell["files"].values()]
+        for metric, entry in cell["metrics"].items():
+            assert entry["seeds"] == [found.metrics[metric].value for found in files if found is not None]
+            assert entry["value"] == pytest.approx(np.mean(entry["seeds"]))
 
 
-def test_cells_that_differ_in_sampling_train_once(tmp_path: Path) -> None:
-    grid = read_comparison(write_study(tmp_path / "s"))
-    jobs, configs = make_jobs(grid, tmp_path / "runs")
-    cost = budget(grid, jobs, configs)
-    assert (cost.cells, cost.runs, cost.trainings) == (4, 12, 3)
-    assert len({job.digest for job in jobs}) == 12
-    other, _ = make_jobs(grid, tmp_path / "runs", ["trainer.max_steps=3"])
-    assert not {job.digest for job in jobs} & {job.digest for job in other}
+def test_cells_share_measurements_adapters_and_trainings(tmp_path: Path) -> None:
+    """Three strengths with three seeds: an adapter and a module per seed. The frozen backbone is drawn once."""
+    found = cells_of(write_study(tmp_path / "s"))
+    cost = budget(found)
+    assert (len(found), cost.cells, cost.trainings) == (12, 3 * 3 + 1, 3 + 3)
+    adapter = 30 + 350 * 16 * 0.05
+    texture, decoder = 160 * 16 * 0.017, 40 * 8 * 0.11
+    gain = (10 * (8 + 20) / 2 * 2.5 * 8 + 32 * 3 * 2 * 12) * 0.017
+    assert cost.training == pytest.approx(3 * (adapter + 30 + texture + decoder + gain) / 3600)
+    assert cost.measuring == pytest.approx(10 * 128 * (12 * 2 * 0.017 + 0.065) / 3600)
+    assert budget(found, {one.digest for one in found}).hours == 0
+    left = budget(found, {one.digest for one in found if one.seed == 0})
+    assert (left.cells, left.trainings) == (3 * 2, 2 + 2)
+
+
+def test_order_is_seed_by_seed_and_adapter_by_adapter(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", STUDY.replace("  half: [", "  half: [adapter.rank=2, "))
+    ordered = distinct(cells_of(folder))
+    assert [one.seed for one in ordered] == sorted(one.seed for one in ordered)
+    keys = [one.adapter for one in ordered]
+    assert len([k for k, key in enumerate(keys) if k == 0 or keys[k - 1] != key]) == len(set(keys)) == 1 + 3 * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ("enhancement=none", True),
+        ("enhancement.hidden=8", True),  # of a module that draws nothing
+        ("name=other", True),
+        ("tracking.group=g", True),
+        ("sampling.batch_size=1", True),
+        ("evaluation.frozen=true", True),
+        ("evaluation.num_samples=5", False),
+        ("sampling.num_inference_steps=5", False),
+        ("sampling.method=freeu", False),
+        ("adapter.rank=2", False),
+        ("trainer.max_steps=5", False),
+        ("conditioning=none", False),
+        ("enhancement.strength=0.5", False),
+    ],
+)
+def test_what_a_measurement_depends_on(change: str, same: bool, tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", STUDY.replace("[0, 1, 2]", "[0]"))
+    assert (cells_of(folder)[0].digest == cells_of(folder, change)[0].digest) == same
+
+
+def test_frozen_rows_depend_on_no_training_and_all_on_the_frozen_weights(tiny_backbone: Path, tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", STUDY.replace("[0, 1, 2]", "[0]"))
+    shutil.copytree(tiny_backbone, tmp_path / "copy")
+    shutil.copytree(tiny_backbone, tmp_path / "other")
+    weights = tmp_path / "other" / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    one, copy, other = (
+        cells_of(folder, f"backbone.path={p}") for p in (tiny_backbone, tmp_path / "copy", tmp_path / "other")
+    )
+    assert [a.digest == b.digest for a, b in zip(one, copy, strict=True)] == [True] * 4
+    assert [a.digest == b.digest for a, b in zip(one, other, strict=True)] == [False] * 4
+    longer = cells_of(folder, f"backbone.path={tiny_backbone}", "trainer.max_steps=5")
+    assert [a.digest == b.digest for a, b in zip(one, longer, strict=True)] == [False, False, False, True]
+    rounded = cells_of(folder, f"backbone.path={tiny_backbone}", "trainer.precision=bf16-mixed")
+    assert [a.digest == b.digest for a, b in zip(one, rounded, strict=True)] == [False] * 4
+
+
+def test_a_process_for_each_adapter_and_seed_of_what_is_missing(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "e" / "s")
+    study = Study(folder, read_comparison(folder), cells_of(folder))
+    other = Study(folder, study.grid, cells_of(folder))  # asks for the same cells
+    jobs = make_jobs([study, other], tmp_path)
+    assert len(jobs) == 1 + 3 and len({job.directory for job in jobs}) == 4
+    done = {one.digest for one in study.cells if one.seed == 0 or one.cell.row is not None}
+    for digest in done:
+        write_cell(study.results, digest, "test", fake(1.0, 0))
+    assert [job.label for job in make_jobs([study, other], tmp_path)] == [
+        "plain, seed 1 and 2 more",
+        "plain, seed 2 and 2 more",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +175,10 @@ def test_cells_that_differ_in_sampling_train_once(tmp_path: Path) -> None:
         (("title: A study\n", ""), "has seeds, baseline, metrics, common, cells: give"),
         (("cells:", "cells: ["), "is no YAML"),
         (("row: frozen", "line: frozen"), "cell 'theirs'"),
-        (("seeds: [0, 1, 2]", "seeds: []"), "seeds is empty"),
+        (("row: frozen backbone", "row: real photos"), "has the row 'real photos': use one of"),
+        (("seeds: [0, 1, 2]", "seeds: []"), "seeds is .*: give a list of at least one, each once"),
+        (("seeds: [0, 1, 2]", "seeds: [0, 1, 0]"), "seeds is .*: give a list of at least one, each once"),
+        (("half: [enhancement.strength=0.5]", "half:"), "cell 'half' is a list of overrides"),
         (("experiment=rank4", "experiment=rank99"), "rank99"),
         (("experiment=rank4", "adapter.rank=0"), "adapter.rank=0"),
     ],
@@ -116,170 +186,124 @@ def test_cells_that_differ_in_sampling_train_once(tmp_path: Path) -> None:
 def test_mistakes_are_one_sentence(change: tuple[str, str], message: str, tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", STUDY.replace(*change))
     with pytest.raises(ConfigError, match=message):
-        make_jobs(read_comparison(folder), tmp_path / "runs")
+        cells_of(folder)
 
 
 def test_nothing_there_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no"):
         read_comparison(tmp_path)
+    folder = write_study(tmp_path / "s")
     with pytest.raises(ConfigError, match="run the study first"):
-        build_results(read_comparison(write_study(tmp_path / "s")), tmp_path / "runs")
+        build_results(read_comparison(folder), cells_of(folder), tmp_path / "cells")
 
 
-def test_overrides_may_stand_behind_options(
+def test_plan_says_what_all_studies_cost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_study(tmp_path / "s")
-    words = ["compare", str(folder), "-j", "2", "adapter.rank=2", "--plan", "trainer.max_steps=3"]
-    monkeypatch.setattr(sys, "argv", words)
+    """Without folders: those of experiments/. The second one adds nothing to the first; overrides hold for both."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        write_study(tmp_path / "experiments" / name)
+    monkeypatch.setattr(sys, "argv", ["compare", "--plan", "trainer.max_steps=1000"])
     main()
-    assert "4 cells, 12 runs, 3 trainings" in capsys.readouterr().out
-
-
-def test_seeds_alone_are_students_paired_test() -> None:
-    """Without variation over images: scipy's paired t test and interval."""
-    a, b = [3.1, 2.9, 3.4, 3.0], [3.6, 3.3, 3.5, 3.9]
-    still = tuple(torch.zeros(50) for _ in a)
-    change, p = difference(Measured(tuple(a), still, "lower"), Measured(tuple(b), still, "lower"))
-    expected = stats.ttest_rel(a, b)
-    assert p == pytest.approx(expected.pvalue) and change == pytest.approx(np.mean(a) - np.mean(b))
-    found = summary(Measured(tuple(a), still, "lower"))
-    assert (found.low, found.high) == pytest.approx(tuple(stats.ttest_1samp(a, 0).confidence_interval()))
-
-
-def test_images_alone_are_a_normal_test() -> None:
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(4000, generator=generator, dtype=torch.float64)
-    one, other = Measured((2.0,), (2.0 + 0.5 * noise,), "higher"), Measured((1.0,), (1.0 + 0.1 * noise,), "higher")
-    change, p = difference(one, other)
-    spread = float((0.4 * noise).std())  # paired: what both share takes no part
-    assert change == 1.0 and p == pytest.approx(math.erfc(1.0 / spread / math.sqrt(2)))
-    assert standard_error([1.0, 1.0], [0.5 * noise, 0.5 * noise])[0] == pytest.approx(float((0.5 * noise).std()))
-
-
-def test_one_seed_without_bootstrap_tells_nothing() -> None:
-    one, other = Measured((2.0,), (), "higher"), Measured((1.0,), (), "higher")
-    assert difference(one, other) == (1.0, 1.0)
-    assert summary(one).low is None
-
-
-def test_power_is_best_at_one() -> None:
-    """1.25 and 0.8 are as far from it; 1.1 is nearer than 0.7."""
-    still = (torch.ones(10),)
-    assert difference(Measured((1.25,), still, None), Measured((0.8,), still, None))[0] == pytest.approx(0, abs=1e-12)
-    assert difference(Measured((1.1,), still, None), Measured((0.7,), still, None))[0] < 0
+    lines = [re.split(r"\s*[│┃]\s*", line.strip(" │")) for line in capsys.readouterr().out.splitlines() if "│" in line]
+    first, second, whole, left = (line for line in lines if line[0] in ("first", "second", "all", "to do"))
+    assert first[1:5] == second[1:5] == ["4", "3 x 128", "10", "6"]
+    assert float(first[5]) == float(second[5]) == float(first[6]) == float(whole[6]) == float(left[6]) >= 1
+    assert float(second[6]) == 0
+    assert whole[3:5] == left[3:5] == ["10", "6"] and not (tmp_path / "multirun").exists()
+    monkeypatch.setattr(sys, "argv", ["compare", "elsewhere/third", "experiments/first"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "lie in several folders" in capsys.readouterr().err
 
 
 PROTOCOL = Protocol(8, 8, "test", 64, "ddim", 2, 2.0, None, [1], "effnet", 20)
 
 
-def fake_run(folder: Path, rows: dict[str, float], strength: float, seed: int, reference: str = "") -> None:
-    """A run folder as far as a comparison reads it; the row ``reference`` is one of real photos."""
-    folder.mkdir(parents=True)
+def fake(value: float, seed: int) -> MeasuredCell:
+    """A measured cell; the images of one seed are drawn as in another cell of that seed."""
     noise = torch.randn(200, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    methods = {
-        row: {
-            "fd_effnet": MetricValue(value + 0.01 * seed, value - 1, value + 1, "lower", value + 0.05 * noise),
-            "attr_color": MetricValue(0.5, 0.4, 0.6, "higher", 0.5 + 0.01 * noise),
-        }
-        for row, value in rows.items()
+    metrics = {
+        "fd_effnet": MetricValue(value, value - 1, value + 1, "lower", value + 0.05 * noise),
+        "attr_color": MetricValue(0.5, 0.4, 0.6, "higher", 0.5 + 0.01 * noise),
     }
-    references = {row: methods.pop(row) for row in rows if row == reference}
-    table = ResultsTable(methods, PROTOCOL, references)
-    table.save(folder / "metrics.json")
-    save_replicates(table, folder)
-    cfg = to_dict(Config(run_dir=str(folder), seed=seed))
-    cfg["enhancement"]["strength"] = strength
-    (folder / "config.yaml").write_text(json.dumps(cfg))
+    return MeasuredCell({}, metrics, PROTOCOL, 1.5, 24.0, 3.0)
 
 
 @pytest.fixture
-def measured(tmp_path: Path) -> tuple[Path, Path]:
-    """(study, runs) with three finished cells of four; better by 1 at strength 1 and at no cost."""
-    folder, runs = write_study(tmp_path / "study"), tmp_path / "runs"
-    for cell in read_comparison(folder).cells:
-        for seed in (0, 1, 2):
-            strength = {"plain": 0.0, "ours": 1.0, "theirs": 0.0}.get(cell.name)
-            if strength is not None:
-                rows = {"strength 0": 5.0, "strength 1": 4.0, "frozen backbone": 9.0}
-                fake_run(run_folder(runs, cell, seed), rows, strength, seed)
-    return folder, runs
+def measured(tmp_path: Path) -> tuple[Path, list[Wanted], Path]:
+    """(study, its cells, results) with three finished cells of four; better by 1 at strength 1 and at no cost."""
+    folder, results = write_study(tmp_path / "study"), tmp_path / "cells"
+    found = cells_of(folder)
+    for one in found:
+        value = {"plain": 5.0, "ours": 4.0, "theirs": 9.0}.get(one.cell.name)
+        if value is not None:
+            shift = 0.0 if one.cell.row is not None else 0.01 * one.seed
+            write_cell(results, one.digest, "test", fake(value + shift, one.seed))
+    return folder, found, results
 
 
-def test_results_hold_what_was_measured(measured: tuple[Path, Path]) -> None:
-    folder, runs = measured
-    results = build_results(read_comparison(folder), runs)
+Files = tuple[Path, list[Wanted], Path]
+
+
+def test_results_hold_what_was_measured(measured: Files) -> None:
+    folder, found, files = measured
+    results = build_results(read_comparison(folder), found, files)
     cells = results["cells"]
-    assert results["missing"] == ["half"] and list(cells) == ["plain", "ours", "theirs"]
+    assert list(cells) == ["plain", "ours", "theirs"]
     assert cells["plain"]["metrics"]["fd_effnet"]["value"] == pytest.approx(5.01)
     assert cells["ours"]["metrics"]["fd_effnet"]["difference"] == pytest.approx(-1.0)
-    assert cells["theirs"]["metrics"]["fd_effnet"]["difference"] == pytest.approx(5.0)  # against ours
+    assert cells["theirs"]["metrics"]["fd_effnet"]["difference"] == pytest.approx(4.99)  # against ours
     assert cells["ours"]["metrics"]["attr_color"]["p_holm"] == 1.0
     assert "p_holm" not in cells["plain"]["metrics"]["fd_effnet"]
     assert "power_high" not in cells["plain"]["metrics"]
     text = render(results)
-    assert "**4.01" in text and "_9.01" in text and "Not finished: half." in text
+    assert "**4.01" in text and "_9.0" in text
+    assert "9 of 12 measurements are there. Fewer than 3 training seeds have: half (0)." in text
 
 
-def test_a_cell_may_be_what_real_photos_get(tmp_path: Path) -> None:
-    """One seed alone says nothing about a difference, so its test has the reference row's own replicates."""
-    text = STUDY.replace("[0, 1, 2]", "[0]").replace("frozen backbone", "real photos")
-    grid, runs = read_comparison(write_study(tmp_path / "study", text)), tmp_path / "runs"
-    for cell in grid.cells:
-        fake_run(run_folder(runs, cell, 0), {"strength 1": 4.0, "real photos": 1.0}, 1.0, 0, reference="real photos")
-    found = build_results(grid, runs)["cells"]["theirs"]["metrics"]["fd_effnet"]
-    assert found["value"] == 1.0 and found["difference"] == pytest.approx(-3.0) and found["p_holm"] < 0.05
+def test_a_table_of_what_is_there_compares_the_seeds_that_both_have(measured: Files) -> None:
+    folder, found, files = measured
+    (gone,) = (one for one in found if one.cell.name == "ours" and one.seed == 1)
+    cell_file(files, gone.digest).unlink()
+    results = build_results(read_comparison(folder), found, files)
+    ours = results["cells"]["ours"]
+    assert ours["training_seeds"] == [0, 2] and ours["metrics"]["fd_effnet"]["seeds"] == [4.0, 4.02]
+    assert ours["metrics"]["fd_effnet"]["difference"] == pytest.approx(-1.0)
+    assert "8 of 12 measurements are there. Fewer than 3 training seeds have: half (0), ours (2)." in render(results)
+    for one in found:
+        if one.cell.name == "plain":
+            cell_file(files, one.digest).unlink()
+    without = build_results(read_comparison(folder), found, files)["cells"]
+    assert "p" not in without["ours"]["metrics"]["fd_effnet"] and "p" in without["theirs"]["metrics"]["fd_effnet"]
 
 
-def test_files_are_written_from_the_same_numbers(measured: tuple[Path, Path]) -> None:
-    folder, runs = measured
-    write_results(folder, build_results(read_comparison(folder), runs))
+def test_files_are_written_from_the_same_numbers(measured: Files) -> None:
+    folder, found, files = measured
+    write_results(folder, build_results(read_comparison(folder), found, files))
     test_tables_and_files_of_every_study_agree(folder)
     text = (folder / "README.md").read_text()
     assert text.startswith("# A study\n\nbefore") and text.endswith("\n\nafter\n") and NOT_RUN not in text
-    write_results(folder, build_results(read_comparison(folder), runs))
+    write_results(folder, build_results(read_comparison(folder), found, files))
     assert (folder / "README.md").read_text() == text
+    one = next(iter(read_results(folder)["cells"]["ours"]["files"].values()))
+    write_cell(files, one, "test", fake(7.0, 0))
+    with pytest.raises(AssertionError):
+        test_tables_and_files_of_every_study_agree(folder)
     (folder / "README.md").write_text("no markers")
     with pytest.raises(ConfigError, match="lacks the markers"):
         write_results(folder, read_results(folder))
 
 
-def test_replicates_come_back(tmp_path: Path) -> None:
-    values = torch.arange(5, dtype=torch.float64)
-    row = {"x": MetricValue(1, 0, 2, "lower", values), "y": MetricValue(1, None, None, "lower")}
-    table = ResultsTable({"a b": row}, PROTOCOL)
-    save_replicates(table, tmp_path)
-    found = load_replicates(tmp_path)
-    assert list(found) == ["a b/x"] and torch.equal(found["a b/x"], values)
-    assert load_replicates(tmp_path / "nowhere") == {}
-
-
-def compare(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    environment: dict[str, Any] = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-m", "lora_dae.sweep.compare", *words],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-
-
-def test_a_comparison_as_a_user_types_it(tmp_path: Path, tiny_backbone: Path) -> None:
-    """One training, two runs, their table; the same command again finds all of it."""
-    short = STUDY.replace("[0, 1, 2]", "[0]")
-    short = "\n".join(line for line in short.splitlines() if not line.startswith(("  half", "  theirs")))
-    write_study(tmp_path / "experiments" / "tiny", short)
-    words = ["experiments/tiny", "adapter.rank=2", f"backbone.path={tiny_backbone}", "data.cache_dir=cache",
-             "evaluation.frozen=false", *[o for o in SHORT if not o.startswith("trainer.max_steps")],
-             "trainer.max_steps=1"]  # fmt: skip
-    planned = compare(tmp_path, *words, "--plan")
-    assert planned.returncode == 0 and "2 cells, 2 runs, 1 trainings" in planned.stdout, planned.stderr
-    assert not (tmp_path / "multirun").exists()
-    done = compare(tmp_path, *words)
-    assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
-    assert len(list((tmp_path / "multirun" / "store").glob("*/trained.json"))) == 1
-    folder = tmp_path / "experiments" / "tiny"
-    test_tables_and_files_of_every_study_agree(folder)
-    assert set(read_results(folder)["cells"]) == {"plain", "ours"}
-    assert (folder / "figures" / "crops.png").is_file() and (folder / "figures" / "curves.png").is_file()
-    shutil.rmtree(tmp_path / "cache")  # nothing is trained or drawn again
-    again = compare(tmp_path, *words)
-    assert again.returncode == 0, again.stderr[-3000:]
+def test_a_cell_comes_back_from_its_file(tmp_path: Path) -> None:
+    """Replicates to half precision of their spread, also around a large value and where one is not finite."""
+    drawn = 1e6 + torch.tensor([-3.0, 0.5, math.nan, 2.0], dtype=torch.float64)
+    metrics = {"x": MetricValue(1e6, 1e6 - 3, 1e6 + 2, None, drawn), "y": MetricValue(math.nan, None, None, "lower")}
+    write_cell(tmp_path, "one", "test", MeasuredCell({"row": None}, metrics, PROTOCOL, 1.5, 24.0, 3.0))
+    found = read_cell(tmp_path, "one")
+    assert found is not None and found.protocol == PROTOCOL and found.what == {"row": None}
+    assert torch.allclose(found.metrics["x"].replicates, drawn, rtol=0, atol=3 / 2048, equal_nan=True)
+    assert found.metrics["x"] == metrics["x"] and math.isnan(found.metrics["y"].value)
+    assert cell_file(tmp_path, "one").stat().st_size < 4000
+    assert read_cell(tmp_path, "two") is None

@@ -142,6 +142,22 @@ def test_two_strengths_are_one_training_and_two_runs(make: Make, trainings: list
     assert told["hash"] == Path(trainings[0]).name and told["by"] == str(first.run_dir)
 
 
+def test_an_enhancement_on_a_shared_adapter_is_that_of_the_straight_run(
+    make: Make, trainings: list[str], tmp_path: Path
+) -> None:
+    """Bit for bit; another enhancement takes the same adapter, and nothing comes twice."""
+    shared = weights(store.train_shared(make("shared")))
+    assert len(trainings) == 2
+    gain = weights(store.train_shared(make("gain", "enhancement=gain")))
+    store.train_shared(make("none", "enhancement=none"))
+    assert len(trainings) == 3
+    straight = store.run_in_store(make("straight", f"store={tmp_path / 'other'}"))
+    one = weights(straight.run_dir)
+    assert one.keys() == shared.keys() and all(torch.equal(one[k], shared[k]) for k in one)
+    adapter = [k for k in gain if not k.startswith("enhancement")]
+    assert adapter and all(torch.equal(gain[k], shared[k]) for k in adapter)
+
+
 def test_a_training_that_was_cut_off_is_taken_over(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Another job with the same hash goes on from the checkpoint, and ends where the straight run ends."""
 

@@ -90,13 +90,17 @@ def measure_rows(
     run: LoadedRun | None = None,
     training: HeldOut | None = None,
     mode: PhotoMode | None = None,
+    real: Reference | None = None,
 ) -> tuple[ResultsTable, Reference, dict[str, Observed]]:
     """The table over all rows, the real side that it was measured against, and what was seen of each row's images.
 
     ``run`` gives the VAE and ``training`` the photos of the reference rows (``evaluation.controls``).
     ``mode``: real photos were given, so every row is measured against them.
+    ``real``: the real side, where it is known from before.
     """
-    real = build_reference(stack_images([p.image for p in held_out.pairs]), held_out.masks, extractor, *extras.more)
+    if real is None:
+        photos = stack_images([p.image for p in held_out.pairs])
+        real = build_reference(photos, held_out.masks, extractor, *extras.more)
     classifier = studio_classifier(held_out.attributes)
     pattern = pattern_distance(extractor)
     sources = None if held_out.sources is None else stack_images(list(held_out.sources))
@@ -148,7 +152,8 @@ def measure_rows(
     )
     # Strength 0 comes first: it is what every other row is compared with.
     order = sorted(methods, key=lambda name: name != row_name(0.0))
-    if FROZEN in methods:  # it saw no source: nothing that compares with the real photo of the same pair applies
+    # It saw no source: nothing that compares with the real photo of the same pair applies.
+    if FROZEN in methods and row_name(0.0) in methods:
         comparable = methods[row_name(0.0)]
         methods[FROZEN] = {k: v for k, v in methods[FROZEN].items() if k in comparable}
     in_order = {name: seen[name] for name in order}

@@ -1,15 +1,14 @@
 """What a comparison is: named cells (overrides of conf/train.yaml), each trained and measured with several seeds.
 
 experiments/<name>/study.yaml    title, seeds, baseline, metrics, common overrides, cells
-multirun/study_<name>/           a run folder per cell and seed
-multirun/store/                  trainings, shared with all sweeps: cells that differ in sampling alone train once
+experiments/cells/<hash>.json    a measured cell of one training seed, whichever studies ask for it
+multirun/store/                  trainings, shared with all sweeps
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,26 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lora_dae.config import Config, ConfigError, conf_dir, from_dict, register
+from lora_dae.backbone.layout import inspect_backbone
+from lora_dae.config import Config, ConfigError, EnhancementConfig, conf_dir, from_dict, register, to_dict
+from lora_dae.data.studio.dataset import RENDERER_VERSION
+from lora_dae.evaluation.references import CEILING, CONTROLS
+from lora_dae.evaluation.run import FROZEN
 from lora_dae.rules import check
-from lora_dae.sweep.identity import content_hash, training_key
-from lora_dae.sweep.jobs import Job
+from lora_dae.sweep.identity import TRAINING_VERSION, content_hash, training_part
 from lora_dae.sweep.name import register_sweep_name
-from lora_dae.sweep.table import network_calls
 
 FILE = "study.yaml"
-# Seconds on 2 CPU cores, for the budget alone: from a run of experiment=rank16, which trained on 20 photos a second. A
-# network call is counted as a third of that.
-TRAINING_IMAGE, NETWORK_CALL, MEASURING = 0.05, 0.017, 60.0
-CHAIN_CALLS = 2.5  # mean calls per step and image while the enhancement trains
+CELL_VERSION = 1  # raise it when the same cell begins to give other numbers
+UNTRAINED = (FROZEN, CEILING, *CONTROLS)  # rows in which nothing trained takes part
+OFF = EnhancementConfig(enabled=False, placement="none", strength=0.0)
 
 
 @dataclass(frozen=True)
 class Cell:
     """One line of the table, tested against the cell ``against`` (None: the comparison's baseline).
 
-    ``row``: which row of a run's own table it is; None: that of the run's strength.
+    ``row``: None for pictures of the trained cell, else one of UNTRAINED.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Comparison:
 
 
 def read_comparison(folder: Path) -> Comparison:
-    """Raises ConfigError for a missing file, unknown keys, and a baseline that is no cell."""
+    """Raises ConfigError for a missing file, unknown keys and rows, and a baseline that is no cell."""
     path = folder / FILE
     if not path.is_file():
         raise ConfigError(f"there is no {path}: give a folder of experiments/ that has one.")
@@ -76,109 +76,133 @@ def read_comparison(folder: Path) -> Comparison:
     cells = []
     for name, given in values["cells"].items():
         entry = given if isinstance(given, dict) else {"overrides": given}
-        if "overrides" not in entry or not set(entry) <= {"overrides", "row", "against"}:
+        if not isinstance(entry.get("overrides"), list) or not set(entry) <= {"overrides", "row", "against"}:
             raise ConfigError(f"{path}: cell '{name}' is a list of overrides, or overrides with row and against.")
+        if entry.get("row") not in (None, *UNTRAINED):
+            raise ConfigError(f"{path}: cell '{name}' has the row '{entry['row']}': use one of {', '.join(UNTRAINED)}.")
         cells.append(Cell(str(name), tuple(map(str, entry["overrides"])), entry.get("row"), entry.get("against")))
     names = {cell.name for cell in cells}
     for baseline in (values["baseline"], *(cell.against for cell in cells if cell.against is not None)):
         if baseline not in names:
             raise ConfigError(f"{path}: the baseline '{baseline}' is none of its cells.")
-    if not values["seeds"]:
-        raise ConfigError(f"{path}: seeds is empty; give at least one.")
+    seeds = values["seeds"]
+    if not isinstance(seeds, list) or not seeds or len({*map(str, seeds)}) < len(seeds):
+        raise ConfigError(f"{path}: seeds is {seeds}: give a list of at least one, each once.")
     return Comparison(
-        folder.resolve().name, values["title"], tuple(values["seeds"]), values["baseline"], tuple(values["metrics"]),
+        folder.resolve().name, values["title"], tuple(seeds), values["baseline"], tuple(values["metrics"]),
         tuple(map(str, values["common"])), tuple(cells),
     )  # fmt: skip
 
 
-def slug(name: str) -> str:
-    """A cell's name as part of a folder's."""
-    return re.sub(r"[^A-Za-z0-9.]+", "_", name).strip("_")
+@dataclass(frozen=True)
+class Wanted:
+    """A cell with one training seed. ``digest``, the hash of what ``matters``, names its file; equal ones are one
+    measurement.
+
+    ``training`` and ``adapter`` are the keys of what it trains: all of it, and the adapter alone, which cells share
+    that differ in the enhancement; None where nothing trained takes part.
+    """
+
+    cell: Cell
+    seed: int
+    overrides: tuple[str, ...]
+    cfg: Config
+    matters: dict[str, Any]
+    digest: str
+    training: str | None
+    adapter: str | None
+
+    @property
+    def label(self) -> str:
+        return self.cell.name if self.cell.row is not None else f"{self.cell.name}, seed {self.seed}"
 
 
-def run_folder(runs: Path, cell: Cell, seed: int) -> Path:
-    return runs / f"{slug(cell.name)}_seed{seed}"
-
-
-def make_jobs(grid: Comparison, runs: Path, extra: Sequence[str] = ()) -> tuple[list[Job], list[Config]]:
-    """A job and its config, checked, per seed and cell; the first seed of all cells comes first: soon a whole table.
+def wanted_cells(grid: Comparison, extra: Sequence[str] = ()) -> list[Wanted]:
+    """Every cell with every seed; the first seed of all cells comes first: soon a whole table.
 
     ``extra`` overrides hold for every cell. Raises ConfigError for a cell that train.py would refuse.
     """
-    composed = {cell: _compose([*grid.common, *cell.overrides, *extra]) for cell in grid.cells}
-    typed = {cell: _typed(cfg) for cell, cfg in composed.items()}
-    keys = {cell: training_key(cfg) for cell, cfg in composed.items()}
-    jobs: list[Job] = []
-    configs: list[Config] = []
-    for seed in grid.seeds:
-        for cell in grid.cells:
-            plain = OmegaConf.to_container(composed[cell], resolve=False)
-            overrides = [*grid.common, *cell.overrides, *extra, f"seed={seed}", f"tracking.group=study_{grid.name}"]
-            jobs.append(
-                Job(
-                    number=len(jobs),
-                    overrides=overrides,
-                    label=f"{cell.name}, seed {seed}",
-                    directory=run_folder(runs, cell, seed),
-                    digest=content_hash([plain, seed]),
-                    work=f"{keys[cell]} {seed}",
-                )
-            )
-            configs.append(typed[cell])
-    if len({job.directory for job in jobs}) < len(jobs):
-        raise ConfigError(f"two cells of {grid.name} have the same folder: give them names that differ in letters.")
-    return jobs, configs
+    found = [with_seeds(cell, grid.seeds, (*grid.common, *cell.overrides, *extra)) for cell in grid.cells]
+    return [of_seed for together in zip(*found, strict=True) for of_seed in together]
 
 
-def _compose(overrides: Sequence[str]) -> DictConfig:
+def with_seeds(cell: Cell, seeds: Sequence[int], overrides: tuple[str, ...]) -> list[Wanted]:
+    """The cell that all of ``overrides`` compose, with each seed."""
+    cfg = compose_cell(overrides)
+    enhanced = cell.row is None and cfg.enhancement.enabled and cfg.enhancement.placement != "none"
+    if not enhanced or cfg.enhancement.strength == 0:  # such a module draws nothing
+        cfg = replace(cfg, enhancement=OFF)
+    matters = what_matters(cfg, cell.row)
+    found = []
+    for seed in seeds:
+        own = replace(cfg, seed=seed)
+        if cell.row is not None:
+            found.append(Wanted(cell, seed, overrides, own, matters, content_hash(matters), None, None))
+            continue
+        training = {**matters["training"], "seed": seed}
+        whole, alone = (content_hash([matters["weights"], t]) for t in (training, {**training, "enhancement": None}))
+        told = {**matters, "training": training}
+        found.append(Wanted(cell, seed, overrides, own, told, content_hash(told), whole, alone))
+    return found
+
+
+def what_matters(cfg: Config, row: str | None) -> dict[str, Any]:
+    """What a cell's numbers depend on, as plain data: training, sampling, pictures, frozen weights, renderer.
+
+    Photos under ``data.root`` count by their folder's name. How many images are drawn at once does not matter.
+    """
+    values, training = to_dict(cfg), training_part(cfg)
+    del training["backbone"]["path"]  # what lies there counts
+    found = {
+        "version": [CELL_VERSION, TRAINING_VERSION, RENDERER_VERSION],
+        "weights": _fingerprint(cfg),
+        "row": row,
+        "evaluation": {k: v for k, v in values["evaluation"].items() if k not in ("frozen", "controls")},
+    }
+    sampling = {key: value for key, value in values["sampling"].items() if key != "batch_size"}
+    if row is None:
+        return {**found, "training": training, "strength": cfg.enhancement.strength, "sampling": sampling}
+    seen = {"data": training["data"], "backbone": training["backbone"], "conditioning": cfg.conditioning}
+    if row == FROZEN:  # it is drawn, in the precision that the others are trained and drawn in
+        seen |= {"sampling": sampling, "precision": str(cfg.trainer.get("precision", "auto"))}
+    return {**found, **seen}
+
+
+_fingerprints: dict[str, str] = {}
+
+
+def _fingerprint(cfg: Config) -> str:
+    """Of the frozen weights, read once per process."""
+    key = content_hash(to_dict(cfg)["backbone"])
+    if key not in _fingerprints:
+        _fingerprints[key] = inspect_backbone(cfg.backbone, cfg.data.resolution).fingerprint()
+    return _fingerprints[key]
+
+
+def distinct(found: Iterable[Wanted]) -> list[Wanted]:
+    """Each measurement once, in order of the seeds, those that share an adapter together."""
+    once: dict[str, Wanted] = {}
+    for one in found:
+        once.setdefault(one.digest, one)
+    groups: dict[str, list[Wanted]] = {}
+    for one in once.values():
+        groups.setdefault(one.adapter or "", []).append(one)
+    ordered = sorted(groups.values(), key=lambda group: group[0].seed)  # stable
+    return [
+        one for group in ordered for one in sorted(group, key=lambda w: (w.training != w.adapter, w.training or ""))
+    ]
+
+
+def compose_cell(overrides: Sequence[str]) -> Config:
+    """The checked config of a cell. Raises ConfigError for one that train.py would refuse."""
     register()
     register_sweep_name()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return compose("train", [*overrides, "run_dir=unused"])
+            cfg: DictConfig = compose("train", [*overrides, "run_dir=unused"])
     except HydraException as error:
         raise ConfigError(f"{' '.join(overrides)} cannot be composed: {str(error).splitlines()[0]}") from error
-
-
-def _typed(cfg: DictConfig) -> Config:
     typed = from_dict(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     check(typed)
     return typed
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a comparison costs on 2 CPU cores, hours, by arithmetic."""
-
-    cells: int
-    trainings: int
-    runs: int
-    training: float
-    measuring: float
-
-    def words(self) -> str:
-        hours = self.training + self.measuring
-        return (
-            f"{self.cells} cells, {self.runs} runs, {self.trainings} trainings: about {hours:.1f} hours on 2 CPU cores "
-            f"({self.training:.1f} training, {self.measuring:.1f} drawing and measuring), less what is there already"
-        )
-
-
-def budget(grid: Comparison, jobs: Sequence[Job], configs: Sequence[Config]) -> Budget:
-    """Hours of all jobs; each training counts once."""
-    training = measuring = 0.0
-    seen: set[str] = set()
-    for job, cfg in zip(jobs, configs, strict=True):
-        enhanced = cfg.enhancement.enabled and cfg.enhancement.placement != "none"
-        if job.work not in seen:
-            seen.add(job.work)
-            steps = int(cfg.trainer["max_steps"]) * int(cfg.trainer.get("accumulate_grad_batches", 1))
-            prior = 2 if cfg.objective.prior_weight > 0 else 1
-            training += steps * cfg.data.batch_size * prior * TRAINING_IMAGE
-            if enhanced:
-                chain = sum(cfg.enhancement.steps_range) / 2 * CHAIN_CALLS * cfg.enhancement.batch_size
-                training += cfg.enhancement.max_steps * chain * NETWORK_CALL
-        rows = 1 + int(enhanced and cfg.enhancement.strength > 0) + int(cfg.evaluation.frozen)
-        measuring += rows * cfg.evaluation.num_samples * network_calls(cfg) * NETWORK_CALL + MEASURING
-    return Budget(len(grid.cells), len(seen), len(jobs), training / 3600, measuring / 3600)

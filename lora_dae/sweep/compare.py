@@ -1,103 +1,174 @@
-"""``python -m lora_dae.sweep.compare experiments/mainstream -j 2``: run a comparison, or go on with it.
+"""``python -m lora_dae.sweep.compare experiments/mainstream -j 2``: run comparisons, or go on with them.
 
-It ends with the study's table. ``--plan`` says what it costs and stops; ``--table`` writes the table of what is
-finished. Further words are overrides for every cell.
+Without a folder: all of experiments/. Cells that several of them ask for are measured once. It ends with the studies'
+tables, also of what is not finished. ``--plan`` says what it costs and stops; ``--table`` writes the tables of what is
+there. Words with "=" are overrides for every cell.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
 from rich.console import Console
+from rich.table import Table
 
 from lora_dae.config import ConfigError
-from lora_dae.sampling.sheet import image_grid
-from lora_dae.sweep.cells import Comparison, budget, make_jobs, read_comparison, run_folder
+from lora_dae.sweep.budget import budget
+from lora_dae.sweep.cell_files import cell_file, known_cells
+from lora_dae.sweep.cell_worker import write_list
+from lora_dae.sweep.cells import FILE, Comparison, Wanted, distinct, read_comparison, wanted_cells
 from lora_dae.sweep.devices import Devices, visible_gpus
-from lora_dae.sweep.jobs import DONE
+from lora_dae.sweep.figures import draw_crops, draw_plots
+from lora_dae.sweep.identity import content_hash
+from lora_dae.sweep.jobs import DONE, Job
 from lora_dae.sweep.launcher import InterruptedSweepError, run_jobs
-from lora_dae.sweep.report import write_sweep_report
 from lora_dae.sweep.results import build_results, write_results
-from lora_dae.sweep.search import train_command
 
-CROPS, SIDE, ZOOM = 3, 48, 4  # prompts, pixels of a crop, times enlarged
+MULTIRUN = Path("multirun")
+CAPTION = (
+    "Pictures in each cell: training seeds x pictures. Measured: cells and seeds, each once. Trained: adapters and "
+    "modules. Hours of 2 CPU cores: alone, and added to the lines above."
+)
 
 
-def run_comparison(folder: Path, runs: Path, jobs_at_once: int, extra: Sequence[str], console: Console) -> int:
-    """Run what is not finished and write the tables; returns the number of runs that failed."""
-    grid = read_comparison(folder)
-    jobs, configs = make_jobs(grid, runs, extra)
-    console.print(budget(grid, jobs, configs).words(), soft_wrap=True, highlight=False)
-    devices = Devices(jobs_at_once, visible_gpus())
-    run_jobs(jobs, lambda job: train_command(job.overrides, job.directory), devices, console)
+@dataclass(frozen=True)
+class Study:
+    """A comparison, its folder, and its cells with every seed."""
+
+    folder: Path
+    grid: Comparison
+    cells: list[Wanted]
+
+    @property
+    def results(self) -> Path:
+        """Where the files of measured cells are: beside the studies, which share them."""
+        return self.folder.resolve().parent / "cells"
+
+
+def read_studies(folders: Sequence[Path], extra: Sequence[str]) -> list[Study]:
+    """Raises ConfigError for a study that cannot be run, and for studies that do not lie side by side."""
+    if len({folder.resolve().parent for folder in folders}) > 1:
+        raise ConfigError("these studies lie in several folders, and share their cells in none: run them one by one.")
+    grids = [read_comparison(folder) for folder in folders]
+    return [Study(f, grid, wanted_cells(grid, extra)) for f, grid in zip(folders, grids, strict=True)]
+
+
+def plan_table(studies: Sequence[Study]) -> Table:
+    """A line per study: what it costs alone, and what it adds to those above it; the sum; what is left to do."""
+    table = Table("study", "cells", "pictures", "measured", "trained", "hours", "added", caption=CAPTION)
+    table.columns[0].no_wrap = True
+    before: list[Wanted] = []
+    for study in studies:
+        alone = budget(study.cells)
+        added = budget([*before, *study.cells]).hours - budget(before).hours
+        before += study.cells
+        sizes = sorted({one.cfg.evaluation.num_samples for one in study.cells})
+        pictures = f"{len(study.grid.seeds)} x {'-'.join(map(str, sizes))}"
+        table.add_row(
+            study.grid.name, str(len(study.grid.cells)), pictures, str(alone.cells), str(alone.trainings),
+            f"{alone.hours:.1f}", f"{added:.1f}",
+        )  # fmt: skip
+    whole = budget(before)
+    known = known_cells(studies[0].results)
+    left = budget(before, known)
+    table.add_section()
+    for name, cost in (("all", whole), ("to do", left)):
+        table.add_row(name, "", "", str(cost.cells), str(cost.trainings), "", f"{cost.hours:.1f}")
+    return table
+
+
+def make_jobs(studies: Sequence[Study], multirun: Path) -> list[Job]:
+    """A process for each adapter and seed of which a cell is not measured yet, the first seeds first."""
+    results = studies[0].results
+    missing: dict[str, list[Wanted]] = {}
+    for one in distinct(w for study in studies for w in study.cells):
+        if not cell_file(results, one.digest).is_file():
+            missing.setdefault(one.adapter or "untrained", []).append(one)
+    jobs: list[Job] = []
+    for name, cells in missing.items():
+        folder = multirun / "cells" / name
+        # Done or not is told by the cells' files: of an earlier start of this process nothing counts.
+        (folder / "job.json").unlink(missing_ok=True)
+        first = cells[0]
+        jobs.append(
+            Job(
+                number=len(jobs),
+                overrides=list(first.overrides),
+                label=first.label + (f" and {len(cells) - 1} more" if len(cells) > 1 else ""),
+                directory=folder,
+                digest=content_hash([one.digest for one in cells]),
+                work=name,
+            )
+        )
+        write_list(list_file(jobs[-1]), cells, results, (multirun / "store").resolve())
+    return jobs
+
+
+def list_file(job: Job) -> Path:
+    """What the job's process is to measure."""
+    return job.directory / f"list_{job.digest}.json"
+
+
+def worker_command(job: Job) -> list[str]:
+    call = "import sys; from lora_dae.cli import cells; cells(sys.argv[1])"
+    return [sys.executable, "-c", call, str(list_file(job))]
+
+
+def run_comparisons(studies: Sequence[Study], multirun: Path, jobs_at_once: int, console: Console) -> int:
+    """Measure what is missing and write the tables; returns the number of processes that failed."""
+    console.print(plan_table(studies))
+    jobs = make_jobs(studies, multirun)
+    try:
+        if jobs:
+            run_jobs(jobs, worker_command, Devices(jobs_at_once, visible_gpus()), console)
+    finally:  # also after Ctrl-C: what is there is worth a table
+        write_tables(studies, multirun, console)
     failed = [job for job in jobs if job.state != DONE]
     for job in failed:
         console.print(f"{job.label} {job.state}: {job.error}; log {job.log}", soft_wrap=True, markup=False)
-    try:
-        write_tables(folder, replace(grid, common=(*grid.common, *extra)), runs, console)
-    except ConfigError as error:
-        if not failed:
-            raise
-        console.print(f"no table: {error}", soft_wrap=True, markup=False)
     return len(failed)
 
 
-def write_tables(folder: Path, grid: Comparison, runs: Path, console: Console) -> None:
-    """Results, README's table and figures of what is finished."""
-    write_results(folder, build_results(grid, runs))
-    report = write_sweep_report(runs)
-    figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
-    for picture in (runs / "plots").glob("*.png"):
-        shutil.copyfile(picture, figures / picture.name)
-    draw_crops(grid, runs, figures / "crops.png")
-    console.print(f"table    {folder / 'README.md'}\nreport   {report}", soft_wrap=True, highlight=False)
-
-
-def draw_crops(grid: Comparison, runs: Path, output: Path) -> None:
-    """The middle of the first pictures at 400 %, a column for each cell that has pictures of its own."""
-    columns: dict[str, list[np.ndarray]] = {}
-    for cell in grid.cells:
-        files = sorted(run_folder(runs, cell, grid.seeds[0]).glob("samples/test/*.png"))[:CROPS]
-        if cell.row is None and len(files) == CROPS:
-            columns[cell.name] = [_middle(np.asarray(Image.open(file).convert("RGB"))) for file in files]
-    if columns:
-        flat = [columns[name][row] for row in range(CROPS) for name in columns]
-        image_grid(flat, CROPS, len(columns), list(columns), zoom=ZOOM).save(output)
-
-
-def _middle(image: np.ndarray) -> np.ndarray:
-    top, left = ((side - min(SIDE, side)) // 2 for side in image.shape[:2])
-    return image[top : top + SIDE, left : left + SIDE]
+def write_tables(studies: Sequence[Study], multirun: Path, console: Console) -> None:
+    """Results, README's table and figures of what is there of each study."""
+    for study in studies:
+        known = known_cells(study.results)
+        have = sum(one.digest in known for one in study.cells)
+        words = f"{study.grid.name}: {have} of {len(study.cells)} measurements"
+        if have:
+            results = build_results(study.grid, study.cells, study.results)
+            write_results(study.folder, results)
+            draw_plots(study.cells, results, study.folder / "figures")
+            draw_crops(study.cells, multirun / "cells", study.folder / "figures" / "crops.png")
+            words += f", table {study.folder / 'README.md'}"
+        console.print(words, soft_wrap=True, highlight=False)
 
 
 def main() -> None:
-    """Exit code 1 if a run failed, 2 for bad input, 130 after Ctrl-C."""
+    """Exit code 1 if a process failed, 2 for bad input, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m lora_dae.sweep.compare", description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("words", nargs="*", metavar="folder or override")
     parser.add_argument("-j", "--jobs", type=int, default=1)
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_intermixed_args()
     console = Console()
+    extra = [word for word in given.words if "=" in word]
+    folders = [Path(word) for word in given.words if "=" not in word]
     try:
-        grid = read_comparison(given.folder)
-        runs = Path("multirun") / f"study_{grid.name}"
+        studies = read_studies(folders or sorted(path.parent for path in Path("experiments").glob(f"*/{FILE}")), extra)
+        if not studies:
+            raise ConfigError(f"there is no experiments/*/{FILE} here: give folders, or start where they are.")
         if given.plan:
-            words = budget(grid, *make_jobs(grid, runs, given.overrides)).words()
-            console.print(words, soft_wrap=True, highlight=False)
+            console.print(plan_table(studies))
         elif given.table:
-            write_tables(given.folder, grid, runs, console)
+            write_tables(studies, MULTIRUN, console)
         else:
-            sys.exit(int(run_comparison(given.folder, runs, given.jobs, given.overrides, console) > 0))
+            sys.exit(int(run_comparisons(studies, MULTIRUN, given.jobs, console) > 0))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

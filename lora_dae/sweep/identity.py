@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_dae.config import Config, from_dict, to_dict
 
-TRAINING_VERSION = 4  # raise it when the same config begins to train to other weights
+TRAINING_VERSION = 5  # raise it when the same config begins to train to other weights
 
 NOT_TRAINING = ("name", "run_dir", "ckpt_path", "store", "sampling", "evaluation", "tracking")
 NOT_TRAINING_IN = {

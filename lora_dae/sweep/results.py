@@ -20,14 +20,11 @@ from torch import Tensor
 
 from lora_dae.adapter.atomic import atomic
 from lora_dae.config import ConfigError
-from lora_dae.evaluation.report.table import ARROWS, MetricValue, format_name, format_value, load_table
-from lora_dae.evaluation.run import row_name
+from lora_dae.evaluation.report.table import ARROWS, MetricValue, format_name, format_value
 from lora_dae.evaluation.statistics.compare import holm
-from lora_dae.sweep.cells import Cell, Comparison, run_folder
+from lora_dae.sweep.cell_files import MeasuredCell, read_cell
+from lora_dae.sweep.cells import Comparison, Wanted
 from lora_dae.sweep.files import read_json, write_json
-from lora_dae.sweep.table import adapter_megabytes, network_calls
-from lora_dae.training.replicates import load_replicates
-from lora_dae.training.resume import read_run_config
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 NOT_RUN = "*Not run yet: there are no results.*"
@@ -88,80 +85,80 @@ def _distance(measured: Measured) -> Measured:
     return Measured(values, tuple(r.clamp_min(1e-9).log().abs() for r in measured.replicates), "lower")
 
 
-def collect(grid: Comparison, runs: Path) -> dict[str, dict[str, Measured]]:
-    """Cell -> metric -> what was measured, of cells of which every seed is finished."""
-    found = {}
-    for cell in grid.cells:
-        folders = [run_folder(runs, cell, seed) for seed in grid.seeds]
-        if all((folder / "metrics.json").is_file() for folder in folders):
-            found[cell.name] = _collect_cell(cell, folders, grid.metrics)
-    return found
+def build_results(grid: Comparison, wanted: Sequence[Wanted], results: Path) -> dict[str, Any]:
+    """The content of results.json, of the cells and training seeds that are measured.
 
-
-def _collect_cell(cell: Cell, folders: Sequence[Path], metrics: Sequence[str]) -> dict[str, Measured]:
-    tables = [load_table(folder / "metrics.json") for folder in folders]
-    methods = [{**table.references, **table.methods} for table in tables]
-    names = [_row(cell, folder, set(rows)) for folder, rows in zip(folders, methods, strict=True)]
-    drawn = [load_replicates(folder) for folder in folders]
-    found = {}
-    for metric in metrics:
-        rows = [known[name].get(metric) for known, name in zip(methods, names, strict=True)]
-        if any(row is None or not math.isfinite(row.value) for row in rows):
-            continue  # PSNR of a row that saw no source
-        kept = [r[f"{name}/{metric}"] for r, name in zip(drawn, names, strict=True) if f"{name}/{metric}" in r]
-        values = tuple(row.value for row in rows if row is not None)
-        found[metric] = Measured(values, tuple(kept) if len(kept) == len(rows) else (), rows[0].better)  # type: ignore[union-attr]
-    return found
-
-
-def _row(cell: Cell, folder: Path, rows: set[str]) -> str:
-    name = cell.row or row_name(read_run_config(folder).enhancement.strength)
-    name = name if name in rows or cell.row is not None else row_name(0.0)
-    if name not in rows:
-        raise ConfigError(f"{folder} has no row '{name}': its rows are {', '.join(sorted(rows))}.")
-    return name
-
-
-def build_results(grid: Comparison, runs: Path) -> dict[str, Any]:
-    """The content of results.json. Raises ConfigError while the baseline or every other cell is missing."""
-    found = collect(grid, runs)
-    if grid.baseline not in found or len(found) < 2:
-        raise ConfigError(
-            f"{runs} has no finished baseline '{grid.baseline}' and another cell yet: run the study first."
-        )
-    tests: dict[tuple[str, str], tuple[float, float]] = {}
+    ``wanted`` are all cells of ``grid`` with every seed, ``results`` the folder of measured cells. Raises ConfigError
+    where nothing is measured.
+    """
+    found: dict[str, dict[int, MeasuredCell]] = {cell.name: {} for cell in grid.cells}
+    for one in wanted:
+        measured = read_cell(results, one.digest)
+        if measured is not None:
+            found[one.cell.name][one.seed] = measured
+    found = {name: seeds for name, seeds in found.items() if seeds}
+    digests = {(one.cell.name, one.seed): one.digest for one in wanted}
+    if not found:
+        raise ConfigError(f"{results} has no measured cell of {grid.name}: run the study first.")
     against = {cell.name: cell.against or grid.baseline for cell in grid.cells}
-    for name, metrics in found.items():
-        other = found.get(against[name], {})
-        for metric in metrics if name != against[name] else ():
-            if metric in other:
-                tests[name, metric] = difference(metrics[metric], other[metric])
+    tests = _tests(found, against, grid.metrics)
     corrected = dict(zip(tests, holm([p for _, p in tests.values()]), strict=True))
     cells = {}
     for cell in grid.cells:
         if cell.name not in found:
             continue
-        folder = run_folder(runs, cell, grid.seeds[0])
         entries = {}
-        for metric, measured in found[cell.name].items():
-            entries[metric] = {**summary(measured).as_dict(), "seeds": list(measured.values)}
+        for metric in grid.metrics:
+            measured_metric = _measured(found[cell.name], metric)
+            if measured_metric is None:
+                continue
+            entries[metric] = {**summary(measured_metric).as_dict(), "seeds": list(measured_metric.values)}
             if (cell.name, metric) in tests:
                 change, p = tests[cell.name, metric]
                 entries[metric] |= {"difference": change, "p": p, "p_holm": corrected[cell.name, metric]}
-        cfg = read_run_config(folder)
+        first = next(iter(found[cell.name].values()))
         cells[cell.name] = {
             "overrides": list(cell.overrides),
             "against": against[cell.name],
-            "adapter_mb": 0.0 if cell.row is not None else adapter_megabytes(folder),
-            "network_calls": network_calls(cfg),
+            "adapter_mb": first.adapter_mb,
+            "network_calls": first.network_calls,
+            "training_seeds": sorted(found[cell.name]),
+            "files": {str(seed): digests[cell.name, seed] for seed in sorted(found[cell.name])},
             "metrics": entries,
         }
-    baseline = next(cell for cell in grid.cells if cell.name == grid.baseline)
-    protocol = load_table(run_folder(runs, baseline, grid.seeds[0]) / "metrics.json").protocol.line()
+    shown = found.get(grid.baseline) or next(iter(found.values()))
     return {
         "study": grid.name, "baseline": grid.baseline, "training_seeds": list(grid.seeds), "common": list(grid.common),
-        "protocol": protocol, "missing": [cell.name for cell in grid.cells if cell.name not in found], "cells": cells,
+        "protocol": next(iter(shown.values())).protocol.line(), "planned": [cell.name for cell in grid.cells],
+        "cells": cells,
     }  # fmt: skip
+
+
+def _tests(
+    found: Mapping[str, Mapping[int, MeasuredCell]], against: Mapping[str, str], metrics: Sequence[str]
+) -> dict[tuple[str, str], tuple[float, float]]:
+    """(cell, metric) -> (difference, p) of the training seeds that both have."""
+    tests = {}
+    for name, cells in found.items():
+        others = found.get(against[name], {})
+        both = sorted(cells.keys() & others.keys())
+        for metric in metrics if name != against[name] and both else ():
+            one = _measured({seed: cells[seed] for seed in both}, metric)
+            other = _measured({seed: others[seed] for seed in both}, metric)
+            if one is not None and other is not None:
+                tests[name, metric] = difference(one, other)
+    return tests
+
+
+def _measured(cells: Mapping[int, MeasuredCell], metric: str) -> Measured | None:
+    """None where a seed lacks the metric (PSNR of a row that saw no source) or it is not finite."""
+    rows = [cells[seed].metrics.get(metric) for seed in sorted(cells)]
+    known = [row for row in rows if row is not None and math.isfinite(row.value)]
+    if len(known) < len(rows):
+        return None
+    kept = [row.replicates for row in known if row.replicates is not None]
+    values = tuple(row.value for row in known)
+    return Measured(values, tuple(kept) if len(kept) == len(known) else (), known[0].better)
 
 
 def render(results: Mapping[str, Any] | None) -> str:
@@ -179,18 +176,29 @@ def render(results: Mapping[str, Any] | None) -> str:
             row.append(_cell(cell["metrics"].get(metric)))
         lines.append("| " + " | ".join(row) + " |")
     count = sum("p_holm" in entry for cell in cells.values() for entry in cell["metrics"].values())
-    seeds = results["training_seeds"]
     one = len({cell["against"] for cell in cells.values()}) == 1
     than = f"'{results['baseline']}'" if one else "the cell that each is tested against (results.json)"
     words = [
-        f"Mean over {len(seeds)} training seed{'s' if len(seeds) > 1 else ''} with 95 % intervals (images and seeds). "
+        "Mean over training seeds with 95 % intervals (images and seeds). "
         f"**Better** and _worse_ than {than}: paired test, p < {ALPHA} after Holm's correction for {count} "
         "comparisons; not marked: cannot tell.",
         f"Protocol: {results['protocol']}.",
+        _how_much(results),
     ]
-    if results["missing"]:
-        words.append(f"Not finished: {', '.join(results['missing'])}.")
     return "\n".join([*lines, "", *words])
+
+
+def _how_much(results: Mapping[str, Any]) -> str:
+    """How much of the study is there."""
+    seeds, planned = len(results["training_seeds"]), results["planned"]
+    have = {name: len(results["cells"].get(name, {}).get("training_seeds", ())) for name in planned}
+    if all(count == seeds for count in have.values()):
+        return f"Complete: {len(planned)} cells with {seeds} training seed{'s' if seeds > 1 else ''} each."
+    lacking = ", ".join(f"{name} ({count})" for name, count in have.items() if count < seeds)
+    return (
+        f"**Not complete:** {sum(have.values())} of {len(planned) * seeds} measurements are there. Fewer than {seeds} "
+        f"training seeds have: {lacking}."
+    )
 
 
 def _cell(entry: Mapping[str, Any] | None) -> str:

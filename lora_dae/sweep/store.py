@@ -45,9 +45,7 @@ def run_in_store(cfg: Config) -> Result:
     check(cfg)
     if cfg.ckpt_path is not None:
         raise ConfigError("ckpt_path and store exclude each other: with store, a training goes on by itself.")
-    backbone = inspect_backbone(cfg.backbone, cfg.data.resolution)
-    key = training_hash(cfg, load_splits(cfg.data)["train"].fingerprint, backbone.fingerprint())
-    folder, run_dir = Path(cfg.store) / key, Path(cfg.run_dir)
+    folder, run_dir = training_folder(cfg), Path(cfg.run_dir)
     decision = run_dir / "decision.json"
     if ranks.rank() != 0:
         if ranks.ask(decision, PATIENCE):
@@ -95,6 +93,35 @@ def train_once(cfg: Config, folder: Path, decision: Path) -> None:
             folder / "trained.json",
             {"hash": folder.name, "by": cfg.run_dir, "seconds": seconds, "config": training_part(cfg)},
         )
+
+
+def train_shared(cfg: Config) -> Path:
+    """Train what the store lacks of ``cfg``, the adapter alone first; returns the store's folder of it.
+
+    Configs that differ in the enhancement alone share the adapter: the enhancement begins where that training ended.
+    For one process. Raises what ``training.run.train`` raises.
+    """
+    folder = training_folder(cfg)
+    if training_part(cfg)["enhancement"] is not None and not (folder / "trained.json").is_file():
+        alone = train_shared(replace(cfg, enhancement=replace(cfg.enhancement, enabled=False)))
+        _begin_with(alone / "checkpoints" / "adapter.ckpt", folder / "checkpoints" / "adapter.ckpt")
+    train_once(cfg, folder, Path(cfg.run_dir) / "decision.json")
+    return folder
+
+
+def training_folder(cfg: Config) -> Path:
+    """Where the store keeps the training of ``cfg``."""
+    assert cfg.store is not None
+    backbone = inspect_backbone(cfg.backbone, cfg.data.resolution)
+    return Path(cfg.store) / training_hash(cfg, load_splits(cfg.data)["train"].fingerprint, backbone.fingerprint())
+
+
+def _begin_with(checkpoint: Path, own: Path) -> None:
+    """Nothing writes into a checkpoint that is there, so that a link is enough."""
+    own.parent.mkdir(parents=True, exist_ok=True)
+    partial = own.with_name(f"{own.name}.{os.getpid()}.partial")
+    _link(str(checkpoint), str(partial))
+    partial.replace(own)
 
 
 def _training_config(cfg: Config, folder: Path) -> Config:

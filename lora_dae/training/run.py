@@ -31,7 +31,6 @@ from lora_dae.rules import check
 from lora_dae.sampling.load import load_run
 from lora_dae.training import tracking
 from lora_dae.training.plan import make_plan, print_plan
-from lora_dae.training.replicates import save_replicates
 from lora_dae.training.resume import find_checkpoints
 from lora_dae.training.stages import Training, planned_stages
 from lora_dae.training.trainer import quiet
@@ -117,7 +116,6 @@ def measure(cfg: Config, loggers: list[Any], device: torch.device, bf16: bool) -
         tracking.log_samples(others, "test/samples", held_out.captions[:count], columns)
 
     table, grid = evaluate_run(run_dir, console, run=loaded, bf16=bf16, on_images=log_table)
-    save_replicates(table, run_dir)
     flat = {f"test/{m}/{k}".replace(" ", "_"): v.value for m, row in table.methods.items() for k, v in row.items()}
     own = table.methods.get(row_name(cfg.enhancement.strength)) or table.methods.get(row_name(0.0), {})
     flat |= {f"test/{name}": metric.value for name, metric in own.items()}  # the run's own row, for comparing runs

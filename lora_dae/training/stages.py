@@ -66,7 +66,8 @@ class Training:
         self.cfg, self.run_dir, self.backbone, self.splits = cfg, run_dir, backbone, splits
         self.extra_callbacks = list(extra_callbacks)
         self.steps = int(cfg.trainer.get("max_steps", 500))
-        self.enhancement = build_enhancement(cfg.enhancement, backbone.latent_channels, cfg.conditioning)
+        with torch.random.fork_rng(devices=[]):  # the adapter begins with the same weights with and without it
+            self.enhancement = build_enhancement(cfg.enhancement, backbone.latent_channels, cfg.conditioning)
         probe = build_trainer(cfg, run_dir, "32-true", self.steps, [], False)
         self.rank, self.processes = probe.global_rank, probe.world_size
         if len(splits["val"]) < self.processes:

@@ -1,0 +1,136 @@
+"""One process of a comparison: it trains what its cells need and the store lacks, draws, measures, writes their files.
+
+Its list is a JSON file: {"results", "store", "cells": [{"name", "row", "seed", "overrides", "digest"}]}. What is
+there already is left as it is, so a killed process goes on with the cell it was at.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+
+from lora_dae.backbone.load import Backbone, load_backbone
+from lora_dae.backbone.precision import best_device, choose_precision
+from lora_dae.config import Config, ConfigError
+from lora_dae.data.sources import load_splits
+from lora_dae.evaluation.heldout import HeldOut
+from lora_dae.evaluation.metrics.extras import Extras, load_extras
+from lora_dae.evaluation.metrics.features import FeatureExtractor, load_features
+from lora_dae.evaluation.metrics.measure import Reference
+from lora_dae.evaluation.references import CEILING, CONTROLS, reconstructed
+from lora_dae.evaluation.run import FROZEN, measure_rows, row_name
+from lora_dae.sampling.draw import Drawer
+from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet
+from lora_dae.sweep.cell_files import MeasuredCell, cell_file, write_cell
+from lora_dae.sweep.cells import Cell, Wanted, with_seeds
+from lora_dae.sweep.files import read_json, write_json
+from lora_dae.sweep.identity import content_hash, training_part
+from lora_dae.sweep.status import say
+from lora_dae.sweep.store import train_shared
+from lora_dae.sweep.table import adapter_megabytes, network_calls
+
+PICTURES = 3  # of every cell are kept, for crops
+BOOTSTRAP_SEED = 0  # the same for all training seeds: all cells resample the same images
+
+
+def write_list(file: Path, cells: Sequence[Wanted], results: Path, store: Path) -> None:
+    """The list that ``measure_cells`` reads."""
+    told = [
+        {"name": w.cell.name, "row": w.cell.row, "seed": w.seed, "overrides": list(w.overrides), "digest": w.digest}
+        for w in cells
+    ]
+    write_json(file, {"results": str(results), "store": str(store), "cells": told})
+
+
+def measure_cells(file: Path, console: Console) -> None:
+    """Measure every cell of a list that has no file yet. Raises ConfigError if one is no longer what was listed."""
+    told = read_json(file)
+    results, work = Path(told["results"]), Work(file.parent, Path(told["store"]))
+    for entry in told["cells"]:
+        overrides = tuple(entry["overrides"])
+        (one,) = with_seeds(Cell(entry["name"], overrides, entry["row"]), [entry["seed"]], overrides)
+        if one.digest != entry["digest"]:
+            raise ConfigError(f"{one.label} is not what it was when its process started: give the command again.")
+        if not cell_file(results, one.digest).is_file():
+            console.print(one.label, highlight=False)
+            write_cell(results, one.digest, f"{one.label}: {' '.join(overrides)}", work.measure(one))
+
+
+class Work:
+    """Draws and measures cells; keeps what the next one needs too. ``folder`` gets status.json and a few pictures."""
+
+    def __init__(self, folder: Path, store: Path) -> None:
+        self.folder, self.store = folder, store
+        self._run: LoadedRun | None = None
+        self._seen: dict[str, tuple[HeldOut, Extras, FeatureExtractor, Reference | None]] = {}
+
+    def measure(self, one: Wanted) -> MeasuredCell:
+        """Train if it has to be, draw, measure."""
+        cfg = one.cfg
+        trained = None
+        if one.cell.row is None:
+            trained = train_shared(replace(cfg, store=str(self.store), run_dir=str(self.folder)))
+        say(self.folder / "status.json", f"measuring {one.label}")
+        started = time.time()
+        key = content_hash([training_part(cfg)["data"], cfg.conditioning, asdict(cfg.evaluation)])
+        held_out, extras, extractor, real = self._seen.get(key) or self._look(cfg)
+        images = self._draw(one, held_out, trained)
+        plain = replace(cfg, seed=BOOTSTRAP_SEED, evaluation=replace(cfg.evaluation, controls=False))
+        name = one.cell.row or row_name(cfg.enhancement.strength)
+        table, real, _ = measure_rows(plain, {name: images}, held_out, "test", extractor, extras, real=real)
+        self._seen = {key: (held_out, extras, extractor, real)}  # one at a time: memory
+        keep_pictures(images, self.folder / "pictures" / one.digest)
+        return MeasuredCell(
+            one.matters, table.methods[name], table.protocol,
+            0.0 if trained is None else adapter_megabytes(trained),
+            network_calls(cfg) if one.cell.row in (None, FROZEN) else 0.0, round(time.time() - started, 1),
+        )  # fmt: skip
+
+    def _look(self, cfg: Config) -> tuple[HeldOut, Extras, FeatureExtractor, None]:
+        held_out = HeldOut.take(load_splits(cfg.data)["test"], cfg.evaluation.num_samples, cfg.conditioning)
+        if len(held_out.pairs) < cfg.evaluation.num_samples:
+            raise ConfigError(
+                f"the test split has {len(held_out.pairs)} pairs, and evaluation.num_samples="
+                f"{cfg.evaluation.num_samples} are asked for: raise data.test_size."
+            )
+        extras = load_extras(cfg.evaluation, cfg.data.resolution, held_out.captions)
+        return held_out, extras, load_features(cfg.evaluation.features).to(best_device()), None
+
+    def _draw(self, one: Wanted, held_out: HeldOut, trained: Path | None) -> np.ndarray:
+        """uint8 (N, H, W, 3)."""
+        cfg, row = one.cfg, one.cell.row
+        device = torch.device("cpu") if cfg.trainer.get("accelerator") == "cpu" else best_device()
+        bf16 = choose_precision(str(cfg.trainer.get("precision", "auto")), device).startswith("bf16")
+        originals = [pair.image for pair in held_out.pairs]
+        if row in CONTROLS:
+            return np.stack([CONTROLS[row](image) for image in originals])
+        if row == CEILING:
+            return reconstructed(load_backbone(cfg.backbone, device), np.stack(originals))
+        if row == FROZEN:
+            return _frozen(cfg, device, bf16).images(held_out.captions)
+        assert trained is not None
+        if self._run is None or self._run.directory != trained:
+            self._run = None  # before the next one is loaded
+            self._run = load_run(trained, device)
+        drawer = replace(self._run, cfg=cfg).drawer(bf16)
+        return drawer.images(held_out.captions, held_out.sources, cfg.enhancement.strength)
+
+
+def _frozen(cfg: Config, device: torch.device, bf16: bool) -> Drawer:
+    backbone: Backbone = load_backbone(cfg.backbone, device)
+    prepare_unet(backbone, cfg)
+    return Drawer(backbone, None, "none", "none", cfg.data.resolution, cfg.sampling, bf16)
+
+
+def keep_pictures(images: np.ndarray, folder: Path) -> None:
+    """The first few, without loss."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images[:PICTURES]):
+        Image.fromarray(image).save(folder / f"{number}.png")

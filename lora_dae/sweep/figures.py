@@ -1,0 +1,82 @@
+"""Pictures of a comparison: the sweep's plots over its trained cells, and crops of what they drew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lora_dae.config import to_dict
+from lora_dae.evaluation.report.table import MetricValue
+from lora_dae.sampling.sheet import image_grid
+from lora_dae.sweep import plots
+from lora_dae.sweep.cells import OFF, Wanted
+from lora_dae.sweep.table import COSTS, NOT_VARIED, SEED, Row, SweepTable, flatten
+
+CROPS, SIDE, ZOOM = 3, 48, 4  # prompts, pixels of a crop, times enlarged
+
+
+def sweep_table(cells: Sequence[Wanted], results: Mapping[str, Any]) -> SweepTable | None:
+    """The trained cells of a comparison's results as a sweep's table; None where there are fewer than two."""
+    found = results["cells"]
+    shown = {one.cell.name: one for one in cells if one.cell.row is None and one.cell.name in found}
+    if len(shown) < 2:
+        return None
+    # A module at strength 0 is none: both are strength 0 of whatever the others have.
+    module = next((one.cfg.enhancement for one in shown.values() if one.cfg.enhancement.enabled), OFF)
+    configs = {
+        name: one.cfg if one.cfg.enhancement.enabled else replace(one.cfg, enhancement=replace(module, strength=0.0))
+        for name, one in shown.items()
+    }
+    flat = {
+        name: flatten({k: v for k, v in to_dict(cfg).items() if k not in (*NOT_VARIED, SEED, "tracking")})
+        for name, cfg in configs.items()
+    }
+    keys = list(dict.fromkeys(key for values in flat.values() for key in values))
+    varied = [key for key in keys if len({json.dumps(values.get(key)) for values in flat.values()}) > 1]
+    rows = [
+        Row(
+            name,
+            {key: values.get(key) for key in varied},
+            {cost: found[name][cost] for cost in COSTS},
+            {m: MetricValue(e["value"], e["low"], e["high"], e["better"]) for m, e in found[name]["metrics"].items()},
+            (),
+        )
+        for name, values in flat.items()
+    ]
+    return SweepTable(rows, varied, results["protocol"])
+
+
+def draw_plots(cells: Sequence[Wanted], results: Mapping[str, Any], folder: Path) -> None:
+    """Heat maps, curves and quality against cost, as far as what varies allows them."""
+    table = sweep_table(cells, results)
+    if table is None or not table.metrics:
+        return
+    leading = plots.leading_metrics(table)
+    for metric in leading:
+        plots.plot_heat_map(table, metric, folder / f"heat_{metric}.png")
+    plots.plot_sweep_curves(table, leading[:3], folder / "curves.png")
+    plots.plot_pareto(table, table.headline(), folder / "pareto.png")
+
+
+def draw_crops(cells: Sequence[Wanted], work: Path, output: Path) -> None:
+    """The middle of the first pictures at 400 %, a column for each cell whose pictures are on this machine."""
+    columns: dict[str, list[np.ndarray]] = {}
+    for one in cells:
+        files = sorted(work.glob(f"*/pictures/{one.digest}/*.png"))[:CROPS]
+        if one.cell.name not in columns and len(files) == CROPS:
+            columns[one.cell.name] = [_middle(np.asarray(Image.open(file).convert("RGB"))) for file in files]
+    if columns:
+        flat = [columns[name][row] for row in range(CROPS) for name in columns]
+        output.parent.mkdir(parents=True, exist_ok=True)
+        image_grid(flat, CROPS, len(columns), list(columns), zoom=ZOOM).save(output)
+
+
+def _middle(image: np.ndarray) -> np.ndarray:
+    top, left = ((side - min(SIDE, side)) // 2 for side in image.shape[:2])
+    return image[top : top + SIDE, left : left + SIDE]
