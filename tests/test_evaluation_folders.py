@@ -17,6 +17,7 @@ from test_evaluation_measure import TinyFeatures
 from lora_dae.config import ConfigError, conf_dir
 from lora_dae.evaluation import folder_run, folders
 from lora_dae.evaluation.command import EvaluateRequest, evaluate
+from lora_dae.evaluation.metrics.measure import build_reference, measure_images
 from lora_dae.evaluation.references import FLOOR
 
 
@@ -79,6 +80,65 @@ def test_pictures_against_themselves_have_no_distance_and_pairs_are_told_by_name
     assert result["references"] == {} and result["protocol"]["mode"] == "paired"
     html = (tmp_path / "out" / "report.html").read_text()
     assert "Best and worst by ssim" in html
+
+
+def _masks(root: Path, size: tuple[int, int] = (40, 40)) -> Path:
+    """A garment of another width in each picture; (width, height)."""
+    root.mkdir()
+    for k in range(6):
+        mask = np.zeros((size[1], size[0]), np.uint8)
+        mask[8:30, 5 : 20 + 2 * k] = 255
+        Image.fromarray(mask).save(root / f"{k:02d}.png")
+    return root
+
+
+def test_masks_give_the_garments_numbers_that_a_run_has(two: tuple[Path, Path], tmp_path: Path) -> None:
+    """The same as of a run's pictures in memory; the floor, of which no garment is known, is of whole pictures."""
+    masks, train = _masks(tmp_path / "masks"), _folder(tmp_path / "train", 200, 8)
+    words = ("paired=true", f"masks={masks}", f"train={train}")
+    for output in ("first", "kept"):  # what is kept of the reference is of its garments too
+        result = _evaluate(two, tmp_path / output, *words)
+        pictures, real, inside = (
+            torch.from_numpy(np.stack([np.asarray(Image.open(f)) for f in sorted(folder.iterdir())]))
+            for folder in (*two, masks)
+        )
+        network = TinyFeatures()
+        against = build_reference(real.permute(0, 3, 1, 2), inside, network)
+        expected, _ = measure_images(
+            pictures.permute(0, 3, 1, 2), against, network, masks=inside, paired=True, bootstrap=20
+        )
+        found = result["methods"]["made"]
+        assert {"psnr_garment", "edge_f1_garment", "color_garment", "lsd_garment"} <= set(found) == set(expected)
+        for name, metric in expected.items():
+            assert found[name]["value"] == pytest.approx(metric.value, rel=1e-5), name
+    plain = _evaluate(two, tmp_path / "plain", "paired=true", f"train={train}")
+    assert result["references"][FLOOR] == plain["references"][FLOOR]
+    assert result["methods"]["made"]["lsd_garment"] != plain["methods"]["made"]["lsd"]
+    scaled = _evaluate(two, tmp_path / "scaled", *words, "resolution=20")
+    assert scaled["methods"]["made"]["psnr_garment"]["value"] > found["psnr_garment"]["value"]  # noise averages out
+
+
+def test_masks_of_transparent_files_are_dark_there_and_scaled_to_black_and_white(tmp_path: Path) -> None:
+    clear = np.full((40, 40, 4), 255, np.uint8)
+    clear[:, 20:, 3] = 0
+    (tmp_path / "masks").mkdir()
+    for k in range(2):
+        Image.fromarray(clear).save(tmp_path / "masks" / f"{k}.png")
+    for resolution, side in ((None, 40), (20, 20)):
+        mask = next(folders.read_masks(folders.scan("masks", tmp_path / "masks"), [0], resolution))
+        assert mask.shape == (side, side) and (mask[:, : side // 2] == 255).all() and (mask[:, side // 2 :] == 0).all()
+
+
+def test_masks_that_do_not_belong_to_the_pictures_are_one_sentence(two: tuple[Path, Path], tmp_path: Path) -> None:
+    masks = _masks(tmp_path / "masks")
+    with pytest.raises(ConfigError, match="give paired=true with them"):
+        _evaluate(two, tmp_path / "out", f"masks={masks}")
+    (masks / "03.png").unlink()
+    with pytest.raises(ConfigError, match="images=.* has 03 and masks=.* has not"):
+        _evaluate(two, tmp_path / "out", f"masks={masks}", "paired=true")
+    small = _masks(tmp_path / "small", (20, 40))
+    with pytest.raises(ConfigError, match="00.png is 20 x 40, its picture 40 x 40"):
+        _evaluate(two, tmp_path / "out", f"masks={small}", "paired=true")
 
 
 def test_reference_features_are_read_once_and_again_after_a_change(

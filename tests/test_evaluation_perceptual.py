@@ -65,7 +65,10 @@ def test_lpips_of_a_garment_is_the_mean_of_upstreams_map(alexnet_file: Path, mon
     masks[0, 5:40, 11:50] = 1
     masks[1] = 1
     maps = reference(a, b, normalize=True)[:, 0]
-    first, whole, empty = Lpips(alexnet_file).inside(a, b, masks).tolist()
+    ours = Lpips(alexnet_file)
+    everywhere, inside = ours.with_inside(a, b, masks)
+    assert torch.equal(everywhere, ours(a, b))  # one look at the pictures gives both
+    first, whole, empty = inside.tolist()
     assert first == pytest.approx(maps[0, 5:40, 11:50].mean().item(), rel=1e-4)
     assert whole == pytest.approx(maps[1].mean().item(), rel=1e-4) and math.isnan(empty)
 

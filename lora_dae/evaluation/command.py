@@ -24,7 +24,7 @@ LONGEST_NAME = 100  # characters of a folder that is named by what differs
 OF_DRAWN = ("num_samples", "clip")
 OF_SAMPLING = ("scheduler", "sampling_method", "num_inference_steps", "guidance_scale", "source_guidance_scale")
 OF_RUN = ("strength", *OF_SAMPLING, "frozen")
-OF_FOLDER = ("reference", "train", "paired", "resolution")
+OF_FOLDER = ("reference", "train", "masks", "paired", "resolution")
 OF_COMPARISON = ("baseline", "vqa", "study")
 
 
@@ -36,6 +36,7 @@ class EvaluateRequest:
     images: str | None
     runs: list[str] | None
     reference: str | None
+    masks: str | None
     train: str | None
     paired: bool | None
     resolution: int | None
@@ -124,6 +125,7 @@ def _folder(request: EvaluateRequest, console: Console, on_page: OnPage | None) 
         images=images,
         reference=Path(request.reference),
         train=None if request.train is None else Path(request.train),
+        masks=None if request.masks is None else Path(request.masks),
         paired=bool(request.paired),
         resolution=request.resolution,
         cache_dir=Path(request.cache_dir),

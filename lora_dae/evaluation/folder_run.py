@@ -42,11 +42,15 @@ DAMAGED: dict[str, Make] = {"reference, blurred": blurred, "reference, over-shar
 
 @dataclass(frozen=True)
 class FolderRequest:
-    """``paired``: pictures of one name show one thing; ``train``: what was trained on (overlap, floor)."""
+    """``paired``: pictures of one name show one thing; ``train``: what was trained on (overlap, floor).
+
+    ``masks``: bright where the garment of that name is; only with ``paired``.
+    """
 
     images: Path
     reference: Path
     train: Path | None
+    masks: Path | None
     paired: bool
     resolution: int | None
     cache_dir: Path
@@ -63,7 +67,7 @@ def evaluate_folder(
     Raises ConfigError before anything is measured: folders that are empty, too small, of mixed or different sizes, hold
     grids, gray pictures, two kinds of photos or names without partner, a reference that was trained on.
     """
-    images, reference, train, warnings = _check(request, cfg)
+    images, reference, train, masks, warnings = _check(request, cfg)
     check_writable(request.output)
     start_processes()
     if dist.is_initialized() and dist.get_world_size() > min(len(images), len(reference)):
@@ -78,32 +82,40 @@ def evaluate_folder(
     with Progress(*columns, console=console, disable=not first) as progress:
 
         def look(
-            label: str, folder: PictureFolder, meters: Meters, target: PictureFolder | None, make: Make
+            label: str,
+            folder: PictureFolder,
+            meters: Meters,
+            target: PictureFolder | None,
+            make: Make,
+            inside: PictureFolder | None,
         ) -> Observed:
             task = progress.add_task(label, total=len(share(len(folder))))
-            batches = _batches(folder, target, request.resolution, make, lambda k: progress.advance(task, k))
+            batches = _batches(folder, target, inside, request.resolution, make, lambda k: progress.advance(task, k))
             return gathered(observe(batches, meters))
 
-        def real_side(label: str, folder: PictureFolder) -> Observed:
-            how = f"{request.resolution}:whole"
-            path = feature_cache.cache_path(request.cache_dir, folder.files, extractors, how)
+        def real_side(label: str, folder: PictureFolder, inside: PictureFolder | None) -> Observed:
+            how, files = f"{request.resolution}:{'whole' if inside is None else 'garment'}", folder.files
+            files = files if inside is None else [*files, *inside.files]
+            path = feature_cache.cache_path(request.cache_dir, files, extractors, how)
             kept = feature_cache.load(path, extractors)
             if not agreed(kept is not None) or kept is None:
-                kept = look(label, folder, plain, None, _as_is)
+                kept = look(label, folder, plain, None, _as_is, inside)
                 if first:
                     feature_cache.store(path, kept)
             return kept
 
         target = reference if request.paired else None
-        real = real_side("reference", reference)
-        seen = look("images", images, full, target, _as_is)
-        others: dict[str, tuple[Observed, bool]] = {}
+        real = real_side("reference", reference, masks)
+        seen = look("images", images, full, target, _as_is, masks)
+        others: dict[str, tuple[Observed, Observed, bool]] = {}
         if train is not None and len(train) >= len(images):  # a distance depends on the number of images
             some = torch.linspace(0, len(train) - 1, len(images)).round().long()
-            others[FLOOR] = (real_side("training photos", train).take(some), False)
+            # Of these no garment is known: whole pictures against whole ones.
+            whole = real if masks is None else real_side("reference, whole", reference, None)
+            others[FLOOR] = (real_side("training photos", train, None).take(some), whole, False)
         if cfg.controls:
             for name, make in DAMAGED.items():
-                others[name] = (look(name, reference, full, target, make), True)
+                others[name] = (look(name, reference, full, target, make, masks), real, True)
     if not first:
         return None
     name = request.images.name or "images"
@@ -111,8 +123,8 @@ def evaluate_folder(
         name: summarize(seen, real, extractors, cfg.bootstrap, request.seed, request.paired)
     }
     references = {
-        row: summarize(other, real, extractors, cfg.bootstrap, request.seed, together)
-        for row, (other, together) in others.items()
+        row: summarize(other, against, extractors, cfg.bootstrap, request.seed, together)
+        for row, (other, against, together) in others.items()
     }
     protocol = _protocol(
         request, cfg, images, reference, [*warnings, *size_warnings(len(images), len(reference), 0)],
@@ -122,7 +134,10 @@ def evaluate_folder(
     add_infinity(methods, curves, protocol)
     table = ResultsTable(methods, protocol, references, curves)
     console.print(table.rich())  # first: whatever becomes of the files, the numbers are there
-    spectra = {name: seen.power.spectrum(), **{row: other.power.spectrum() for row, (other, _) in others.items()}}
+    spectra = {
+        name: seen.power.spectrum(),
+        **{row: other.power.spectrum() for row, (other, against, _) in others.items() if against is real},
+    }
     plots = [plot_band_power(spectra, real.power.spectrum(), request.output / "plots" / "band_power.svg")]
     page = Page(
         title=f"{name} against {request.reference.name}",
@@ -162,12 +177,14 @@ def agreed(known: bool) -> bool:
 
 def _check(
     request: FolderRequest, cfg: EvaluationConfig
-) -> tuple[PictureFolder, PictureFolder, PictureFolder | None, list[str]]:
+) -> tuple[PictureFolder, PictureFolder, PictureFolder | None, PictureFolder | None, list[str]]:
     if request.resolution is not None and request.resolution < 16:
         raise ConfigError(f"resolution={request.resolution} is below 16: give e.g. 256.")
     for option in ("lpips", "dists"):
         if not request.paired and getattr(cfg, option):
             raise ConfigError(f"{option} compares pictures one by one: give paired=true, or leave it out.")
+    if request.masks is not None and not request.paired:
+        raise ConfigError("masks say where the garment is in both pictures of one name: give paired=true with them.")
     images = folders.scan("images", request.images)
     reference = folders.scan("reference", request.reference)
     if request.images.resolve() == request.reference.resolve():
@@ -175,13 +192,14 @@ def _check(
     warnings = folders.check_pictures(images, reference, request.resolution)
     if request.paired:
         reference = folders.check_names(images, reference)
+    masks = None if request.masks is None else folders.check_masks(images, folders.scan("masks", request.masks))
     train = None
     if request.train is not None:
         train = folders.scan("train", request.train)
         if request.resolution is None and train.size != reference.size:
             raise ConfigError(f"{train.where} has not the reference's size: give resolution=256, say.")
         folders.check_overlap(reference, train)
-    return images, reference, train, warnings
+    return images, reference, train, masks, warnings
 
 
 def _as_is(image: np.ndarray) -> np.ndarray:
@@ -189,17 +207,24 @@ def _as_is(image: np.ndarray) -> np.ndarray:
 
 
 def _batches(
-    folder: PictureFolder, target: PictureFolder | None, resolution: int | None, make: Make, told: Callable[[int], None]
+    folder: PictureFolder,
+    target: PictureFolder | None,
+    masks: PictureFolder | None,
+    resolution: int | None,
+    make: Make,
+    told: Callable[[int], None],
 ) -> Iterator[Batch]:
     """This process's share of a folder, in batches."""
     index = list(share(len(folder)))
     pictures = folders.read(folder, index, resolution)
     partners = None if target is None else folders.read(target, index, resolution)
+    garments = None if masks is None else folders.read_masks(masks, index, resolution)
     for start in range(0, len(index), BATCH):
         count = len(index[start : start + BATCH])
         images = stack_images([make(next(pictures)) for _ in range(count)]).float() / 255
         real = None if partners is None else stack_images([next(partners) for _ in range(count)]).float() / 255
-        yield Batch(images, real)
+        inside = None if garments is None else torch.from_numpy(np.stack([next(garments) for _ in range(count)]))
+        yield Batch(images, real, masks=None if inside is None else (inside > 127).float())
         told(count)
 
 

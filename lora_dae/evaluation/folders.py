@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +16,7 @@ from PIL import Image
 
 from lora_dae.config import ConfigError
 from lora_dae.data.decode import BadImageError, decode, open_image, upright_size
-from lora_dae.data.square import fit_square
+from lora_dae.data.square import fit_mask, fit_square
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 LOSSY = (".jpg", ".jpeg", ".webp")
@@ -98,7 +98,7 @@ def check_pictures(images: PictureFolder, reference: PictureFolder, resolution: 
 
 
 def check_names(images: PictureFolder, reference: PictureFolder) -> PictureFolder:
-    """For paired=true: the reference in the order of the images. Raises ConfigError where a name has no partner."""
+    """For paired=true: ``reference`` (or masks) in the order of the images. ConfigError where a name has no partner."""
     for one in (images, reference):
         twice = [stem for stem, count in Counter(file.stem for file in one.files).items() if count > 1]
         if twice:
@@ -115,6 +115,15 @@ def check_names(images: PictureFolder, reference: PictureFolder) -> PictureFolde
     order = [known[stem] for stem in stems]
     files, sizes = [reference.files[k] for k in order], [reference.sizes[k] for k in order]
     return PictureFolder(reference.option, reference.path, files, reference.size, sizes, reference.gray)
+
+
+def check_masks(images: PictureFolder, masks: PictureFolder) -> PictureFolder:
+    """Masks in the order of the images. Raises ConfigError where one is missing or of another size than its picture."""
+    masks = check_names(images, masks)
+    for file, size, picture in zip(masks.files, masks.sizes, images.sizes, strict=True):
+        if size != picture:
+            raise ConfigError(f"{file} is {_size(size)}, its picture {_size(picture)}: make masks as large as these.")
+    return masks
 
 
 def check_overlap(folder: PictureFolder, train: PictureFolder) -> None:
@@ -138,6 +147,24 @@ def read(folder: PictureFolder, index: Sequence[int], resolution: int | None) ->
         photo = _decode(folder.files[k])
         return np.asarray(photo) if resolution is None else fit_square(photo, resolution, whole=True)
 
+    return _ahead(one, index)
+
+
+def read_masks(folder: PictureFolder, index: Sequence[int], resolution: int | None) -> Iterator[np.ndarray]:
+    """The masks at ``index`` as uint8 (H, W) of 0 and 255 where it is bright, scaled and padded as pictures are."""
+
+    def one(k: int) -> np.ndarray:
+        mask = _decode(folder.files[k], "black")  # what is transparent is no garment
+        return _bright(mask) if resolution is None else fit_mask(mask, mask, resolution, whole=True)
+
+    return _ahead(one, index)
+
+
+def _bright(mask: Image.Image) -> np.ndarray:
+    return np.where(np.asarray(mask.convert("L")) >= 128, 255, 0).astype(np.uint8)
+
+
+def _ahead(one: Callable[[int], np.ndarray], index: Sequence[int]) -> Iterator[np.ndarray]:
     with ThreadPoolExecutor(WORKERS) as pool:
         rest = iter(index)
         waiting = [pool.submit(one, k) for k in islice(rest, AHEAD)]
@@ -221,9 +248,9 @@ def _contents(folder: PictureFolder) -> Iterator[tuple[Path, bytes]]:
         yield folder.files[k], hashlib.blake2b(head + pixels.tobytes(), digest_size=16).digest()
 
 
-def _decode(file: Path) -> Image.Image:
+def _decode(file: Path, background: str = "white") -> Image.Image:
     try:
-        return decode(file.read_bytes())
+        return decode(file.read_bytes(), background=background)
     except (BadImageError, OSError) as error:
         raise ConfigError(f"{file} {_reason(error)}: replace it or take it out.") from error
 

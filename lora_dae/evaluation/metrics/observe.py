@@ -127,16 +127,18 @@ def _observe(batch: Batch, meters: Meters) -> Observed:
         values["ssim"] = reference.ssim(images, target)
         if min(images.shape[-2:]) >= MS_SSIM_SIDE:
             values["ms_ssim"] = ms_ssim(images, target)
-        values |= {name: distance(images, target) for name, distance in meters.perceptual.items()}
+        for name, distance in meters.perceptual.items():
+            if masks is not None and isinstance(distance, Lpips):  # from the same features
+                values[name], values[f"{name}_garment"] = distance.with_inside(images, target, masks)
+            else:
+                values[name] = distance(images, target)
     if target is not None and masks is not None:
         values["psnr_garment"] = reference.psnr(images, target, masks)
         values["ssim_garment"] = reference.ssim(images, target, masks)
         if min(images.shape[-2:]) >= MS_SSIM_SIDE:
             values["ms_ssim_composed"] = composed(ms_ssim, images, target, masks)
         for name, distance in meters.perceptual.items():
-            if isinstance(distance, Lpips):
-                values[f"{name}_garment"] = distance.inside(images, target, masks)
-            else:
+            if not isinstance(distance, Lpips):
                 values[f"{name}_composed"] = composed(distance, images, target, masks)
         values["gradient_garment"] = edges.gradient_distance(images, target, masks)
         values["edge_f1_garment"] = edges.edge_f1(images, target, masks)

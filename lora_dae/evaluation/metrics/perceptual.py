@@ -87,31 +87,27 @@ class Lpips(nn.Module):
     @torch.inference_mode()
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
         pieces = zip(images.split(BATCH), target.split(BATCH), strict=True)
-        return torch.cat([self._distance(a, b) for a, b in pieces])
+        return torch.cat([_over_places(self._maps(a, b)) for a, b in pieces])
 
     @torch.inference_mode()
-    def inside(self, images: Tensor, target: Tensor, masks: Tensor) -> Tensor:
-        """Mean over the pixels of ``masks`` (N, H, W) of LPIPS's spatial map, (N,); NaN for an empty mask.
+    def with_inside(self, images: Tensor, target: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """``forward``, and the mean over the pixels of ``masks`` (N, H, W) of LPIPS's spatial map; (N,) both.
 
         The map is upstream's (``spatial=True``): that of each layer enlarged bilinearly to the picture, then added. A
         garment's value so does not depend on its size, as that of a picture pasted together would; features near its
-        border see what lies beside it.
+        border see what lies beside it. NaN for an empty mask.
         """
-        means = []
+        wholes, means = [], []
         pieces = zip(images.split(BATCH), target.split(BATCH), masks.split(BATCH), strict=True)
         for a, b, mask in pieces:
+            layers = self._maps(a, b)
             maps = torch.zeros(len(a), *mask.shape[1:])
-            for one in self._maps(a, b):
+            for one in layers:
                 maps += nn.functional.interpolate(one, mask.shape[1:], mode="bilinear", align_corners=False)[:, 0].cpu()
             inside = mask.cpu().float()
             means.append((maps * inside).sum(dim=(1, 2)) / inside.sum(dim=(1, 2)))  # 0 / 0 = NaN
-        return torch.cat(means)
-
-    def _distance(self, a: Tensor, b: Tensor) -> Tensor:
-        total = torch.zeros(len(a))
-        for weighted in self._maps(a, b):
-            total = total + weighted.mean(dim=(1, 2, 3)).cpu()
-        return total
+            wholes.append(_over_places(layers))
+        return torch.cat(wholes), torch.cat(means)
 
     def _maps(self, a: Tensor, b: Tensor) -> list[Tensor]:
         """The distance at each place of each layer, (N, 1, h, w)."""
@@ -126,6 +122,14 @@ class Lpips(nn.Module):
             if k in TAPS:
                 taps.append(x / (x.square().sum(1, keepdim=True) + 1e-8).sqrt())
         return taps
+
+
+def _over_places(layers: list[Tensor]) -> Tensor:
+    """Maps (N, 1, h, w) averaged each and added, (N,)."""
+    total = torch.zeros(len(layers[0]))
+    for weighted in layers:
+        total = total + weighted.mean(dim=(1, 2, 3)).cpu()
+    return total
 
 
 def load_dists() -> Distance:
