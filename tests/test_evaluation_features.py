@@ -36,6 +36,20 @@ def test_effnet_gives_features_and_probabilities_that_a_batch_does_not_change(
     assert torch.allclose(effnet(as_float_images(images)), together.pooled, atol=1e-4)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_several_cores_give_what_the_network_gives_in_the_images_order(effnet: FeatureExtractor, threads: int) -> None:
+    images = torch.rand(11, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = effnet.extract(iter([images[:9], images[9:]]))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(found.pooled, effnet(as_float_images(images)), atol=1e-4)
+    assert not found.pooled.requires_grad
+
+
 def test_effnet_is_the_packages_own_network(effnet: FeatureExtractor) -> None:
     """At 224 pixels nothing is resized: the probabilities are those of the package's forward."""
     assert isinstance(effnet, EffnetFeatures)

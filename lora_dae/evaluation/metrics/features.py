@@ -7,6 +7,7 @@ called fd_effnet, kd_effnet and is_effnet: they do not compare with published FI
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -84,7 +85,6 @@ class FeatureExtractor(nn.Module):
         One big tensor in a list is fine: it is cut into pieces.
         """
         device = self.device
-        pooled, probs = [], []
         with _streams(device) as (streams, at_once):
 
             @torch.inference_mode()
@@ -92,13 +92,17 @@ class FeatureExtractor(nn.Module):
                 feature, prob = self.features_and_probs(as_float_images(piece).to(device))
                 return feature.float().cpu(), prob.float().cpu()
 
+            begun: deque[Iterable[tuple[Tensor, Tensor]]] = deque()
+            found: list[tuple[Tensor, Tensor]] = []
             for batch in images:
-                for feature, prob in streams(one, batch.split(at_once)):
-                    pooled.append(feature)
-                    probs.append(prob)
-        if not pooled:
+                begun.append(streams(one, batch.split(at_once)))
+                if len(begun) > 1:  # no stream waits for the last one of a batch
+                    found.extend(begun.popleft())
+            for rest in begun:
+                found.extend(rest)
+        if not found:
             raise ConfigError("there are no images to extract features from; check the folder or split.")
-        return Features(torch.cat(pooled), torch.cat(probs))
+        return Features(torch.cat([pooled for pooled, _ in found]), torch.cat([probs for _, probs in found]))
 
 
 @contextmanager
