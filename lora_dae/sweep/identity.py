@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from lora_dae.config import Config, from_dict, to_dict
 
 TRAINING_VERSION = 5  # raise it when the same config begins to train to other weights
+ENHANCEMENT_VERSION = 1  # raise it when the same config begins to give another enhancement on the same adapter
 
 NOT_TRAINING = ("name", "run_dir", "ckpt_path", "store", "sampling", "evaluation", "tracking")
 NOT_TRAINING_IN = {
@@ -46,6 +47,8 @@ def training_part(cfg: Config) -> dict[str, Any]:
             del values["objective"][name]
     if not cfg.enhancement.enabled or cfg.enhancement.placement == "none":
         values["enhancement"] = None  # there is no module to train
+    else:
+        values["enhancement"]["version"] = ENHANCEMENT_VERSION
     return values
 
 
