@@ -1,14 +1,9 @@
 """LoRA layers that cost little more than the frozen layer below them.
 
-PEFT computes W x + s B A x as three products and a sum, each with its own backward. Here the weight W + s B A is formed
-once per call and used for the output and for the input's gradient; the gradients of A and B come from
-low-rank products, so the full weight gradient never exists (RunLoRA, Cherniuk et al. 2023, 2312.03415, for linear
-layers; the same for convolutions):
-
-    H = A x        G = s B^T dL/dy        dL/dB = s dL/dy H^T        dL/dA = G x^T
-
-Parameters, names and files stay PEFT's. Layers with few positions (a time embedding) keep PEFT's order, which
-is the cheaper one there; so does every case that PEFT treats apart (dropout, DoRA, several adapters, merged).
+PEFT computes W x + s B A x as three products and a sum, each with its own backward. Here it is one function
+(products.py): by the whole weight W + s B A, formed once per call, or where few positions pass through a large
+layer (a time embedding, small latents) in PEFT's order, which is the cheaper one there. Parameters, names and
+files stay PEFT's, and so does every case that PEFT treats apart (dropout, DoRA, several adapters, merged).
 
 A weight that is held in int8 (backbone/int8.py) is merged again in the backward pass, instead of being kept for it.
 
@@ -27,15 +22,19 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Conv2d, Linear
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from lora_dae.adapter.products import (
+    Frozen,
+    MergedConv,
+    MergedLinear,
+    PackedConv,
+    SplitConv,
+    SplitLinear,
+    merge,
+    merging_pays,
+)
 from lora_dae.backbone.int8 import is_int8
 
-# oneDNN reorders a convolution's weight in every call, on a CPU most of its time where latents are small. These do it
-# once, and what comes out is the same to the bit; torch's compiler uses them on frozen networks.
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
-_PACK: Any = getattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", None) if _HAS_ONEDNN else None
-_CONVOLVE: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise", None) if _HAS_ONEDNN else None
 _OF_TEXT = ("attn2.to_k", "attn2.to_v")  # diffusers' cross-attention
 
 
@@ -120,25 +119,18 @@ def _keep_merged(layer: Any, dtype: torch.dtype, shape: torch.Size) -> _Kept | N
             layer._caches.clear()  # what PEFT would need to undo it
         else:
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-            whole = _merge(base.weight, a, b, layer.scaling[name], dtype)
+            whole = merge(base.weight, a, b, layer.scaling[name], dtype)
     bias = None if bias is None else bias.to(dtype)
     if not isinstance(base, nn.Conv2d):
         return _Kept(partial(F.linear, weight=whole, bias=bias), dtype)
-    if _PACK is not None and _CONVOLVE is not None and whole.device.type == "cpu" and dtype == torch.float32:
-        steps = list(base.padding), list(base.stride), [1, 1], 1
-        packed = _PACK(whole.to_mkldnn(), *steps, list(shape))
-        return _Kept(lambda x: _CONVOLVE(x, packed, bias, *steps, "none", [], ""), dtype)
+    if PackedConv.suits(whole.device) and dtype == torch.float32:
+        return _Kept(partial(PackedConv(whole, base.stride, base.padding, shape), bias=bias), dtype)
     return _Kept(partial(F.conv2d, weight=whole, bias=bias, stride=base.stride, padding=base.padding), dtype)
 
 
 def _is_plain(conv: nn.Module) -> bool:
     assert isinstance(conv, nn.Conv2d)
     return conv.groups == 1 and conv.dilation == (1, 1) and conv.padding_mode == "zeros"
-
-
-def merging_pays(positions: int, inputs: int, outputs: int) -> bool:
-    """True if B A, rank x inputs x outputs products, costs less than B A x, rank x positions x (inputs + outputs)."""
-    return positions * (inputs + outputs) > inputs * outputs
 
 
 def _plain_adapter(layer: Linear | Conv2d, extra: bool) -> str | None:
@@ -157,10 +149,23 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def _is_peft_s_to_split(base: nn.Module) -> bool:
+    """Where no rounded copy is kept: of int8 weights, to save memory, and on a GPU, where rounding costs little."""
+    return is_int8(base) or base.weight.device.type != "cpu"  # type: ignore[union-attr, return-value]
+
+
+def _frozen(layer: Any, dtype: torch.dtype, shape: torch.Size) -> Frozen:
+    """The layer's frozen weight as the split order uses it, made in the first call."""
+    if layer.frozen is None or not layer.frozen.fits(layer.base_layer, dtype):
+        layer.frozen = Frozen(layer.base_layer, dtype, shape)
+    return layer.frozen  # type: ignore[no-any-return]
+
+
 class FusedLinear(Linear):
     """PEFT's LoRA Linear in one product."""
 
     kept: dict[Any, _Kept | None] | None = None  # see merged_once
+    frozen: Frozen | None = None  # of the split order
     reads_text = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -170,16 +175,21 @@ class FusedLinear(Linear):
                 return output
         name, base = _plain_adapter(self, bool(args or kwargs)), self.base_layer
         assert isinstance(base, nn.Linear)
-        if name is None or not merging_pays(x.numel() // x.shape[-1], base.in_features, base.out_features):
+        if name is None:
             return super().forward(x, *args, **kwargs)
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return _LinearProduct.apply(x, base, a, b, self.scaling[name], _compute_dtype(x))
+        a, b, dtype = self.lora_A[name].weight, self.lora_B[name].weight, _compute_dtype(x)
+        if merging_pays(x.numel() // x.shape[-1], base.in_features, base.out_features):
+            return MergedLinear.apply(x, base, a, b, self.scaling[name], dtype)
+        if _is_peft_s_to_split(base):
+            return super().forward(x)
+        return SplitLinear.apply(x, _frozen(self, dtype, x.shape), a, b, self.scaling[name])
 
 
 class FusedConv2d(Conv2d):
     """PEFT's LoRA Conv2d (A has the kernel, stride and padding, B is 1x1) in one convolution."""
 
     kept: dict[Any, _Kept | None] | None = None
+    frozen: Frozen | None = None
     reads_text = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -190,87 +200,11 @@ class FusedConv2d(Conv2d):
         name, base = _plain_adapter(self, bool(args or kwargs)), self.base_layer
         assert isinstance(base, nn.Conv2d)
         positions = x.shape[0] * x.shape[2] * x.shape[3] // (base.stride[0] * base.stride[1])
-        if name is None or not merging_pays(positions, base.weight[0].numel(), base.out_channels):
+        if name is None:
             return super().forward(x, *args, **kwargs)
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return _ConvProduct.apply(x, base, a, b, self.scaling[name], _compute_dtype(x))
-
-
-def _merge(weight: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """W + scale B A in the adapter's precision, then rounded once."""
-    delta = (b.flatten(1) @ a.flatten(1)).view(weight.shape)
-    merged = torch.add(weight.to(a.dtype), delta, alpha=scale)
-    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
-        return merged.to(dtype, memory_format=torch.channels_last)
-    return merged.to(dtype)
-
-
-def _keep(ctx: Any, x: Tensor, base: Any, a: Tensor, b: Tensor, scale: float, merged: Tensor) -> None:
-    """What the backward needs; the merged weight too, but where it can only be a copy of one that is held smaller."""
-    ctx.base, ctx.scale = base, scale
-    ctx.save_for_backward(x, a, b, *(() if is_int8(base) else (merged,)))
-
-
-def _kept(ctx: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x, a, b, merged)"""
-    x, a, b, *merged = ctx.saved_tensors
-    return x, a, b, merged[0] if merged else _merge(ctx.base.weight, a, b, ctx.scale, x.dtype)
-
-
-def _bias(base: Any, dtype: torch.dtype) -> Tensor | None:
-    return None if base.bias is None else base.bias.to(dtype)
-
-
-class _LinearProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, base, a, b, scale, dtype):  # type: ignore[no-untyped-def]
-        with torch.autocast(x.device.type, enabled=False):
-            x, merged = x.to(dtype), _merge(base.weight, a, b, scale, dtype)
-            _keep(ctx, x, base, a, b, scale, merged)
-            return F.linear(x, merged, _bias(base, dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        with torch.autocast(grad.device.type, enabled=False):
-            x, a, b, merged = _kept(ctx)
-            dx = grad @ merged if ctx.needs_input_grad[0] else None
-            rows, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-            # The scale enters where the tensors are smallest.
-            db = (rows.T @ (x @ a.to(x.dtype).T)).to(b.dtype) * ctx.scale
-            da = ((rows @ b.to(x.dtype)).T @ x).to(a.dtype) * ctx.scale
-        return dx, None, da, db, None, None
-
-
-class _ConvProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, base, a, b, scale, dtype):  # type: ignore[no-untyped-def]
-        with torch.autocast(x.device.type, enabled=False):
-            x, merged = x.to(dtype), _merge(base.weight, a, b, scale, dtype)
-            _keep(ctx, x, base, a, b, scale, merged)
-            return F.conv2d(x, merged, _bias(base, dtype), base.stride, base.padding)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        stride, padding = ctx.base.stride, ctx.base.padding
-
-        def gradients(weight: Tensor, output: Tensor, which: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
-            return torch.ops.aten.convolution_backward(
-                output, x, weight, None, stride, padding, (1, 1), False, (0, 0), 1, which
-            )
-
-        with torch.autocast(grad.device.type, enabled=False):
-            x, a, b, merged = _kept(ctx)
-            dx = gradients(merged, grad, (True, False, False))[0] if ctx.needs_input_grad[0] else None
-            low = a.to(x.dtype)
-            if x.is_contiguous(memory_format=torch.channels_last):
-                low = low.contiguous(memory_format=torch.channels_last)
-            up = b.flatten(1).to(x.dtype)
-            rows = grad.permute(0, 2, 3, 1).reshape(-1, grad.shape[1])
-            h = F.conv2d(x, low, None, stride, padding).permute(0, 2, 3, 1).reshape(-1, up.shape[1])
-            db = (rows.T @ h).to(b.dtype).view(b.shape) * ctx.scale
-            n, _, height, width = grad.shape
-            g = (rows @ up).view(n, height, width, -1).permute(0, 3, 1, 2)
-            da = gradients(low, g, (False, True, False))[1].to(a.dtype) * ctx.scale
-        return dx, None, da, db, None, None
+        a, b, dtype = self.lora_A[name].weight, self.lora_B[name].weight, _compute_dtype(x)
+        if merging_pays(positions, a[0].numel(), base.out_channels):
+            return MergedConv.apply(x, base, a, b, self.scaling[name], dtype)
+        if _is_peft_s_to_split(base):
+            return super().forward(x)
+        return SplitConv.apply(x, _frozen(self, dtype, x.shape), a, b, self.scaling[name])

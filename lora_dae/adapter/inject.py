@@ -8,10 +8,12 @@ W is frozen. B is zero at first, so the injected UNet draws exactly what the bac
 from __future__ import annotations
 
 import re
+from typing import cast
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from lora_dae.adapter.fused import fuse
@@ -31,7 +33,8 @@ _INITS: dict[str, bool | str] = {
 def inject(unet: UNet2DConditionModel, cfg: AdapterConfig) -> None:
     """Add trainable float32 LoRA (or LoHa, LoKr) layers to those that ``cfg.targets`` means; freeze everything else.
 
-    A source input (attach_source_input) keeps training. The UNet is left in train mode, as dropout needs it.
+    A source input (attach_source_input) keeps training. Its layers are left in train mode, as
+    dropout needs it, and the rest of the UNet, which has none, in eval mode.
     LoRA's A is random: seed before calling. For channels_last convert the UNet before injecting: PEFT's DoRA
     on convolutions needs its own weights contiguous. Raises ConfigError for whatever does not fit
     (lora_config).
@@ -50,7 +53,10 @@ def inject(unet: UNet2DConditionModel, cfg: AdapterConfig) -> None:
     if source_input is not None:
         for parameter in source_input.parameters():
             _train(parameter)
-    unet.train()
+    unet.eval()  # in train mode diffusers copies what enters a shortcut into another memory format
+    for module in unet.modules():
+        if isinstance(module, BaseTunerLayer):
+            cast(nn.Module, module).train()  # its dropout
 
 
 def adapted_layer(parameter: str) -> str | None:

@@ -24,6 +24,21 @@ def choose_precision(setting: str, device: torch.device) -> str:
     return "bf16-mixed" if _time(torch.float32) > CLEAR_WIN * _time(torch.bfloat16) else "32-true"
 
 
+def round_frozen(model: nn.Module, precision: str) -> int:
+    """Hold weights that never change in the type to which autocast rounds them in every call; returns how many layers.
+
+    The same to the bit, without the rounding's time and with half the memory. ``precision`` is Lightning's; without
+    autocast nothing happens. A layer with an adapter keeps its own: the sum with the adapter's is rounded there.
+    """
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    adapted = {id(getattr(module, "base_layer", None)) for module in model.modules()}
+    layers = [m for m in model.modules() if type(m) in (nn.Linear, nn.Conv2d) and id(m) not in adapted]
+    frozen = [m for m in layers if dtype is not None and not any(p.requires_grad for p in m.parameters())]
+    for layer in frozen:
+        layer.to(dtype)
+    return len(frozen)
+
+
 def best_device() -> torch.device:
     """The first accelerator that is there, else the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

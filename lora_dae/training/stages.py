@@ -22,7 +22,7 @@ from lora_dae.adapter.table import adapter_table
 from lora_dae.adapter.text import inject_text
 from lora_dae.adapter.words import LearnedWords, encode_with_words, save_words
 from lora_dae.backbone.load import Backbone
-from lora_dae.backbone.precision import choose_precision
+from lora_dae.backbone.precision import choose_precision, round_frozen
 from lora_dae.backbone.tokens import pack_tokens
 from lora_dae.config import Config, ConfigError, SamplingConfig, to_dict
 from lora_dae.data.captions import long_captions
@@ -120,6 +120,7 @@ class Training:
             if cfg.adapter.trains_text:
                 console.print("the text encoder trains: captions are encoded anew in every step, none is cached")
             console.print(f"{self.device}, {self.precision}, {attention} attention", highlight=False)
+        round_frozen(backbone.unet, self.precision)
         text = self._text_with_words()
         self.module = LoraDae(
             backbone, cfg, self.enhancement, null, "adapter", self.words, text, self._photos, backbone.decode
