@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from lora_dae.config import Config, ConfigError, conf_dir
 from lora_dae.sampling.load import load_run
+from lora_dae.training import module as training_module
 from lora_dae.training import run as training
 from lora_dae.training.module import LoraDae, NonFiniteLossError
 from lora_dae.training.resume import find_checkpoints
@@ -231,7 +232,9 @@ def test_folder_of_photos_trains(make: Make, tiny_folder: Path) -> None:
     assert "attr_color" not in result.table.methods["strength 0"]  # nothing is known about these photos
 
 
-def test_nan_loss_stops_and_keeps_the_last_checkpoint(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("every", [1, 10])  # as on a CPU, and as on a GPU
+def test_nan_loss_stops_and_keeps_the_last_checkpoint(every: int, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_module, "check_every", lambda device: every)
     original = LoraDae._losses
 
     def broken(self: LoraDae, batch: dict[str, torch.Tensor], draws: object) -> torch.Tensor:

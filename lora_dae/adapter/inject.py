@@ -53,10 +53,18 @@ def inject(unet: UNet2DConditionModel, cfg: AdapterConfig) -> None:
     if source_input is not None:
         for parameter in source_input.parameters():
             _train(parameter)
-    unet.eval()  # in train mode diffusers copies what enters a shortcut into another memory format
+    set_mode(unet, True)
+
+
+def set_mode(unet: nn.Module, training: bool) -> None:
+    """The adapter's layers in train mode or not, for their dropout; the rest of the UNet in eval mode.
+
+    In train mode diffusers copies what enters a shortcut into another memory format.
+    """
+    unet.eval()
     for module in unet.modules():
         if isinstance(module, BaseTunerLayer):
-            cast(nn.Module, module).train()  # its dropout
+            cast(nn.Module, module).train(training)
 
 
 def adapted_layer(parameter: str) -> str | None:

@@ -35,9 +35,8 @@ class TrainableEMA:
     def update(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take one step towards the parameters; call it after every optimizer step."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        for name, parameter in parameters.items():
-            shadow = self.shadow[name] = self.shadow[name].to(parameter.device)
-            shadow.lerp_(parameter, 1 - decay)
+        self.shadow = {name: self.shadow[name].to(parameter.device) for name, parameter in parameters.items()}
+        torch._foreach_lerp_(list(self.shadow.values()), list(parameters.values()), 1 - decay)
         self.num_updates += 1
 
     @torch.no_grad()
@@ -113,13 +112,14 @@ class EMACallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
+        self._parameters = trainable_parameters(pl_module)  # to look for them in every step takes milliseconds
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.ema is not None and trainer.global_step != self._last_step:  # not while gradients accumulate
             self._last_step = trainer.global_step
-            self.ema.update(trainable_parameters(pl_module))
+            self.ema.update(self._parameters)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.ema is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import lightning
@@ -26,6 +27,21 @@ from lora_dae.training.together import global_batch, who
 Batch = dict[str, Tensor]
 # Streams of random numbers: one per stage, what all samples of a step have in common, pictures of the prior.
 SHARED, PRIOR = 4, 5
+
+
+def check_every(device: torch.device) -> int:
+    """Steps between looks at the losses: a GPU has to be waited for at each, a CPU not."""
+    return 1 if device.type == "cpu" else 10
+
+
+@dataclass
+class Seen:
+    """A step's loss, the global batch's and this process's, and its samples; not looked at yet."""
+
+    step: int
+    mean: Tensor
+    loss: Tensor
+    index: Tensor
 
 
 class NonFiniteLossError(RuntimeError):
@@ -68,6 +84,7 @@ class LoraDae(lightning.LightningModule):
         self.noise_scheduler = backbone.scheduler
         self.register_buffer("null_text", null_text, persistent=False)
         self.prior: Prior | None = None
+        self._unchecked: list[Seen] = []
         self.strict_loading = False  # checkpoints leave the frozen weights out
         self._kept = set(trainable_parameters(self))
         self.set_stage(stage)
@@ -115,14 +132,29 @@ class LoraDae(lightning.LightningModule):
         # One small collective: the loss of the global batch, and every rank learns of any rank's NaN at once.
         mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
         assert isinstance(mean, Tensor)
-        if not math.isfinite(mean.item()):
-            samples = who(not math.isfinite(loss.item()), batch["index"].tolist())
-            raise NonFiniteLossError(
-                f"the loss became {mean.item()} at step {self.global_step} on samples {samples}: lower "
-                "optimizer.learning_rate, or look at these samples."
-            )
+        self._unchecked.append(Seen(self.global_step, mean, loss.detach(), batch["index"]))
+        if len(self._unchecked) >= check_every(mean.device):
+            self.check_losses()
         self.log("train/loss", mean, prog_bar=True)
         return loss * scale
+
+    def check_losses(self) -> None:
+        """Raises NonFiniteLossError, on every rank, if a loss since the last call was NaN or infinite."""
+        seen, self._unchecked = self._unchecked, []
+        if not seen or bool(torch.stack([one.mean for one in seen]).isfinite().all()):
+            return
+        first = next(one for one in seen if not math.isfinite(one.mean.item()))
+        samples = who(not math.isfinite(first.loss.item()), first.index.tolist())
+        raise NonFiniteLossError(
+            f"the loss became {first.mean.item()} at step {first.step} on samples {samples}: lower "
+            "optimizer.learning_rate, or look at these samples."
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_losses()  # no checkpoint of a step that went wrong
+
+    def on_train_end(self) -> None:
+        self.check_losses()
 
     def _paired_step(self, batch: Batch, batch_idx: int, generators: list[torch.Generator], places: range) -> Tensor:
         """The loss of source texture, or of the decoder stage."""
@@ -191,6 +223,7 @@ class LoraDae(lightning.LightningModule):
             lr=rates[self.stage],
             betas=(cfg.betas[0], cfg.betas[1]),
             weight_decay=0.0 if enhancing else cfg.weight_decay,
+            fused=self._fuses_optimizer,
         )
         steps = max(self.trainer.max_steps, 1)
         warmup = max(1, min(cfg.warmup_steps, steps // 10))
@@ -201,6 +234,19 @@ class LoraDae(lightning.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def _fuses_optimizer(self) -> bool:
+        return str(self.trainer.precision) != "16-mixed"  # there gradients are scaled, and clipped in between
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """As Lightning does it, which refuses fused optimizers: they may be meant for scaled gradients."""
+        if not self._fuses_optimizer or gradient_clip_algorithm not in (None, "norm"):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], gradient_clip_val)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Only what trains in one of the stages."""

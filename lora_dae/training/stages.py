@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_dae.adapter.files import save_adapter, save_merged
 from lora_dae.adapter.initial import initialize
-from lora_dae.adapter.inject import inject, make_full_finetune, trainable_parameters
+from lora_dae.adapter.inject import inject, make_full_finetune, set_mode, trainable_parameters
 from lora_dae.adapter.other import save_other
 from lora_dae.adapter.source_input import attach_source_input, save_source_input
 from lora_dae.adapter.table import adapter_table
@@ -218,7 +218,10 @@ class Training:
             before = sum(count for _, count, _ in planned[: [name for name, *_ in planned].index(stage)])
             loggers = tracking.stage_loggers(loggers, self.run_dir, stage, before)
         trainer = build_trainer(cfg, self.run_dir, self.precision, steps, extra, stage == "adapter", loggers)
-        self.module.unet.train(stage == "adapter")
+        if self.cfg.adapter.full_finetune:
+            self.module.unet.train(stage == "adapter")
+        else:
+            set_mode(self.module.unet, stage == "adapter")
         if cfg.adapter.trains_text:
             self.module.text_encoders.train(stage == "adapter")
         if self.rank == 0 and self.processes > 1:
