@@ -165,6 +165,8 @@ class ObjectiveConfig:
     prior_weight: float = 0.0  # DreamBooth's prior preservation: of the loss on the frozen backbone's own pictures
     prior_images: int = 64  # so many of them, drawn before the first step
     prior_caption: str = "a photo of a person"
+    low_resolution_share: float = 0.0  # of the steps, the first ones, on latents of half the size: quicker, coarser
+    token_share: float = 1.0  # of the tokens that each self-attention sees in a training step: quicker, noisier
     garment_weight: float = 1.0  # how much an error on the garment counts against one beside it; needs masks
 
 

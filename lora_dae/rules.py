@@ -91,6 +91,7 @@ def check(cfg: Config) -> None:
         "objective.source_dropout": cfg.objective.source_dropout,
         "enhancement.wrong_source": cfg.enhancement.wrong_source,
         "adapter.dropout": cfg.adapter.dropout,
+        "objective.low_resolution_share": cfg.objective.low_resolution_share,
         "optimizer.ema_decay": cfg.optimizer.ema_decay,
         "data.val_fraction": cfg.data.val_fraction,
         "data.test_fraction": cfg.data.test_fraction,
@@ -98,6 +99,8 @@ def check(cfg: Config) -> None:
     }.items():
         if not 0 <= share < 1:
             raise ConfigError(f"{name}={share} is not in [0, 1): give a share such as 0.1.")
+    if not 0 < cfg.objective.token_share <= 1:
+        raise ConfigError(f"objective.token_share={cfg.objective.token_share} is not in (0, 1]: 1 is all tokens.")
     options = {**METHODS[cfg.sampling.method], **cfg.sampling.method_options}
     if not all(math.isfinite(value) for value in options.values()) or options.get("start", 0) >= options.get("end", 1):
         raise ConfigError(

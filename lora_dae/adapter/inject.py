@@ -8,6 +8,8 @@ W is frozen. B is zero at first, so the injected UNet draws exactly what the bac
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -65,6 +67,17 @@ def set_mode(unet: nn.Module, training: bool) -> None:
     for module in unet.modules():
         if isinstance(module, BaseTunerLayer):
             cast(nn.Module, module).train(training)
+
+
+@contextmanager
+def kept_modes(module: nn.Module) -> Iterator[None]:
+    """A block after which every layer is in train or eval mode as before."""
+    modes = {layer: layer.training for layer in module.modules()}
+    try:
+        yield
+    finally:
+        for layer, training in modes.items():
+            layer.training = training
 
 
 def adapted_layer(parameter: str) -> str | None:

@@ -28,6 +28,8 @@ NOT_TRAINING_IN = {
         "enable_progress_bar", "benchmark", "profiler",
     ),
 }  # fmt: skip
+# Options that came later: at the value that does nothing they are left out, and what was trained before is found.
+LATER: dict[str, dict[str, Any]] = {"objective": {"low_resolution_share": 0.0, "token_share": 1.0}}
 NOT_DRAWING = ("batch_size", "method", "method_options")
 
 
@@ -36,6 +38,8 @@ def training_part(cfg: Config) -> dict[str, Any]:
     values = {key: value for key, value in to_dict(cfg).items() if key not in NOT_TRAINING}
     for group, names in NOT_TRAINING_IN.items():
         values[group] = {key: value for key, value in values[group].items() if key not in names}
+    for group, defaults in LATER.items():
+        values[group] = {k: v for k, v in values[group].items() if k not in defaults or v != defaults[k]}
     if cfg.trainer.get("early_stop_patience") is None:
         values["trainer"].pop("early_stop_patience", None)
     else:  # then training ends where validation says so

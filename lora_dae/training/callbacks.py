@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 
+from lora_dae.adapter.inject import kept_modes
+
 
 class Throughput(Callback):
     """Logs images/s of the training steps alone, and the share of the time spent waiting for data."""
@@ -149,11 +151,9 @@ class Drawing(Callback):
         step = trainer.global_step
         if step % self.every_n_steps == 0 and step < trainer.max_steps and step != self._drawn:
             self._drawn = step  # batches whose gradients only accumulate come again with the same step
-            modes = {module: module.training for module in pl_module.modules()}
-            pl_module.eval()
-            self.draw(step)
-            for module, training in modes.items():
-                module.training = training
+            with kept_modes(pl_module):
+                pl_module.eval()
+                self.draw(step)
 
 
 class StepProgress(RichProgressBar):

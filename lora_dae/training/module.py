@@ -22,6 +22,7 @@ from lora_dae.training.on_policy import chain_loss, draw_chain
 from lora_dae.training.paired import LATE, Decode, Photos, draw_paired, refining_loss, texture_loss
 from lora_dae.training.prior import Prior
 from lora_dae.training.resume import STAGES, align_progress
+from lora_dae.training.shortcuts import at_half_size
 from lora_dae.training.together import global_batch, who
 
 Batch = dict[str, Tensor]
@@ -104,10 +105,12 @@ class LoraDae(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         stream, places = STAGES.index(self.stage), self._places(batch_idx, len(batch["latent_mean"]))
         generators = [seeded(self.cfg.seed, stream, place) for place in places]
-        if self.cfg.adapter.dropout > 0:  # its layers draw from the global generator
+        if self.cfg.adapter.dropout > 0 or self.cfg.objective.token_share < 1:  # they draw from the global generator
             torch.manual_seed(generators[0].initial_seed())
         scale = 1
         if self.stage == "adapter":
+            if self.global_step < self.cfg.objective.low_resolution_share * self.trainer.max_steps:
+                batch = at_half_size(batch)
             draws = draw(batch, self.num_train_timesteps, self.cfg.objective, generators)
             loss = self._losses(batch, draws).mean()
             if self.prior is not None:

@@ -17,6 +17,7 @@ from lightning import Callback, Trainer
 from torch import Tensor
 
 from lora_dae.adapter.atomic import load_tensors, save_tensors
+from lora_dae.adapter.inject import kept_modes
 from lora_dae.backbone.load import Backbone
 from lora_dae.backbone.tokens import pack_tokens
 from lora_dae.config import Config, ConfigError
@@ -41,7 +42,8 @@ class Prior(Callback):
         if resumed:
             self.latents = load_tensors(self.path, "start anew without ckpt_path")[0]["latents"]
         else:
-            self.latents = self._draw(pl_module.unet.training).cpu()
+            with kept_modes(pl_module.unet):
+                self.latents = self._draw().cpu()
             if trainer.is_global_zero:
                 save_tensors({"latents": self.latents}, self.path, {"format": "pt"})
         caption = [self.cfg.objective.prior_caption]
@@ -49,7 +51,7 @@ class Prior(Callback):
         text = pack_tokens(self.backbone.tokenize(caption)) if live else self.backbone.encode_text(caption)
         self.text = text[0].cpu()
 
-    def _draw(self, training: bool) -> Tensor:
+    def _draw(self) -> Tensor:
         cfg, count = self.cfg, self.cfg.objective.prior_images
         plain = replace(cfg.sampling, method="none", method_options={})
         drawer = Drawer(self.backbone, None, "none", cfg.conditioning, cfg.data.resolution, plain, self.bf16)
@@ -57,7 +59,6 @@ class Prior(Callback):
         parts = [own[k : k + at_once] for k in range(0, len(own), at_once)]
         captions = [cfg.objective.prior_caption] * at_once
         drawn = [drawer.latents(captions[: len(part)], None, 0.0, part) for part in parts]
-        self.backbone.unet.train(training)
         shape = (0, self.backbone.latent_channels, *[cfg.data.resolution // self.backbone.vae_scale_factor] * 2)
         return together.collect(torch.cat([torch.zeros(shape, device=self.backbone.device), *drawn]), count)
 

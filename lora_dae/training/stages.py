@@ -42,6 +42,7 @@ from lora_dae.training.distance import PhotoDistance
 from lora_dae.training.ema import EMACallback
 from lora_dae.training.module import LoraDae, NonFiniteLossError
 from lora_dae.training.prior import Prior
+from lora_dae.training.shortcuts import see_keys
 from lora_dae.training.trainer import build_trainer, validation_interval
 
 console = Console()
@@ -222,6 +223,7 @@ class Training:
             self.module.unet.train(stage == "adapter")
         else:
             set_mode(self.module.unet, stage == "adapter")
+        see_keys(self.module.unet, cfg.objective.token_share if stage == "adapter" else 1.0)
         if cfg.adapter.trains_text:
             self.module.text_encoders.train(stage == "adapter")
         if self.rank == 0 and self.processes > 1:
