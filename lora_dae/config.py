@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, float]] = {
     "detail_daemon": {"amount": 0.02, "start": 0.2, "end": 0.8},
     "wavelet": {"low": 0.02, "high": 0.02},  # gains of our own: the paper tunes them per model
     "unsharp": {"amount": 0.5, "radius": 1.0},
+    "deepcache": {"interval": 3},
 }
 UNET_GROUPS = ("cross_attention", "self_attention", "feed_forward", "conv", "conv_in", "conv_out")
 TARGET_GROUPS = (*UNET_GROUPS, "text_encoder")

@@ -106,6 +106,10 @@ def check(cfg: Config) -> None:
         raise ConfigError(
             f"sampling.method_options={options} are not finite, or start is not before end: correct them."
         )
+    if options.get("interval", 1) < 1 or options.get("interval", 1) % 1:
+        raise ConfigError(
+            f"sampling.method_options.interval={options['interval']} counts calls: give a whole number from 1 on."
+        )
     if cfg.adapter.init_from is not None and cfg.adapter.full_finetune:
         raise ConfigError("adapter.init_from starts an adapter, but adapter.full_finetune=true trains none: drop one.")
     if cfg.backbone.weights == "int8" and cfg.adapter.full_finetune:

@@ -36,6 +36,7 @@ NEUTRAL: dict[str, dict[str, float]] = {
     "detail_daemon": {"amount": 0},
     "wavelet": {"low": 0, "high": 0},
     "frequency": {"low": 1, "high": 1},
+    "deepcache": {"interval": 1},
 }
 
 
@@ -305,8 +306,9 @@ def test_every_method_has_a_config() -> None:
         (SamplingConfig(method="pag", method_options={"eta": 1.0}), "method_options of pag=eta"),
         (SamplingConfig(method="pag", method_options={"scale": math.nan}), "not finite"),
         (SamplingConfig(method="detail_daemon", method_options={"start": 0.9}), "start is not before end"),
+        (SamplingConfig(method="deepcache", method_options={"interval": 1.5}), "interval=1.5 counts"),
     ],
-    ids=["unknown", "option", "nan", "order"],
+    ids=["unknown", "option", "nan", "order", "interval"],
 )
 def test_bad_methods_are_one_sentence(sampling: SamplingConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

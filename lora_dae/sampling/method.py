@@ -58,6 +58,10 @@ class Method:
 
     extra_calls = 0  # of the network, per step and image
 
+    def whole_calls(self, steps: int) -> float:
+        """How many whole calls of the network the loop's ``steps`` calls cost, per image and branch of the guidance."""
+        return steps
+
     @contextmanager
     def around(self, unet: nn.Module) -> Iterator[None]:
         """Holds while a batch is drawn."""

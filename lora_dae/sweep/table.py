@@ -174,14 +174,15 @@ def adapter_megabytes(run: Path) -> float:
 
 
 def network_calls(cfg: Config) -> float:
-    """How often the UNet sees one image's latents while it is drawn."""
+    """How often the UNet sees one image's latents while it is drawn; calls of a part of it count as their share."""
     sampling = cfg.sampling
     steps = {"heun": 2 * sampling.num_inference_steps - 1, "pndm": sampling.num_inference_steps + 1}.get(
         sampling.scheduler, sampling.num_inference_steps
     )
     guidance = Guidance(sampling.guidance_scale, sampling.source_guidance_scale)
-    extra = build_method(sampling.method, sampling.method_options).extra_calls
-    return float(steps * (len(guidance.branches(cfg.conditioning == "source")) + extra))
+    method = build_method(sampling.method, sampling.method_options)
+    branches = len(guidance.branches(cfg.conditioning == "source"))
+    return float(method.whole_calls(steps) * branches + method.extra_calls * steps)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
