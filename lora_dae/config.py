@@ -190,6 +190,7 @@ class SamplingConfig:
     seed: int = 1234
     method: str = "none"  # one of METHODS
     method_options: dict[str, float] = field(default_factory=dict)  # in place of its published settings
+    tiled_decode: bool = False  # large pictures leave the VAE in overlapping tiles: less memory, slightly other pixels
 
 
 @dataclass

@@ -91,6 +91,22 @@ def test_decode_is_what_the_diffusers_pipeline_does_with_its_last_latents(
     np.testing.assert_allclose(ours, draw("np"), atol=1e-6)
 
 
+def test_tiles_are_seen_at_their_seams_alone(tiny_backbone: Path) -> None:
+    """diffusers' tiles of TAESD have 512 pixels and overlap in 64: the second one begins at 448, and its rim blends.
+
+    A pixel of this VAE sees less than 8 latents to each side.
+    """
+    backbone = load_backbone(BackboneConfig(path=str(tiny_backbone)))
+    latents = torch.randn(1, 8, 160, 160, generator=torch.Generator().manual_seed(0))
+    plain, tiled = backbone.decode(latents), backbone.decode(latents, tiled=True)
+    seam = slice(448, 512)
+    same = torch.ones(640, 640, dtype=torch.bool)
+    same[seam], same[:, seam] = False, False
+    torch.testing.assert_close(tiled[..., same], plain[..., same], atol=1e-5, rtol=1e-4)
+    assert (tiled - plain).abs()[..., seam, :].max() > 1e-4  # there were tiles
+    assert torch.equal(backbone.decode(latents), plain)  # and are none any more
+
+
 def test_tiny_vae_is_deterministic_and_scaled(backbone: Backbone) -> None:
     images = photos(18)  # more than one internal batch
     mean, std = backbone.encode_images(images)

@@ -122,6 +122,7 @@ def test_order_is_seed_by_seed_and_adapter_by_adapter(tmp_path: Path) -> None:
         ("evaluation.num_samples=5", False),
         ("sampling.num_inference_steps=5", False),
         ("sampling.method=freeu", False),
+        ("sampling.tiled_decode=true", False),
         ("adapter.rank=2", False),
         ("trainer.max_steps=5", False),
         ("conditioning=none", False),

@@ -168,17 +168,33 @@ class Backbone:
         return torch.tensor(rows)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (N, C, h, w) to images, float32 (N, 3, H, W) in [0, 1]."""
+    def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
+        """Scaled latents (N, C, h, w) to images, float32 (N, 3, H, W) in [0, 1].
+
+        ``tiled``: in diffusers' own overlapping tiles, of 512 pixels where the VAE's config names no other size.
+        """
         images = []
         kind = self.device.type
         half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
         # SDXL's VAE overflows in float16; bfloat16 does not.
-        with self._awake(self.vae), torch.autocast(kind, enabled=False) if half else nullcontext():
+        precision = torch.autocast(kind, enabled=False) if half else nullcontext()
+        with self._awake(self.vae), precision, self._tiling() if tiled else nullcontext():
             for batch in _batches(latents, latents.shape[2] * latents.shape[3] * self.vae_scale_factor**2):
                 raw = batch.to(self.device, torch.float32) / self._scale + self._shift
                 images.append((self.vae.decode(raw).sample.float() / 2 + 0.5).clamp(0, 1))
         return torch.cat(images)
+
+    @contextmanager
+    def _tiling(self) -> Iterator[None]:
+        vae: Any = self.vae
+        if isinstance(vae, AutoencoderTiny):  # diffusers takes 2 ** out_channels, 8, for the factor of any
+            vae.tile_latent_min_size = vae.tile_latent_min_size * vae.spatial_scale_factor // self.vae_scale_factor
+            vae.spatial_scale_factor = self.vae_scale_factor
+        vae.enable_tiling()
+        try:
+            yield
+        finally:
+            vae.disable_tiling()
 
     @property
     def _scale(self) -> float:

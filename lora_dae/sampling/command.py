@@ -37,6 +37,7 @@ class SampleRequest:
     guidance_scale: float | None
     source_guidance_scale: float | None
     sampling_method: str | None
+    tiled_decode: bool | None
     vae: str | None
     output: str | None
 

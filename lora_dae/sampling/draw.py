@@ -76,7 +76,7 @@ class Drawer:
                 kept = None if keep is None else keep[at]
                 noised = None if start is None else start[at]
                 latents = self.latents(list(captions[at]), some, strength, list(indices[at]), kept, noised)
-                decoded = self.backbone.decode(latents)
+                decoded = self.backbone.decode(latents, self.cfg.tiled_decode)
                 pictures = self._method().picture(_bytes(self._refined(decoded, some, strength)))
                 out.append(pictures if kept is None else kept.finished(pictures, _bytes(decoded)))
                 if on_batch is not None:

@@ -160,6 +160,8 @@ def what_matters(cfg: Config, row: str | None) -> dict[str, Any]:
         "evaluation": {k: v for k, v in values["evaluation"].items() if k not in ("frozen", "controls")},
     }
     sampling = {key: value for key, value in values["sampling"].items() if key != "batch_size"}
+    if not sampling["tiled_decode"]:
+        del sampling["tiled_decode"]  # younger than measured cells, which are without
     if row is None:
         return {**found, "training": training, "strength": cfg.enhancement.strength, "sampling": sampling}
     seen = {"data": training["data"], "backbone": training["backbone"], "conditioning": cfg.conditioning}
