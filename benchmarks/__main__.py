@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: what the adapter and the enhancement cost, against the frozen network alone.
+"""``python -m benchmarks``: what the enhancement costs, against the frozen network; benchmarks.steps has training.
 
 Interleaved repeats, medians. Every figure is a ratio of two things measured in the same process on the same
 tensors; seconds are printed for orientation only.
@@ -7,7 +7,6 @@ tensors; seconds are printed for orientation only.
 from __future__ import annotations
 
 import argparse
-import functools
 import time
 from pathlib import Path
 
@@ -15,12 +14,11 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
+from benchmarks.models import arranged, prepared
 from benchmarks.timing import interleaved, show
-from lora_dae.adapter.inject import inject
-from lora_dae.backbone.attention import choose_attention
 from lora_dae.backbone.load import load_backbone
 from lora_dae.backbone.studio.autoencoder import LATENT_CHANNELS
-from lora_dae.config import AdapterConfig, BackboneConfig
+from lora_dae.config import BackboneConfig
 from lora_dae.data.studio.attributes import draw_look
 from lora_dae.data.studio.scene import photo
 from lora_dae.enhancement.module import EnhancementModule
@@ -28,36 +26,7 @@ from lora_dae.enhancement.module import EnhancementModule
 
 def studio_unet() -> UNet2DConditionModel:
     unet = load_backbone(BackboneConfig()).unet
-    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    choose_attention(unet, torch.bfloat16, (16, unet.config["in_channels"], 32, 32), 32, "auto")
-    return unet
-
-
-def training(repeats: int, kernels: tuple[str, ...] = ("fused", "peft")) -> dict[str, float]:
-    """A step of the adapter against the frozen network's forward and backward to its input (the floor)."""
-    frozen = studio_unet().requires_grad_(False)
-    adapted = {kernel: studio_unet() for kernel in kernels}
-    optimizers = {}
-    for kernel, unet in adapted.items():
-        inject(unet, AdapterConfig(kernel=kernel))
-        optimizers[kernel] = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], fused=True)
-    x = torch.randn(16, frozen.config["in_channels"], 32, 32).contiguous(memory_format=torch.channels_last)
-    text = torch.randn(16, 32, frozen.config["cross_attention_dim"])
-    t = torch.randint(0, 1000, (16,))
-
-    def step(unet: UNet2DConditionModel, inputs: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = unet(inputs, t, text).sample.float().square().mean()
-        loss.backward()
-        if optimizer is not None:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    functions = {"floor": lambda: step(frozen, x.clone().requires_grad_())}
-    functions |= {k: functools.partial(step, adapted[k], x, optimizers[k]) for k in adapted}
-    seconds = interleaved(functions, repeats)
-    ratios = {f"adapter_step_ratio_{kernel}": seconds[kernel] / seconds["floor"] for kernel in adapted}
-    return {"floor_seconds": seconds["floor"], **ratios}
+    return prepared(arranged(unet, (16, unet.config["in_channels"], 32, 32), 32))
 
 
 def enhancement(repeats: int) -> dict[str, float]:
@@ -114,7 +83,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks.json"))
     args = parser.parse_args()
-    results = {**training(args.repeats), **enhancement(args.repeats), **rendering(40)}
+    results = {**enhancement(args.repeats), **rendering(40)}
     show(results, args.output)
 
 

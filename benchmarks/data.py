@@ -30,7 +30,8 @@ from diffusers.models import AutoencoderKL
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from benchmarks.__main__ import training
+from benchmarks.models import build as build_model
+from benchmarks.steps import row
 from benchmarks.timing import console, interleaved, show
 from lora_dae.backbone.layout import CONFIGS
 from lora_dae.backbone.load import load_backbone
@@ -178,8 +179,7 @@ def cached(photos: Path, work: Path, count: int, repeats: int) -> dict[str, floa
         start = time.perf_counter()
         next(batches)
         waits.append(time.perf_counter() - start)
-    measured = training(repeats, ("fused",))
-    step = measured["floor_seconds"] * measured["adapter_step_ratio_fused"]
+    step = interleaved({"ours": row("ours", build_model("studio", BATCH_SIZE, 32))}, repeats)["ours"]
     share = statistics.mean(waits[len(cache) // BATCH_SIZE :]) / step
     return {"data_share_of_a_step": share, "encoder_busy_while_building_studio": busy}
 

@@ -1,15 +1,23 @@
 """python -m benchmarks.steps --model studio|sd15: a training step against the floor, PEFT and diffusers' example.
 
-The floor is the frozen network's forward and its backward to the inputs alone: no adapter can cost less. diffusers'
-text-to-image LoRA example is rebuilt from its documentation: LoRA on the attention projections by PEFT, Gaussian init,
-AdamW, gradient clipping, plain MSE; with VAE and text encoder in the loop as it runs by default, and without. All steps
-run in one process on the same weights and tensors, in turns; memory is the peak of a process of its own for each.
+    forward             the frozen network alone
+    floor               its forward and its backward to the inputs alone, on torch's and diffusers' own kernels as they
+                        are fastest (bf16, channels_last, SDPA or plain attention by shape): no adapter on them costs
+                        less
+    floor, our kernels  the same on the network as our training prepares it
+    ours                train.py's step: its layers, gradient clipping and optimizer (not Lightning, data and logs)
+    PEFT, same layers   PEFT's own layers in place of ours, on the floor's network
+    PEFT as it comes    the same layers in float32, weights and attention as diffusers loads them
+    example ...         diffusers' text-to-image LoRA example: attention projections alone, Gaussian init, frozen
+                        weights in the precision it is told; VAE and text encoder in the loop, as it runs, or cached
+
+All steps run in one process on the same weights and tensors, in turns; ratios are of the two times of one turn, medians
+over turns, beside half their interquartile range. Memory is the peak of a process of its own for each.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import resource
 import statistics
@@ -17,88 +25,80 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
-from diffusers.models.attention_processor import AttnProcessor2_0
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from peft import LoraConfig, inject_adapter_in_model
+from diffusers import AutoencoderTiny
+from peft import LoraConfig
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPTextConfig, CLIPTextModel
 
+from benchmarks.kinds import KINDS, shares
+from benchmarks.models import Parts, build, machine, prepared, training_optimizer
 from benchmarks.timing import console, interleaved, timings
 from lora_dae.adapter.inject import inject
-from lora_dae.backbone.attention import choose_attention
-from lora_dae.backbone.load import load_backbone
-from lora_dae.config import AdapterConfig, BackboneConfig
+from lora_dae.config import AdapterConfig
 
 RANK = 16
 EXAMPLE = ["to_k", "to_q", "to_v", "to_out.0"]
 ROWS = (
-    "forward", "floor", "ours", "PEFT, same layers",
+    "forward", "floor", "floor, our kernels", "ours", "PEFT, same layers", "PEFT as it comes",
     "example bf16, cached", "example bf16", "example fp32, cached", "example fp32",
 )  # fmt: skip
+PROFILED = ("floor", "floor, our kernels", "ours", "PEFT, same layers")
+STAGES = ("inputs", "forward", "backward", "clip + optimizer", "zero_grad")
 
 
-@dataclass
-class Parts:
-    """One model's networks, and a batch."""
+class Step:
+    """One step of a network in its STAGES; without an optimizer: to the gradient of the inputs."""
 
-    unet: UNet2DConditionModel
-    vae: nn.Module
-    text_encoder: nn.Module
-    latents: Tensor  # (B, C, size, size)
-    images: Tensor
-    tokens: Tensor
-    text: Tensor  # (B, L, D), as the cache holds it
+    def __init__(
+        self,
+        unet: nn.Module,
+        inputs: Callable[[], tuple[Tensor, Tensor, Tensor]],  # latents, timesteps, text
+        optimizer: torch.optim.Optimizer | None,
+        bf16: bool = True,
+    ) -> None:
+        self.unet, self.inputs, self.optimizer, self.bf16 = unet, inputs, optimizer, bf16
 
+    def __call__(self) -> None:
+        self.timed()
 
-def build(model: str, batch: int, size: int) -> Parts:
-    """The shipped studio backbone, or SD 1.5's architecture with random weights."""
-    torch.manual_seed(0)
-    if model == "studio":
-        backbone = load_backbone(BackboneConfig())
-        unet, vae, text_encoder = backbone.unet, backbone.vae, backbone.text_encoder
-        factor, length = backbone.vae_scale_factor, backbone.text_length
-    else:
-        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2,
-        )  # fmt: skip
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12)
-        )
-        factor, length = 8, 77
-    for part in (unet, vae, text_encoder):
-        part.requires_grad_(False).eval()
-    channels, width = unet.config["in_channels"], unet.config["cross_attention_dim"]
-    return Parts(
-        unet, vae, text_encoder,
-        torch.randn(batch, channels, size, size), torch.rand(batch, 3, factor * size, factor * size) * 2 - 1,
-        torch.randint(0, 400, (batch, length)), torch.randn(batch, length, width),
-    )  # fmt: skip
+    def timed(self) -> dict[str, float]:
+        """Seconds of each stage."""
+        marks = [time.perf_counter()]
+        x, t, text = self.inputs()
+        marks.append(time.perf_counter())
+        with torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext():
+            output = self.unet(x, t, text, return_dict=False)[0]
+            loss = functional.mse_loss(output.float(), torch.zeros_like(output, dtype=torch.float32))
+        marks.append(time.perf_counter())
+        loss.backward()
+        marks.append(time.perf_counter())
+        if self.optimizer is not None:
+            torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+            self.optimizer.step()
+        marks.append(time.perf_counter())
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+        marks.append(time.perf_counter())
+        return {name: marks[k + 1] - marks[k] for k, name in enumerate(STAGES)}
 
 
-def sharing(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A copy on the same weights."""
-    return copy.deepcopy(unet, {id(p): p for p in unet.parameters()})
-
-
-def row(name: str, parts: Parts) -> Callable[[], None]:
+def row(name: str, parts: Parts) -> Callable[[], Any]:
     """What one step of this row does."""
-    unet, t = sharing(parts.unet), torch.randint(0, 1000, (len(parts.latents),))
+    t = torch.randint(0, 1000, (len(parts.latents),))
     if name.startswith("example"):
-        return _example(parts, unet, t, "bf16" in name, "cached" in name)
-    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    shape = tuple(parts.latents.shape)
-    choose_attention(unet, torch.bfloat16, shape, parts.text.shape[1], "auto")  # type: ignore[arg-type]
-    x = parts.latents.contiguous(memory_format=torch.channels_last)
+        return _example(parts, t, "bf16" in name, "cached" in name)
+    if name == "PEFT as it comes":
+        unet, x = parts.as_it_comes(), parts.latents
+    else:
+        unet, x = parts.arranged(), parts.latents.contiguous(memory_format=torch.channels_last)
+    if name in ("ours", "floor, our kernels"):
+        unet = prepared(unet)
     if name == "forward":
 
         def forward() -> None:
@@ -106,45 +106,33 @@ def row(name: str, parts: Parts) -> Callable[[], None]:
                 unet(x, t, parts.text)
 
         return forward
-    optimizer = None
-    if name != "floor":
-        inject(unet, AdapterConfig(rank=RANK, kernel="fused" if name == "ours" else "peft"))
-        optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], fused=True)
-    return partial(_step, unet, x, t, parts.text, optimizer)
+    if "floor" in name:
+        return Step(unet, lambda: (x.clone().requires_grad_(), t, parts.text), None)
+    inject(unet, AdapterConfig(rank=RANK, kernel="fused" if name == "ours" else "peft"))
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = training_optimizer(unet) if name == "ours" else torch.optim.AdamW(trained)
+    return Step(unet, lambda: (x, t, parts.text), optimizer, name != "PEFT as it comes")
 
 
-def _step(
-    unet: nn.Module, x: Tensor, t: Tensor, text: Tensor, optimizer: torch.optim.Optimizer | None, bf16: bool = True
-) -> None:
-    if optimizer is None:
-        x = x.clone().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        output = unet(x, t, text, return_dict=False)[0]
-        loss = functional.mse_loss(output.float(), torch.zeros_like(output, dtype=torch.float32))
-    loss.backward()
-    if optimizer is not None:
-        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+def _example(parts: Parts, t: Tensor, bf16: bool, cached: bool) -> Step:
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    unet = parts.cast("unet", dtype)
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=EXAMPLE))
+    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad], lr=1e-4, weight_decay=1e-2)
+    unet.train()
+    latents, text = parts.latents.to(dtype), parts.text.to(dtype)
+    vae, text_encoder = (None, None) if cached else (parts.cast("vae", dtype), parts.cast("text_encoder", dtype))
 
+    def inputs() -> tuple[Tensor, Tensor, Tensor]:
+        found, embedded = latents, text
+        if vae is not None:
+            with torch.no_grad():
+                encoded = vae.encode(parts.images.to(dtype))
+                found = encoded.latents if isinstance(vae, AutoencoderTiny) else encoded.latent_dist.sample()
+                embedded = text_encoder(parts.tokens)[0]
+        return found + torch.randn_like(found), t, embedded
 
-def _example(parts: Parts, unet: UNet2DConditionModel, t: Tensor, bf16: bool, cached: bool) -> Callable[[], None]:
-    unet.set_attn_processor(AttnProcessor2_0())
-    lora = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=EXAMPLE)
-    inject_adapter_in_model(lora, unet)
-    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad])
-
-    def step() -> None:
-        latents, text = parts.latents, parts.text
-        if not cached:
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                encoded = parts.vae.encode(parts.images)  # type: ignore[operator]
-                latents = encoded.latents if isinstance(parts.vae, AutoencoderTiny) else encoded.latent_dist.sample()
-                text = parts.text_encoder(parts.tokens)[0]
-        noise = torch.randn_like(latents, dtype=torch.float32)
-        _step(unet, latents.float() + noise, t, text.float(), optimizer, bf16)
-
-    return step
+    return Step(unet, inputs, optimizer, bf16)
 
 
 def rates() -> dict[str, float]:
@@ -157,11 +145,11 @@ def rates() -> dict[str, float]:
     return {f"{name}_gflops": flops[name] / seconds[name] / 1e9 for name in flops}
 
 
-def half_range(times: list[float]) -> float:
-    """Half the interquartile range; 0 for a single time."""
-    if len(times) < 2:
+def half_range(values: list[float]) -> float:
+    """Half the interquartile range; 0 for a single value."""
+    if len(values) < 2:
         return 0.0
-    low, _, high = statistics.quantiles(times, n=4)
+    low, _, high = statistics.quantiles(values, n=4)
     return (high - low) / 2
 
 
@@ -171,46 +159,99 @@ def memory(name: str, options: list[str]) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
+def alone(name: str, parts: Parts) -> float:
+    """Peak resident MB of this process after two steps of a row; networks that it does not need are let go of."""
+    parts.alone = True
+    if "example" not in name or "cached" in name:
+        parts.vae = parts.text_encoder = None
+    step = row(name, parts)
+    step()
+    step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(model: str, batch: int, size: int, rows: list[str], repeats: int, peaks: bool) -> dict[str, Any]:
+    """One case: every row, the stages of our step, the kinds of work, and the ratios that the project promises."""
+    parts = build(model, batch, size)
+    steps = {name: row(name, parts) for name in rows}
+    times = timings(steps, repeats)
+    found: dict[str, dict[str, float]] = {}
+    for name, taken in times.items():
+        of_floor = [a / b for a, b in zip(taken, times["floor"], strict=True)]
+        seconds = statistics.median(taken)
+        found[name] = {
+            "seconds": seconds, "spread": half_range(taken) / seconds, "images_per_second": batch / seconds,
+            "of_floor": statistics.median(of_floor), "of_floor_spread": half_range(of_floor),
+        }  # fmt: skip
+        if peaks:
+            options = ["--model", model, "--batch", str(batch), "--size", str(size)]
+            found[name]["peak_mb"] = memory(name, options)
+    stages: dict[str, float] = {}
+    if "ours" in steps:
+        ours = steps["ours"]
+        assert isinstance(ours, Step)
+        split = [ours.timed() for _ in range(repeats)]
+        whole = statistics.median(sum(one.values()) for one in split)
+        stages = {stage: statistics.median(one[stage] for one in split) / whole for stage in STAGES}
+    ratios, peer = {}, "PEFT, same layers"
+    if "ours" in rows:
+        for name in (n for n in rows if n != "ours"):
+            ratios[f"ours / {name}"] = statistics.median(a / b for a, b in zip(times["ours"], times[name], strict=True))
+    if peaks and "ours" in found and peer in found:
+        ratios["peak memory: ours / PEFT, same layers"] = found["ours"]["peak_mb"] / found[peer]["peak_mb"]
+    return {
+        "title": f"{model}, batch {batch}, {size} x {size} latents, {torch.get_num_threads()} threads",
+        "rows": found, "ratios": ratios, "stages": stages,
+        "kinds": {name: shares(steps[name]) for name in rows if name in PROFILED},
+    }  # fmt: skip
+
+
+def show(case: dict[str, Any]) -> None:
+    table = Table("step", "seconds", "spread", "images/s", "of the floor", "+-", "peak MB", title=case["title"])
+    for name, values in case["rows"].items():
+        peak = f"{values['peak_mb']:.0f}" if "peak_mb" in values else ""
+        table.add_row(
+            name, f"{values['seconds']:.3f}", f"{values['spread']:.1%}", f"{values['images_per_second']:.1f}",
+            f"{values['of_floor']:.3f}", f"{values['of_floor_spread']:.3f}", peak,
+        )  # fmt: skip
+    console.print(table)
+    for name, ratio in case["ratios"].items():
+        console.print(f"{name}: {ratio:.3f}", highlight=False)
+    if case["stages"]:
+        stages = Table("stage of our step", "share")
+        for stage, share in case["stages"].items():
+            stages.add_row(stage, f"{share:.1%}")
+        console.print(stages)
+    kinds = Table("kind of work, whole step", *case["kinds"])
+    for kind in KINDS:
+        kinds.add_row(kind, *(f"{of_row[kind]:.1%}" for of_row in case["kinds"].values()))
+    console.print(kinds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__)
     parser.add_argument("--model", choices=("studio", "sd15"), default="studio")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--size", type=int, default=32, help="of the latents")
+    parser.add_argument("--batch", type=int, nargs="+", default=[16])
+    parser.add_argument("--size", type=int, nargs="+", default=[32], help="of the latents")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--memory", action="store_true", help="also measure each row's peak, in its own process")
     parser.add_argument("--output", type=Path, default=Path("build/steps.json"))
     parser.add_argument("--alone", choices=ROWS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    parts = build(args.model, args.batch, args.size)
     if args.alone:
-        step = row(args.alone, parts)
-        step()
-        step()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(alone(args.alone, build(args.model, args.batch[0], args.size[0])))
         return
     rows = list(dict.fromkeys(["floor", *args.rows]))
-    times = timings({name: row(name, parts) for name in rows}, args.repeats)
-    seconds = {name: statistics.median(t) for name, t in times.items()}
-    spread = {name: half_range(t) / seconds[name] for name, t in times.items()}
-    sizes = ["--model", args.model, "--batch", str(args.batch), "--size", str(args.size)]
-    peaks = {name: memory(name, sizes) for name in rows} if args.memory else {}
-    title = f"{args.model}, batch {args.batch}, {args.size} x {args.size} latents, {torch.get_num_threads()} threads"
-    table = Table("step", "seconds", "spread", "images/s", "of the floor", "peak MB", title=title)
-    results: dict[str, dict[str, float]] = {"device": rates()}
-    for name in rows:
-        ratio = seconds[name] / seconds["floor"]
-        results[name] = {"seconds": seconds[name], "spread": spread[name], "of_floor": ratio}
-        if name in peaks:
-            results[name]["peak_mb"] = peaks[name]
-        peak = f"{peaks[name]:.0f}" if name in peaks else ""
-        rate = args.batch / seconds[name]
-        table.add_row(name, f"{seconds[name]:.3f}", f"{spread[name]:.1%}", f"{rate:.1f}", f"{ratio:.3f}", peak)
-    console.print(table)
-    console.print({name: round(value) for name, value in results["device"].items()})
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    found = {"title": title, "date": time.strftime("%Y-%m-%d"), "rows": results}
-    args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "device": rates(), "cases": []}
+    console.print(f"{found['machine']}: {', '.join(f'{k} {v:.0f}' for k, v in found['device'].items())}")
+    for size in args.size:
+        for batch in args.batch:
+            case = measure(args.model, batch, size, rows, args.repeats, args.memory)
+            show(case)
+            found["cases"].append(case)
+            args.output.parent.mkdir(parents=True, exist_ok=True)  # after each: the later ones may not fit into memory
+            args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

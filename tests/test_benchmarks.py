@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks import compare, evaluation, steps
+from benchmarks import compare, evaluation, kinds, models, steps
+from lora_dae.adapter.inject import inject, trainable_parameters
 from lora_dae.backbone.load import load_backbone
-from lora_dae.config import BackboneConfig
+from lora_dae.config import AdapterConfig, BackboneConfig, OptimizerConfig
 
 
-def parts(tiny_backbone: Path) -> steps.Parts:
+def parts(tiny_backbone: Path) -> models.Parts:
     backbone = load_backbone(BackboneConfig(name="folder", path=str(tiny_backbone)))
     backbone.unet.requires_grad_(False)
     width = backbone.unet.config["cross_attention_dim"]
@@ -23,41 +26,120 @@ def parts(tiny_backbone: Path) -> steps.Parts:
         vocab_size=500, hidden_size=width, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
     text_encoder = CLIPTextModel(config)
-    return steps.Parts(
+    return models.Parts(
         backbone.unet, backbone.vae, text_encoder.requires_grad_(False), torch.randn(2, 8, 16, 16),
         torch.rand(2, 3, 64, 64), torch.randint(0, 400, (2, 8)), torch.randn(2, 8, width),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", steps.ROWS)
-def test_every_step_leaves_the_shared_weights_as_they_are(name: str, tiny_backbone: Path) -> None:
+def test_steps_leave_the_shared_weights_and_their_layout_as_they_are(tiny_backbone: Path) -> None:
+    """All rows are made first, as the benchmark makes them: none of them lays out another's weights."""
     found = parts(tiny_backbone)
     before = {k: v.clone() for k, v in found.unet.state_dict().items()}
-    step = steps.row(name, found)
-    step()
-    step()
+    made = {name: steps.row(name, found) for name in steps.ROWS}
+    weights = {n: s.unet.up_blocks[0].resnets[0].conv1 for n, s in made.items() if isinstance(s, steps.Step)}
+    for name, conv in weights.items():
+        weight = getattr(conv, "base_layer", conv).weight
+        plain = "example" in name or name == "PEFT as it comes"
+        assert weight.is_contiguous() == plain and weight.is_contiguous(memory_format=torch.channels_last) != plain
+        assert (weight.dtype == torch.bfloat16) == ("example bf16" in name)
+    for step in made.values():
+        step()
+        step()
     assert all(torch.equal(v, before[k]) for k, v in found.unet.state_dict().items())
     assert all(p.grad is None for p in found.unet.parameters())
+
+
+def test_our_rows_layers_are_those_of_peft_and_its_optimizer_that_of_training(tiny_backbone: Path) -> None:
+    found = parts(tiny_backbone)
+    ours, peft = (steps.row(name, found) for name in ("ours", "PEFT, same layers"))
+    assert isinstance(ours, steps.Step) and isinstance(peft, steps.Step)
+    names = [list(trainable_parameters(one.unet)) for one in (ours, peft)]
+    assert names[0] == names[1] and len(names[0]) > 20
+    cfg = OptimizerConfig()
+    group = ours.optimizer.param_groups[0]  # type: ignore[union-attr]
+    assert (tuple(group["betas"]), group["weight_decay"]) == (tuple(cfg.betas), cfg.weight_decay)
+    assert [id(p) for p in group["params"]] == [id(p) for p in trainable_parameters(ours.unet).values()]
+    before = [p.detach().clone() for p in group["params"]]
+    ours()
+    assert all(not torch.equal(p, old) for p, old in zip(group["params"], before, strict=True) if old.abs().sum() == 0)
+
+
+def test_ours_and_pefts_step_train_the_same(tiny_backbone: Path) -> None:
+    """A benchmark of two computations is one of speed only while their results are the same; float32, one step."""
+    found, gradients = parts(tiny_backbone), []
+    for kernel in ("fused", "peft"):
+        unet = found.arranged()
+        torch.manual_seed(0)
+        inject(unet, AdapterConfig(rank=4, kernel=kernel))
+        for p in trainable_parameters(unet).values():
+            nn.init.normal_(p, std=0.1)
+        steps.Step(unet, lambda: (found.latents, torch.tensor([5, 700]), found.text), None, bf16=False)()
+        gradients.append({name: p.grad for name, p in trainable_parameters(unet).items()})
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-3)
+
+
+class Normed(nn.Module):
+    """A norm out of torch's own operators, inside a function of its own, as a kernel would be written."""
+
+    class GroupNormProduct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return (x - x.mean(-1, keepdim=True)).mul(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.GroupNormProduct.apply(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "kind"),
+    [
+        (nn.Conv2d(32, 32, 3), (8, 32, 32, 32), "convolution"),
+        (nn.Linear(512, 512), (512, 512), "matmul"),
+        (nn.GroupNorm(4, 32), (8, 32, 32, 32), "norms"),
+        (nn.Softmax(-1), (512, 512), "attention"),
+        (nn.SiLU(), (512, 512), "elementwise + copies"),
+        (Normed(), (512, 512), "norms"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_a_step_of_one_kind_of_work_is_of_that_kind(module: nn.Module, shape: tuple[int, ...], kind: str) -> None:
+    x = torch.randn(shape)
+    with torch.no_grad():
+        module(x)
+        found = kinds.shares(lambda: module(x))
+    assert sum(found.values()) == pytest.approx(1) and max(found, key=lambda name: found[name]) == kind
 
 
 def test_the_command_writes_ratios_and_compare_knows_what_is_noise(
     tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(steps, "build", lambda *_: parts(tiny_backbone))
+    monkeypatch.setattr(steps, "rates", lambda: {"matmul_gflops": 1.0})  # takes seconds, as each profile does
+    monkeypatch.setattr(steps, "PROFILED", ("ours",))
     file = tmp_path / "steps.json"
-    monkeypatch.setattr(sys, "argv", ["steps", "--repeats", "2", "--rows", "ours", "--output", str(file)])
+    words = ["--repeats", "2", "--rows", "ours", "PEFT, same layers", "--batch", "2", "3", "--output", str(file)]
+    monkeypatch.setattr(sys, "argv", ["steps", *words])
     steps.main()
     found = json.loads(file.read_text())
-    assert found["rows"]["floor"]["of_floor"] == 1 and found["rows"]["ours"]["seconds"] > 0
-    assert found["rows"]["device"]["matmul_gflops"] > 0
-    old = {"a": {"of_floor": 1.2, "spread": 0.01}, "b": {"of_floor": 1.2, "spread": 0.1}, "device": {"x": 1.0}}
-    new = {"a": {"of_floor": 1.3, "spread": 0.01}, "b": {"of_floor": 1.3, "spread": 0.1}, "device": {"x": 1.0}}
+    assert [case["title"].split(",")[1] for case in found["cases"]] == [" batch 2", " batch 3"]
+    for case in found["cases"]:
+        assert case["rows"]["floor"]["of_floor"] == 1 and case["rows"]["ours"]["seconds"] > 0
+        assert case["stages"].keys() == set(steps.STAGES) and case["stages"]["backward"] > case["stages"]["zero_grad"]
+        assert case["kinds"]["ours"]["convolution"] > 0 and "ours / PEFT, same layers" in case["ratios"]
+    ratio = {"of_floor": 1.2, "of_floor_spread": 0.01}
+    old = {"a": ratio, "b": {**ratio, "of_floor_spread": 0.1}}
+    new = {"a": {**ratio, "of_floor": 1.3}, "b": {"of_floor": 1.3, "of_floor_spread": 0.1}}
     assert {k: v[2] for k, v in compare.moved(old, new).items()} == {"a": True, "b": False}
+    monkeypatch.setattr(sys, "argv", ["compare", str(file), str(file)])
+    compare.main()
+    assert capsys.readouterr().out.count("within noise") == 2 * len(found["cases"][0]["rows"])
     other = tmp_path / "other.json"
-    other.write_text(json.dumps({**found, "title": "another machine"}))
-    monkeypatch.setattr(sys, "argv", ["compare", str(file), str(other)])
-    with pytest.raises(SystemExit, match="like with like"):
-        compare.main()
+    for changed in ({"machine": "another"}, {"cases": [{**found["cases"][0], "title": "another model"}]}):
+        other.write_text(json.dumps({**found, **changed}))
+        monkeypatch.setattr(sys, "argv", ["compare", str(file), str(other)])
+        with pytest.raises(SystemExit, match="like with like"):
+            compare.main()
 
 
 def test_the_evaluations_benchmark_compares_the_folders_way_with_the_bare_network(
