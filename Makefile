@@ -52,9 +52,12 @@ classifier: $(READY) ## train the shipped attribute classifier anew
 	$(BIN)/python -m lora_dae.evaluation.attributes.recipe $(ARGS)
 
 .PHONY: bench
-bench: $(READY) ## measure speed and size
+bench: $(DEV) ## measure speed and size (benchmarks/README.md)
 	$(BIN)/python -m benchmarks $(ARGS)
 	$(BIN)/python -m benchmarks.steps --memory
+	$(BIN)/python -m benchmarks.train_speed
+	$(BIN)/python -m benchmarks.adapter
+	$(BIN)/python -m benchmarks.scaling
 
 .PHONY: bench-compare
 bench-compare: $(READY) ## what moved beyond noise: make bench-compare OLD=a.json NEW=b.json
