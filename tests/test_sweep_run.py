@@ -80,3 +80,14 @@ def test_submitit_leaves_the_same_folders(tmp_path: Path, tiny_backbone: Path) -
     done = sweep(tmp_path, tiny_backbone, "hydra/launcher=submitit_local")
     assert done.returncode == 0, done.stderr[-3000:]
     check(tmp_path)
+
+
+def test_ray_leaves_the_same_folders(tmp_path: Path, tiny_backbone: Path) -> None:
+    """On a Ray of this machine, started for the sweep: both jobs start at once, in workers whose output it passes on."""
+    pytest.importorskip("ray", reason="pip install lora-dae[ray]")
+    local = "+hydra.launcher.ray.init={address:local,num_cpus:2,include_dashboard:false}"
+    done = sweep(tmp_path, tiny_backbone, "hydra/launcher=ray", local)
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = check(tmp_path)
+    assert sum("(_run_job pid=" in line and "trained already" in line for line in done.stdout.splitlines()) == 1
+    assert not list(folder.glob("*/job.json"))  # our own launcher had no part in it
