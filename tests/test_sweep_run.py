@@ -83,7 +83,7 @@ def test_submitit_leaves_the_same_folders(tmp_path: Path, tiny_backbone: Path) -
 
 
 def test_ray_leaves_the_same_folders(tmp_path: Path, tiny_backbone: Path) -> None:
-    """On a Ray of this machine, started for the sweep: both jobs start at once, in workers whose output it passes on."""
+    """On a Ray of this machine, started for the sweep: both jobs start at once, and Ray passes on what they print."""
     pytest.importorskip("ray", reason="pip install lora-dae[ray]")
     local = "+hydra.launcher.ray.init={address:local,num_cpus:2,include_dashboard:false}"
     done = sweep(tmp_path, tiny_backbone, "hydra/launcher=ray", local)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from csv import DictReader
 from pathlib import Path
@@ -15,7 +13,7 @@ import lightning
 import numpy as np
 import pytest
 import torch
-from compose import SHORT, config
+from compose import config
 from PIL import Image
 from ranks import Ended, run_ranks
 from safetensors.torch import load_file
@@ -24,13 +22,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from lora_dae.config import Config, ConfigError
 from lora_dae.data.sources import load_splits
 from lora_dae.sampling.draw import Drawer
-from lora_dae.sampling.load import load_run
 from lora_dae.training import run as training
 from lora_dae.training import together
 from lora_dae.training.module import LoraDae
 from lora_dae.training.stages import InterruptedRunError, gradient_bytes
 
-ROOT = Path(__file__).parent.parent
 # Four samples a step, however they are shared out.
 TWO = ("trainer=ddp", "trainer.devices=2", "data.batch_size=1", "trainer.accumulate_grad_batches=2",
        "enhancement.batch_size=1")  # fmt: skip
@@ -164,19 +160,25 @@ def test_two_processes_train_the_same_source_texture_and_decoder_stage(tiny_back
     assert max(apart[:3]) < 1e-3 and max(apart[3:]) < 0.05, apart  # L1 has kinks
 
 
+class Interrupt(lightning.Callback):
+    """Ctrl-C on one process, in the middle of the step after ``step``."""
+
+    def __init__(self, step: int, rank: int = 0) -> None:
+        self.step, self.rank = step, rank
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == self.rank and trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_ctrl_c_on_one_stops_both_and_one_process_goes_on(tiny_backbone: Path, shared: Path) -> None:
     """In the middle of an accumulated step, whose half is forgotten; the result is that of the straight run."""
     options = ("trainer.max_steps=3", "enhancement=none")
 
-    class Interrupt(lightning.Callback):
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            if trainer.global_rank == 1 and trainer.global_step == 1:
-                os.kill(os.getpid(), signal.SIGINT)
-
     def rank(number: int) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         with pytest.raises(InterruptedRunError, match="step 1 of 3"):
-            training.train(make(tiny_backbone, shared, "cut", *TWO, *options), [Interrupt()])
+            training.train(make(tiny_backbone, shared, "cut", *TWO, *options), [Interrupt(1, rank=1)])
 
     ended = run_ranks(rank, shared / "logs_cut")
     assert [e.code for e in ended] == [0, 0], ended[0].text + ended[1].text
@@ -184,6 +186,34 @@ def test_ctrl_c_on_one_stops_both_and_one_process_goes_on(tiny_backbone: Path, s
     training.train(make(tiny_backbone, shared, "cut", *ONE, *options, "ckpt_path=last"))
     training.train(make(tiny_backbone, shared, "straight", *ONE, *options))
     assert distance(weights(shared / "cut"), weights(shared / "straight")) < 1e-4
+
+
+def test_one_process_then_two_then_three_train_what_one_trains(tiny_backbone: Path, shared: Path) -> None:
+    """A step of six samples on each: every sample, its noise and the moments are those of the straight run."""
+    options = ("trainer.max_steps=3", "enhancement=none")
+    whole = Record()
+    training.train(make(tiny_backbone, shared, "six", *options, "data.batch_size=6"), [whole])
+    with pytest.raises(InterruptedRunError, match="step 1 of 3"):
+        training.train(make(tiny_backbone, shared, "grown", *options, "data.batch_size=6"), [Interrupt(0)])
+
+    for processes in (2, 3):
+        own = ("trainer=ddp", f"trainer.devices={processes}", f"data.batch_size={6 // processes}", "ckpt_path=last")
+
+        def rank(number: int, processes: int = processes, own: tuple[str, ...] = own) -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            record, cfg = Record(), make(tiny_backbone, shared, "grown", *options, *own)
+            if processes == 2:
+                with pytest.raises(InterruptedRunError, match="step 2 of 3"):
+                    training.train(cfg, [record, Interrupt(1, rank=1)])
+            else:
+                training.train(cfg, [record])
+            torch.save(record.gradients, shared / f"grown{processes}_{number}.pt")
+
+        ended = run_ranks(rank, shared / f"logs_grown{processes}", processes)
+        assert [e.code for e in ended] == [0] * processes, "".join(e.text for e in ended)
+        (gradient,) = torch.load(shared / f"grown{processes}_{processes - 1}.pt", weights_only=True)
+        assert distance(gradient, whole.gradients[processes - 1]) < 1e-3  # of this step alone
+    assert distance(weights(shared / "grown"), weights(shared / "six")) < 1e-4
 
 
 def test_two_processes_stop_early_at_the_same_step(tiny_backbone: Path, shared: Path, monkeypatch: Any) -> None:
@@ -266,23 +296,3 @@ def test_exception_on_one_ends_both(
     assert "ValueError: a broken shard" in ended[failing].text and "Traceback" in ended[failing].text
     assert f"rank {failing} failed: ValueError: a broken shard" in ended[1 - failing].text or not hangs
     assert hangs or "failed" in ended[1 - failing].text or "rank 0 ended" in ended[1 - failing].text
-
-
-def test_two_processes_make_one_run(tmp_path: Path, tiny_backbone: Path) -> None:
-    """As a user types it: Lightning starts the second process."""
-    short = [o for o in SHORT if not o.startswith(("trainer.max_steps", "data.difficulty"))]
-    arguments = [
-        "experiment=rank4", "trainer=ddp", "trainer.devices=2", "trainer.max_steps=2", "adapter.rank=2",
-        f"backbone.path={tiny_backbone}", f"data.cache_dir={tmp_path / 'cache'}", f"hydra.run.dir={tmp_path / 'run'}",
-        "evaluation.frozen=false", *short,
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    run = load_run(tmp_path / "run")
-    assert run.cfg.trainer["devices"] == 2
-    assert (tmp_path / "run" / "report.html").is_file()
-    assert len(list((tmp_path / "run" / "csv").glob("metrics*.csv"))) == 1
