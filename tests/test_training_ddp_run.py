@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,4 +32,36 @@ def test_two_processes_make_one_run(tmp_path: Path, tiny_backbone: Path) -> None
     run = load_run(tmp_path / "run")
     assert run.cfg.trainer["devices"] == 2
     assert (tmp_path / "run" / "report.html").is_file()
+    assert len(list((tmp_path / "run" / "csv").glob("metrics*.csv"))) == 1
+
+
+def test_two_agents_of_torchrun_make_one_run(tmp_path: Path, tiny_backbone: Path) -> None:
+    """As on two nodes: an agent each, with the first process of its node; one folder, one table."""
+    short = [o for o in SHORT if not o.startswith(("trainer.max_steps"))]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
+        "--rdzv-id=one", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1", str(ROOT / "train.py"),
+        "trainer=ddp", "trainer.devices=1", "trainer.num_nodes=2", "trainer.max_steps=1", "adapter.rank=2",
+        "enhancement=none", f"backbone.path={tiny_backbone}", f"data.cache_dir={tmp_path / 'cache'}",
+        f"hydra.run.dir={tmp_path / 'run'}", "evaluation.frozen=false", "evaluation.controls=false",
+        *short,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    agents = [
+        subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, stdout=out, stderr=subprocess.STDOUT)
+        for out in ((tmp_path / f"agent{number}.log").open("w") for number in range(2))
+    ]
+    try:
+        codes = [agent.wait(timeout=300) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    texts = [(tmp_path / f"agent{number}.log").read_text() for number in range(2)]
+    assert codes == [0, 0], texts
+    assert sorted(text.count("2 processes, ") for text in texts) == [0, 1]
+    assert sorted(text.count("Distance to real photos") for text in texts) == [0, 1]
+    assert list(tmp_path.rglob("report.html")) == [tmp_path / "run" / "report.html"]
     assert len(list((tmp_path / "run" / "csv").glob("metrics*.csv"))) == 1
