@@ -1,4 +1,4 @@
-"""Several processes as a user starts them: one run folder and one table."""
+"""Several processes as a user starts them: one run folder, one table, one run in W&B."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import sys
 from pathlib import Path
 
 from compose import SHORT
+from test_training_tracking import read_offline
 
 from lora_dae.sampling.load import load_run
+from lora_dae.training.stages import planned_stages
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_two_processes_make_one_run(tmp_path: Path, tiny_backbone: Path) -> None:
-    """As a user types it: Lightning starts the second process."""
-    short = [o for o in SHORT if not o.startswith(("trainer.max_steps", "data.difficulty"))]
+    """As a user types it: Lightning starts the second process. One run in W&B too, every step in it once."""
+    short = [o for o in SHORT if not o.startswith(("trainer.max_steps", "data.difficulty", "tracking.wandb"))]
     arguments = [
         "experiment=rank4", "trainer=ddp", "trainer.devices=2", "trainer.max_steps=2", "adapter.rank=2",
         f"backbone.path={tiny_backbone}", f"data.cache_dir={tmp_path / 'cache'}", f"hydra.run.dir={tmp_path / 'run'}",
-        "evaluation.frozen=false", *short,
+        "evaluation.frozen=false", "tracking.wandb=offline", "trainer.log_every_n_steps=1", *short,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -33,11 +35,17 @@ def test_two_processes_make_one_run(tmp_path: Path, tiny_backbone: Path) -> None
     assert run.cfg.trainer["devices"] == 2
     assert (tmp_path / "run" / "report.html").is_file()
     assert len(list((tmp_path / "run" / "csv").glob("metrics*.csv"))) == 1
+    told, rows, _ = read_offline(tmp_path / "run")  # there is exactly one
+    assert told.job_type == "train"
+    planned = planned_stages(run.cfg, run.enhancement)
+    steps = [row["trainer/global_step"] for row in rows if "train/loss" in row]
+    assert steps == sorted(set(steps)) and len(steps) == sum(count for _, count, _ in planned)
+    assert any("test/fd_effnet" in row for row in rows)
 
 
 def test_two_agents_of_torchrun_make_one_run(tmp_path: Path, tiny_backbone: Path) -> None:
-    """As on two nodes: an agent each, with the first process of its node; one folder, one table."""
-    short = [o for o in SHORT if not o.startswith(("trainer.max_steps"))]
+    """As on two nodes: an agent each, with the first process of its node; one folder, one table, one run in W&B."""
+    short = [o for o in SHORT if not o.startswith(("trainer.max_steps", "tracking.wandb"))]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -47,7 +55,7 @@ def test_two_agents_of_torchrun_make_one_run(tmp_path: Path, tiny_backbone: Path
         "trainer=ddp", "trainer.devices=1", "trainer.num_nodes=2", "trainer.max_steps=1", "adapter.rank=2",
         "enhancement=none", f"backbone.path={tiny_backbone}", f"data.cache_dir={tmp_path / 'cache'}",
         f"hydra.run.dir={tmp_path / 'run'}", "evaluation.frozen=false", "evaluation.controls=false",
-        *short,
+        "tracking.wandb=offline", *short,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     agents = [
@@ -65,3 +73,4 @@ def test_two_agents_of_torchrun_make_one_run(tmp_path: Path, tiny_backbone: Path
     assert sorted(text.count("Distance to real photos") for text in texts) == [0, 1]
     assert list(tmp_path.rglob("report.html")) == [tmp_path / "run" / "report.html"]
     assert len(list((tmp_path / "run" / "csv").glob("metrics*.csv"))) == 1
+    assert sum("test/fd_effnet" in row for row in read_offline(tmp_path / "run")[1]) == 1
