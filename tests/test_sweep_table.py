@@ -6,12 +6,14 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 from scipy import stats
+from test_training_tracking import nested, read_offline, records
 
 from lora_dae.config import Config, ConfigError, to_dict
 from lora_dae.sweep.files import write_json
@@ -95,6 +97,40 @@ def test_report_is_one_file_with_all_pictures(sweep: Path) -> None:
     assert html.count("data:image/png;base64,") == 5
     assert "http" not in html and "<strong>rank 16, strength 1</strong>" in html
     assert "adapter.rank=&lt;b&gt;: failed, boom" in html
+
+
+def test_the_report_is_a_run_in_the_sweeps_group_of_wandb(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Read back from the offline run's file: the table, the heat maps as charts of W&B's own kind, the pictures."""
+    report_if_any(sweep)
+    assert f"report   {sweep / 'report.html'}" in capsys.readouterr().out
+    run, rows, _ = read_offline(sweep)
+    assert (run.project, run.run_group, run.job_type) == ("lora-dae", sweep.name, "sweep")
+    logged = {key: value for row in rows for key, value in row.items()}
+    (files,) = sweep.glob("wandb/offline-run-*/files")
+
+    def table(key: str) -> list[dict[str, Any]]:
+        content = json.loads((files / logged[key]["path"]).read_text())
+        return [dict(zip(content["columns"], line, strict=True)) for line in content["data"]]
+
+    with (sweep / "table.csv").open() as file:
+        expected = {row["configuration"]: row for row in csv.DictReader(file)}
+    shown = {row["configuration"]: row for row in table("sweep/table")}
+    assert shown.keys() == expected.keys() and len(shown) == 6
+    for name, row in shown.items():
+        for column in ("adapter.rank", "enhancement.strength", "adapter_mb", "fd_effnet", "ssim_garment", "lsd"):
+            assert row[column] == pytest.approx(float(expected[name][column]))
+    heat = table("sweep/heat_fd_effnet_table")
+    cells = {(row["adapter.rank"], row["enhancement.strength"]): row["fd_effnet"] for row in heat}
+    assert cells[("16", "1.0")] == 3.0 and len(cells) == 6
+    (path,) = sweep.glob("wandb/offline-run-*/*.wandb")
+    told = [nested(r.config.update).get("_wandb", {}) for r in records(path) if r.WhichOneof("record_type") == "config"]
+    charts = {key: chart for update in told for key, chart in update.get("visualize", {}).items()}
+    assert charts.keys() == {"sweep/heat_fd_effnet", "sweep/heat_lsd", "sweep/heat_ssim_garment"}
+    panel = charts["sweep/heat_fd_effnet"]["panel_config"]
+    assert panel["panelDefId"] == "wandb/confusion_matrix/v1" and set(panel["fieldSettings"].values()) == set(heat[0])
+    for path in sorted((sweep / "plots").glob("*.png")):
+        with Image.open(files / logged[f"sweep/plots/{path.stem}"]["path"]) as logged_picture, Image.open(path) as own:
+            assert np.array_equal(np.asarray(logged_picture), np.asarray(own))
 
 
 def test_seeds_become_a_mean_with_students_interval(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,11 @@ def nested(items: Any) -> dict[str, Any]:
 def read_offline(run_dir: Path) -> tuple[Any, list[dict[str, Any]], dict[str, Any]]:
     """(run record, rows of history, metric definitions by name) of the one offline run below ``run_dir``."""
     (path,) = run_dir.glob("wandb/offline-run-*/*.wandb")
-    found = list(records(path))
+    deadline, found = time.monotonic() + 60, list(records(path))
+    while not any(r.WhichOneof("record_type") == "exit" for r in found):
+        assert time.monotonic() < deadline  # W&B's own process writes the last block after finish() has returned
+        time.sleep(0.05)
+        found = list(records(path))
     run = next(r.run for r in found if r.WhichOneof("record_type") == "run")
     rows = [nested(r.history.item) for r in found if r.WhichOneof("record_type") == "history"]
     metrics = {r.metric.name or r.metric.glob_name: r.metric for r in found if r.WhichOneof("record_type") == "metric"}

@@ -57,7 +57,8 @@ def log_sweep(folder: Path, table: SweepTable, metrics: Sequence[str], tracking:
             dict(zip(HEAT_MAP_FIELDS, [*axes, metric], strict=True)),
             {"title": metric},
         )
-    logged |= {f"sweep/{path.stem}": wandb.Image(str(path)) for path in sorted((folder / "plots").glob("*.png"))}
+    for path in sorted((folder / "plots").glob("*.png")):
+        logged[f"sweep/plots/{path.stem}"] = wandb.Image(str(path))
     run.log(logged)
     run.finish()
 
