@@ -270,8 +270,8 @@ def from_dict(values: dict[str, Any]) -> Config:
         raise ConfigError(f"the config does not fit: {str(error).splitlines()[0]}.") from error
 
 
-def to_dict(cfg: Config) -> dict[str, Any]:
-    """Plain values, as they are saved in a run's config.yaml."""
+def to_dict(cfg: Any) -> dict[str, Any]:
+    """Plain values of a Config, as they are saved in a run's config.yaml, or of a section of it."""
     return OmegaConf.to_container(OmegaConf.structured(cfg))  # type: ignore[return-value]
 
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
-from lora_dae.config import ConfigError
+from lora_dae.cli import typed
+from lora_dae.config import ConfigError, conf_dir, register
 from lora_dae.evaluation.report.table import MetricValue, Protocol
 from lora_dae.sweep.budget import budget
 from lora_dae.sweep.cell_files import MeasuredCell, cell_file, read_cell, write_cell
-from lora_dae.sweep.cells import Wanted, distinct, read_comparison, wanted_cells
+from lora_dae.sweep.cells import Wanted, compose_cell, distinct, read_comparison, wanted_cells
 from lora_dae.sweep.compare import Study, main, make_jobs, read_studies
 from lora_dae.sweep.results import BEGIN, END, NOT_RUN, build_results, csv_lines, read_results, render, write_results
 
@@ -102,6 +104,28 @@ def test_cells_share_measurements_adapters_and_trainings(tmp_path: Path) -> None
     assert (left.cells, left.trainings) == (3 * 2, 2 + 2)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.test_size=3", "experiment=rank16", "enhancement.guidance_range=[1.75,1.75]", "trainer.max_steps=7"],
+        ["experiment=dreambooth", "conditioning=none", "method=freeu", "+sampling.method_options.b1=2", "name='a b'"],
+        ["enhancement=gain", "trainer={max_steps: 3}", "trainer.precision=32-true", "adapter.targets=[conv]"],
+    ],
+)
+def test_a_cell_is_what_hydra_composes(overrides: list[str]) -> None:
+    """Though cells share what is composed: twice, with other numbers between."""
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        expected = typed(compose("train", [*overrides, "run_dir=unused"]))
+    assert compose_cell(overrides) == expected
+    assert (
+        compose_cell([*overrides, "enhancement.strength=0.25", "adapter.rank=3"]).adapter.rank
+        == 3
+        != expected.adapter.rank
+    )
+    assert compose_cell(overrides) == expected
+
+
 def test_order_is_seed_by_seed_and_adapter_by_adapter(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", STUDY.replace("  half: [", "  half: [adapter.rank=2, "))
     ordered = distinct(cells_of(folder))
@@ -182,6 +206,9 @@ def test_a_process_for_each_adapter_and_seed_of_what_is_missing(tmp_path: Path) 
         (("half: [enhancement.strength=0.5]", "half:"), "cell 'half' is a list of overrides"),
         (("experiment=rank4", "experiment=rank99"), "rank99"),
         (("experiment=rank4", "adapter.rank=0"), "adapter.rank=0"),
+        (("experiment=rank4", "adapter.rnak=2"), "adapter.rnak=2 .*cannot be composed"),
+        (("experiment=rank4", "adapter.rank=many"), "adapter.rank=many .*cannot be composed: .*many"),
+        (("experiment=rank4", "'adapter.rank=2,4'"), "adapter.rank=2,4 .*cannot be composed"),
     ],
 )
 def test_mistakes_are_one_sentence(change: tuple[str, str], message: str, tmp_path: Path) -> None:

@@ -8,12 +8,16 @@ multirun/store/                  trainings, shared with all sweeps
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -151,15 +155,15 @@ def what_matters(cfg: Config, row: str | None) -> dict[str, Any]:
 
     Photos under ``data.root`` count by their folder's name. How many images are drawn at once does not matter.
     """
-    values, training = to_dict(cfg), training_part(cfg)
+    training = training_part(cfg)
     del training["backbone"]["path"]  # what lies there counts
     found = {
         "version": [CELL_VERSION, TRAINING_VERSION, RENDERER_VERSION],
         "weights": _fingerprint(cfg),
         "row": row,
-        "evaluation": {k: v for k, v in values["evaluation"].items() if k not in ("frozen", "controls")},
+        "evaluation": {k: v for k, v in to_dict(cfg.evaluation).items() if k not in ("frozen", "controls")},
     }
-    sampling = {key: value for key, value in values["sampling"].items() if key != "batch_size"}
+    sampling = {key: value for key, value in to_dict(cfg.sampling).items() if key != "batch_size"}
     if not sampling["tiled_decode"]:
         del sampling["tiled_decode"]  # younger than measured cells, which are without
     if row is None:
@@ -175,7 +179,7 @@ _fingerprints: dict[str, str] = {}
 
 def _fingerprint(cfg: Config) -> str:
     """Of the frozen weights, read once per process."""
-    key = content_hash(to_dict(cfg)["backbone"])
+    key = repr(cfg.backbone)
     if key not in _fingerprints:
         _fingerprints[key] = inspect_backbone(cfg.backbone, cfg.data.resolution).fingerprint()
     return _fingerprints[key]
@@ -197,14 +201,24 @@ def distinct(found: Iterable[Wanted]) -> list[Wanted]:
 
 def compose_cell(overrides: Sequence[str]) -> Config:
     """The checked config of a cell. Raises ConfigError for one that train.py would refuse."""
-    register()
-    register_sweep_name()
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            cfg: DictConfig = compose("train", [*overrides, "run_dir=unused"])
-    except HydraException as error:
+        parsed = OverridesParser.create().parse_overrides([*overrides, "run_dir=unused"])
+        values = [o for o in parsed if "." in o.key_or_group and o.type is OverrideType.CHANGE and o.package is None]
+        cfg = deepcopy(_compose(tuple(str(o.input_line) for o in parsed if o not in values)))
+        for override in values:  # as Hydra does, after all groups
+            OmegaConf.update(cfg, override.key_or_group, override.value())
+    except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{' '.join(overrides)} cannot be composed: {str(error).splitlines()[0]}") from error
     typed = from_dict(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     check(typed)
     return typed
+
+
+@cache
+def _compose(overrides: tuple[str, ...]) -> DictConfig:
+    """Of what chooses config groups: composing them costs most, and few choices are in many cells."""
+    register()
+    register_sweep_name()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("train", list(overrides))
