@@ -37,10 +37,11 @@ def kind(name: str, around: tuple[str, ...] = ()) -> str:
     return "other" if any(word in name for word in _NO_WORK) else "elementwise + copies"
 
 
-def shares(step: Callable[[], object]) -> dict[str, float]:
-    """Share of each of KINDS in one call of ``step``; they sum to 1. Call it once before, to warm up."""
+def shares(step: Callable[[], object], calls: int = 3) -> dict[str, float]:
+    """Share of each of KINDS in some calls of ``step``; they sum to 1. Call it once before, to warm up."""
     with profile(activities=[ProfilerActivity.CPU]) as found:
-        step()
+        for _ in range(calls):
+            step()
     seconds = dict.fromkeys(KINDS, 0.0)
     for event in found.events():
         seconds[kind(event.name, _around(event))] += event.self_cpu_time_total

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -37,9 +36,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.kinds import KINDS, shares
+from benchmarks.memory import peak, reset
 from benchmarks.models import Parts, build, machine, prepared, training_optimizer
 from benchmarks.timing import console, interleaved, timings
 from lora_dae.adapter.inject import inject
+from lora_dae.backbone.allocator import keep_freed_memory
 from lora_dae.config import AdapterConfig
 
 RANK = 16
@@ -160,14 +161,16 @@ def memory(name: str, options: list[str]) -> float:
 
 
 def alone(name: str, parts: Parts) -> float:
-    """Peak resident MB of this process after two steps of a row; networks that it does not need are let go of."""
+    """Peak resident MB of this process in two steps of a row; networks that it does not need are let go of (Linux)."""
+    keep_freed_memory()  # as where steps are timed
     parts.alone = True
     if "example" not in name or "cached" in name:
         parts.vae = parts.text_encoder = None
     step = row(name, parts)
+    reset()
     step()
     step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak() / 1e6
 
 
 def measure(model: str, batch: int, size: int, rows: list[str], repeats: int, peaks: bool) -> dict[str, Any]:
@@ -209,10 +212,10 @@ def measure(model: str, batch: int, size: int, rows: list[str], repeats: int, pe
 def show(case: dict[str, Any]) -> None:
     table = Table("step", "seconds", "spread", "images/s", "of the floor", "+-", "peak MB", title=case["title"])
     for name, values in case["rows"].items():
-        peak = f"{values['peak_mb']:.0f}" if "peak_mb" in values else ""
+        most = f"{values['peak_mb']:.0f}" if "peak_mb" in values else ""
         table.add_row(
             name, f"{values['seconds']:.3f}", f"{values['spread']:.1%}", f"{values['images_per_second']:.1f}",
-            f"{values['of_floor']:.3f}", f"{values['of_floor_spread']:.3f}", peak,
+            f"{values['of_floor']:.3f}", f"{values['of_floor_spread']:.3f}", most,
         )  # fmt: skip
     console.print(table)
     for name, ratio in case["ratios"].items():

@@ -6,8 +6,8 @@ ratios are of one turn's two rates, medians over turns, beside half their interq
 latents and texts cached on disk (encoded before the first turn), and with data.cache=off, where VAE and text encoder
 work in the loop as in the example (benchmarks.example). The example needs accelerate and datasets.
 
-    first step   from the start of train.py experiment=rank16 on the studio to its first optimizer step, everything that
-                 a first run leaves in data.cache_dir being there
+    first step   from the start of train.py experiment=rank16 on the studio to the end of its first optimizer step, with
+                 its default logger; all that a first run leaves in data.cache_dir is there
     import       of the bare package
 """
 
@@ -116,7 +116,7 @@ def speed(args: argparse.Namespace) -> dict[str, float]:
 
 def first_step(args: argparse.Namespace) -> dict[str, float]:
     folders = [f"data.cache_dir={args.work / 'cache'}", f"hydra.run.dir={args.work / 'run'}"]
-    command = stamped(args, 1, ["experiment=rank16", *folders, *QUIET])
+    command = stamped(args, 1, ["experiment=rank16", *folders])
     run(args, command)  # what it leaves is what the others find
     seconds = []
     for _ in range(args.repeats):

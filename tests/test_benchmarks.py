@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks import compare, evaluation, kinds, models, steps
+from benchmarks import compare, evaluation, kinds, models, steps, timing
 from lora_dae.adapter.inject import inject, trainable_parameters
 from lora_dae.backbone.load import load_backbone
 from lora_dae.config import AdapterConfig, BackboneConfig, OptimizerConfig
@@ -79,6 +81,22 @@ def test_ours_and_pefts_step_train_the_same(tiny_backbone: Path) -> None:
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-3)
 
 
+def test_a_first_call_is_in_no_time_and_all_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only the functions move: 100 s in their first call, then 2 s and 3 s."""
+    clock, calls = [0.0], []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def function(name: str, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            clock[0] += seconds if name in calls else 100.0
+            calls.append(name)
+
+        return run
+
+    found = timing.timings({"a": function("a", 2.0), "b": function("b", 3.0)}, 3)
+    assert found == {"a": [2.0] * 3, "b": [3.0] * 3} and calls == ["a", "b"] * 4
+
+
 class Normed(nn.Module):
     """A norm out of torch's own operators, inside a function of its own, as a kernel would be written."""
 
@@ -117,6 +135,7 @@ def test_the_command_writes_ratios_and_compare_knows_what_is_noise(
     monkeypatch.setattr(steps, "build", lambda *_: parts(tiny_backbone))
     monkeypatch.setattr(steps, "rates", lambda: {"matmul_gflops": 1.0})  # takes seconds, as each profile does
     monkeypatch.setattr(steps, "PROFILED", ("ours",))
+    monkeypatch.setattr(steps, "shares", partial(kinds.shares, calls=1))
     file = tmp_path / "steps.json"
     words = ["--repeats", "2", "--rows", "ours", "PEFT, same layers", "--batch", "2", "3", "--output", str(file)]
     monkeypatch.setattr(sys, "argv", ["steps", *words])
