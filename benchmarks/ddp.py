@@ -22,7 +22,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.__main__ import studio_unet
-from lora_dae.adapter.inject import inject, trainable_parameters
+from benchmarks.models import as_trained
+from lora_dae.adapter.inject import trainable_parameters
 from lora_dae.config import AdapterConfig
 
 BATCH = 4
@@ -51,8 +52,7 @@ def _train(rank: int, together: bool, port: int, steps: int, pipe: Connection) -
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=5))
-    unet = studio_unet()
-    inject(unet, AdapterConfig())
+    unet = as_trained(studio_unet(), AdapterConfig(), in_place=True)
     model: nn.Module = DistributedDataParallel(unet) if together else unet
     trained = trainable_parameters(unet)
     optimizer = torch.optim.AdamW(trained.values(), fused=True)

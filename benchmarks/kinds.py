@@ -8,7 +8,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = ("convolution", "matmul", "attention", "norms", "elementwise + copies", "other")
-_NORMS = ("group_norm", "groupnorm", "layer_norm", "layernorm")
+_NORMS = ("group_norm", "groupnorm", "layer_norm", "layernorm", "normalize")
 _ATTENTION = ("bmm", "softmax", "scaled_dot_product")
 _CONVOLUTION = ("conv",)
 _MATMUL = ("mm", "linear", "matmul")

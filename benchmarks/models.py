@@ -13,12 +13,15 @@ import lightning
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lora_dae.adapter.inject import inject
 from lora_dae.backbone.attention import choose_attention
+from lora_dae.backbone.group_norm import quicken_group_norms
 from lora_dae.backbone.load import load_backbone
-from lora_dae.config import BackboneConfig, Config
+from lora_dae.backbone.precision import round_frozen
+from lora_dae.config import AdapterConfig, BackboneConfig, Config
 from lora_dae.training.module import LoraDae
 from lora_dae.training.trainer import quiet
 
@@ -31,7 +34,25 @@ def arranged(unet: UNet2DConditionModel, shape: tuple[int, ...], text_length: in
 
 
 def prepared(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """What training does to an ``arranged`` network before anything is injected; a call of its own goes here."""
+    """What a run does to an ``arranged`` network before anything is injected (sampling.load.prepare_unet)."""
+    quicken_group_norms(unet)
+    return unet
+
+
+def as_trained(unet: UNet2DConditionModel, adapter: AdapterConfig | None, in_place: bool) -> UNet2DConditionModel:
+    """An ``arranged`` network as training.stages.Training has it in bf16-mixed; None: without anything that trains.
+
+    Unless ``in_place``, rows that share its weights keep theirs.
+    """
+    prepared(unet)
+    if adapter is not None:
+        inject(unet, adapter)
+    if not in_place:
+        for layer in (m for m in unet.modules() if type(m) in (nn.Linear, nn.Conv2d)):
+            for name, weight in layer.named_parameters(recurse=False):
+                if not weight.requires_grad:
+                    setattr(layer, name, nn.Parameter(weight.data, requires_grad=False))
+    round_frozen(unet, "bf16-mixed")
     return unet
 
 

@@ -32,10 +32,9 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.models import Parts, build, machine, prepared, training_optimizer
+from benchmarks.models import Parts, as_trained, build, machine, prepared, training_optimizer
 from benchmarks.steps import Step
 from benchmarks.timing import console, timings
-from lora_dae.adapter.inject import inject
 from lora_dae.adapter.targets import largest_rank, select
 from lora_dae.config import AdapterConfig
 from lora_dae.data.cache import build_cache
@@ -58,8 +57,7 @@ def shaped(parts: Parts, batch: int, size: int) -> Parts:
 
 
 def our_step(parts: Parts, rank: int = RANK) -> Step:
-    unet = prepared(parts.arranged())
-    inject(unet, AdapterConfig(rank=rank))
+    unet = as_trained(parts.arranged(), AdapterConfig(rank=rank), in_place=False)
     x = parts.latents.contiguous(memory_format=torch.channels_last)
     t = torch.randint(0, 1000, (len(x),))
     return Step(unet, lambda: (x, t, parts.text), training_optimizer(unet))

@@ -37,7 +37,7 @@ from torch.nn import functional
 
 from benchmarks.kinds import KINDS, shares
 from benchmarks.memory import peak, reset
-from benchmarks.models import Parts, build, machine, prepared, training_optimizer
+from benchmarks.models import Parts, as_trained, build, machine, training_optimizer
 from benchmarks.timing import console, interleaved, timings
 from lora_dae.adapter.inject import inject
 from lora_dae.backbone.allocator import keep_freed_memory
@@ -98,8 +98,9 @@ def row(name: str, parts: Parts) -> Callable[[], Any]:
         unet, x = parts.as_it_comes(), parts.latents
     else:
         unet, x = parts.arranged(), parts.latents.contiguous(memory_format=torch.channels_last)
+    lora = AdapterConfig(rank=RANK, kernel="fused" if name == "ours" else "peft")
     if name in ("ours", "floor, our kernels"):
-        unet = prepared(unet)
+        as_trained(unet, lora if name == "ours" else None, parts.alone)
     if name == "forward":
 
         def forward() -> None:
@@ -109,10 +110,14 @@ def row(name: str, parts: Parts) -> Callable[[], Any]:
         return forward
     if "floor" in name:
         return Step(unet, lambda: (x.clone().requires_grad_(), t, parts.text), None)
-    inject(unet, AdapterConfig(rank=RANK, kernel="fused" if name == "ours" else "peft"))
-    trained = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = training_optimizer(unet) if name == "ours" else torch.optim.AdamW(trained)
-    return Step(unet, lambda: (x, t, parts.text), optimizer, name != "PEFT as it comes")
+    if name == "ours":
+        return Step(unet, lambda: (x, t, parts.text), training_optimizer(unet))
+    inject(unet, lora)
+    comes = name == "PEFT as it comes"
+    if comes:
+        unet.train()  # all of it, as everybody does
+    optimizer = torch.optim.AdamW([p for p in unet.parameters() if p.requires_grad])
+    return Step(unet, lambda: (x, t, parts.text), optimizer, not comes)
 
 
 def _example(parts: Parts, t: Tensor, bf16: bool, cached: bool) -> Step:

@@ -25,7 +25,20 @@ def test_every_curve_is_measured_and_drawn(
 ) -> None:
     monkeypatch.setattr(scaling, "build", lambda *_: parts(tiny_backbone))
     points = ["--ranks", "1", "2", "64", "--batches", "1", "2", "--sizes", "8", "16", "--bands", "1", "2"]
-    words = [*points, "--photos", "20", "40", "--repeats", "1", "--output", str(tmp_path / "scaling.json")]
+    words = [
+        *points,
+        "--batch",
+        "2",
+        "--size",
+        "16",
+        "--photos",
+        "20",
+        "40",
+        "--repeats",
+        "1",
+        "--output",
+        str(tmp_path / "scaling.json"),
+    ]
     monkeypatch.setattr(sys, "argv", ["scaling", *words])
     scaling.main()
     found = json.loads((tmp_path / "scaling.json").read_text())["curves"]
