@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 PLACEMENTS = ("prediction", "direction", "none")
 CONDITIONINGS = ("source", "none")
+GATE_INPUTS = ("energy", "place", "time")
 SCHEDULERS = ("ddim", "ddpm", "dpm++", "unipc", "pndm", "euler", "euler_a", "heun", "lms")
 # Published ways to better pictures inside the sampler, with their options and published settings.
 METHODS: dict[str, dict[str, float]] = {
@@ -144,6 +145,7 @@ class EnhancementConfig:
     levels: int = 3  # undecimated frequency bands
     hidden: int = 32
     max_log_gain: float = 0.405  # log(1.5)
+    gate_inputs: str = "energy"  # what gates see beside time: energy of each band | place: of all together | time: none
     texture_steps: int = 160  # of the texture's training, which comes first
     texture_batch_size: int = 16
     decoder_steps: int = 40  # of the decoder stage's

@@ -8,6 +8,7 @@ from pathlib import Path
 from lora_dae.config import (
     CONDITIONINGS,
     DIFFICULTIES,
+    GATE_INPUTS,
     LOGGERS,
     METHODS,
     PLACEMENTS,
@@ -26,6 +27,7 @@ def check(cfg: Config) -> None:
     """Every rule over the config alone; raises ConfigError before any weight is loaded."""
     _one_of("conditioning", cfg.conditioning, CONDITIONINGS)
     _one_of("enhancement.placement", cfg.enhancement.placement, PLACEMENTS)
+    _one_of("enhancement.gate_inputs", cfg.enhancement.gate_inputs, GATE_INPUTS)
     _one_of("sampling.scheduler", cfg.sampling.scheduler, SCHEDULERS)
     _one_of("sampling.method", cfg.sampling.method, tuple(METHODS))
     for option in cfg.sampling.method_options:

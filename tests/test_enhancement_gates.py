@@ -118,6 +118,23 @@ def test_noise_levels_may_differ_within_a_batch():
         torch.testing.assert_close(both[i : i + 1], alone, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("inputs", "kept"), [("place", 1.0), ("time", 0.0)])
+def test_gates_that_see_less_are_gates_with_other_first_weights(inputs, kept):
+    """Those of all bands alike, or none: what is hidden is hidden from every later layer."""
+    full, less = random_module(), BandGain(inputs=inputs)
+    less.load_state_dict(full.state_dict())
+    own = full.evaluate(*latents(), **LEVEL)[1]
+    with torch.no_grad():
+        mean = full.input.weight.unflatten(1, (3, full.levels)).mean(2, keepdim=True)
+        full.input.weight.copy_(kept * mean.expand(-1, -1, full.levels).flatten(1))
+    expected, seen = full.evaluate(*latents(), **LEVEL)[1], less.evaluate(*latents(), **LEVEL)[1]
+    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)
+    assert float((seen - own).detach().abs().max()) > 0.01
+    x0, _, sample = latents()
+    alone = less.evaluate(x0, x0, sample, **LEVEL)[1]  # without guidance no budget depends on the place
+    assert (float(alone.detach().std((2, 3)).max()) < 1e-6) == (inputs == "time")
+
+
 @pytest.mark.parametrize("values", [(0, 32, 0.4), (3, 0, 0.4), (3, 32, 0.0), (3, 32, math.inf)])
 def test_senseless_sizes_are_refused(values):
     with pytest.raises(ConfigError, match="positive"):

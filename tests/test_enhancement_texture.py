@@ -124,6 +124,26 @@ def test_gradients_reach_every_weight_of_gates_and_matcher():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in texture.parameters())
 
 
+@pytest.mark.parametrize("inputs", ["place", "time"])
+def test_gates_of_source_texture_that_see_less_are_gates_with_other_first_weights(inputs):
+    """Of all bands alike; or of nothing but whether there is a source."""
+    torch.manual_seed(0)
+    full, less = SourceTexture(4), SourceTexture(4, inputs=inputs)
+    torch.nn.init.normal_(full.output.weight)
+    less.load_state_dict(full.state_dict())
+    x, source = smooth(5), smooth(6)
+    own = full(x, source).gates
+    with torch.no_grad():
+        weight, energies = full.input.weight, 3 * full.levels  # then: rest, how sure, whether there is a source
+        mean = weight[:, :energies].unflatten(1, (3, full.levels)).mean(2, keepdim=True)
+        weight[:, :energies] = mean.expand(-1, -1, full.levels, -1, -1).flatten(1, 2)
+        if inputs == "time":
+            weight[:, : energies + 2] = 0
+    seen = less(x, source).gates
+    torch.testing.assert_close(seen, full(x, source).gates, rtol=1e-4, atol=1e-4)
+    assert float((seen - own).detach().abs().max()) > 0.01
+
+
 def test_the_file_keeps_every_part(tmp_path):
     module = EnhancementModule(2, 8, 0.3, source_channels=4, decoder=True)
     opened(module.texture)
@@ -131,8 +151,9 @@ def test_the_file_keeps_every_part(tmp_path):
     x0, source = smooth(3), smooth(4)
     assert torch.equal(again(x0, x0, x0, *LEVEL, source=source), module(x0, x0, x0, *LEVEL, source=source))
     assert again.decoder is not None
-    only = EnhancementModule(2, 8, 0.0, source_channels=4)
-    assert load_enhancement(save_enhancement(only, tmp_path / "only.safetensors")).gain is None
+    only = EnhancementModule(2, 8, 0.0, source_channels=4, gate_inputs="place")
+    again = load_enhancement(save_enhancement(only, tmp_path / "only.safetensors"))
+    assert again.gain is None and again.texture.inputs == "place"
 
 
 def test_a_scheduler_takes_the_source_and_shares_it_among_images_of_a_prompt():

@@ -12,7 +12,7 @@ import torch
 from compose import config
 from safetensors.torch import load_file
 
-from lora_dae.config import Config, ConfigError, TrackingConfig
+from lora_dae.config import Config, ConfigError, EnhancementConfig, TrackingConfig
 from lora_dae.sweep import ranks, store
 from lora_dae.sweep.files import read_json, write_json
 from lora_dae.sweep.identity import training_hash, training_part
@@ -68,12 +68,14 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
         ({"trainer": {"devices": 2}}, False),
         ({"trainer": {"early_stop_patience": None, "val_check_interval": 5}}, True),
         ({"trainer": {"early_stop_patience": 2}}, False),
+        ({"enhancement": EnhancementConfig(gate_inputs="time")}, False),
     ],
     ids=str,
 )
 def test_what_a_training_depends_on(change: dict[str, Any], same: bool) -> None:
     one = Config(run_dir="here")
     assert (training_part(one) == training_part(replace(one, **change))) == same
+    assert "gate_inputs" not in training_part(one)["enhancement"]  # came later: what was trained before is found
 
 
 def test_how_often_is_validated_counts_where_it_ends_the_training() -> None:

@@ -22,6 +22,7 @@ def save_enhancement(module: EnhancementModule, path: str | Path) -> Path:
         "max_log_gain": repr(module.max_log_gain),
         "source_channels": str(module.source_channels),
         "decoder": str(int(module.decoder is not None)),
+        "gate_inputs": module.gate_inputs,
     }
     return save_tensors(module.state_dict(), path, metadata)
 
@@ -46,6 +47,7 @@ def load_enhancement(path: str | Path) -> EnhancementModule:
         module = EnhancementModule(
             int(metadata["levels"]), int(metadata["hidden"]), float(metadata["max_log_gain"]),
             int(metadata["source_channels"]), metadata["decoder"] == "1",
+            metadata.get("gate_inputs", "energy"),  # older files do not say
         )  # fmt: skip
         module.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError) as error:

@@ -35,11 +35,12 @@ _FEATURE_SCALE = 0.25  # log energies span about [-9, 4]
 class BandGain(nn.Module):
     """Band gains from local energies, noise level and step size; about 3 k parameters, any channel count.
 
-    ``levels`` bands, ``hidden`` channels, gains within ``exp(+-max_log_gain)`` at strength 1. The last layer
-    starts at zero: a new module is the exact identity. Values that make no sense raise ConfigError.
+    ``levels`` bands, ``hidden`` channels, gains within ``exp(+-max_log_gain)`` at strength 1; ``inputs`` as in
+    ``visible``. The last layer starts at zero: a new module is the exact identity. Values that make no sense raise
+    ConfigError.
     """
 
-    def __init__(self, levels: int = 3, hidden: int = 32, max_log_gain: float = 0.405) -> None:
+    def __init__(self, levels: int = 3, hidden: int = 32, max_log_gain: float = 0.405, inputs: str = "energy") -> None:
         super().__init__()
         if levels < 1 or hidden < 1 or not 0 < max_log_gain < math.inf:
             raise ConfigError(
@@ -49,6 +50,7 @@ class BandGain(nn.Module):
         self.levels = levels
         self.hidden = hidden
         self.max_log_gain = max_log_gain
+        self.inputs = inputs
         self.input = nn.Linear(3 * levels, hidden, bias=False)
         self.spatial = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.film = nn.Sequential(nn.Linear(NOISE_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, 2 * hidden))
@@ -99,6 +101,7 @@ class BandGain(nn.Module):
             bands, noisy = split.chunk(len(seen), dim=1)[:2]
             excess = guided - conditional  # log q_b: what guidance has already amplified
             features = torch.cat([conditional, noise_energy, excess], dim=1) * _FEATURE_SCALE
+            features = visible(features, self.levels, self.inputs)
             log_gain = self._log_gain(features, excess, step)
             if direction:  # bands of the noise that x0 and sample imply, by linearity
                 bands = (step.scale * noisy - step.alpha * bands) / step.sigma
@@ -156,6 +159,19 @@ def noise_window(log_snr: Tensor) -> Tensor:
     low, high = WINDOW
     ramp = ((log_snr - low) / (high - low)).clamp(0, 1)
     return ramp * ramp * (3 - 2 * ramp)
+
+
+def visible(energies: Tensor, levels: int, inputs: str) -> Tensor:
+    """What gates may see of log energies (B, k * levels, H, W), for ablations.
+
+    ``energy``: those of each band; ``place``: their mean over the bands, in every band's stead; ``time``: zeros.
+    """
+    if inputs == "energy":
+        return energies
+    if inputs == "time":
+        return torch.zeros_like(energies)
+    mean = energies.unflatten(1, (-1, levels)).mean(2, keepdim=True)
+    return mean.expand(-1, -1, levels, -1, -1).flatten(1, 2)
 
 
 def weighted(weights: Tensor, bands: Tensor) -> Tensor:

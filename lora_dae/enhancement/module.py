@@ -38,8 +38,8 @@ class EnhancementModule(nn.Module):
     """``gain``, ``texture`` (latents of ``source_channels`` channels, 0 = without) and ``decoder`` (pixels).
 
     ``levels`` bands, ``hidden`` channels, gains within ``exp(+-max_log_gain)`` at strength 1; ``max_log_gain=0``
-    leaves the gain out. Every last layer starts at zero: a new module is the exact identity. Under 60 k parameters.
-    Values that make no sense, or leave nothing, raise ConfigError.
+    leaves the gain out. ``gate_inputs`` as in ``gates.visible``. Every last layer starts at zero: a new module is the
+    exact identity. Under 60 k parameters. Values that make no sense, or leave nothing, raise ConfigError.
     """
 
     def __init__(
@@ -49,6 +49,7 @@ class EnhancementModule(nn.Module):
         max_log_gain: float = 0.405,
         source_channels: int = 0,
         decoder: bool = False,
+        gate_inputs: str = "energy",
     ) -> None:
         super().__init__()
         if levels < 1 or hidden < 1 or not 0 <= max_log_gain < math.inf:
@@ -61,13 +62,14 @@ class EnhancementModule(nn.Module):
                 "enhancement.max_log_gain=0 without source or decoder leaves no module: use enhancement=none."
             )
         self.levels, self.hidden, self.max_log_gain = levels, hidden, max_log_gain
-        self.source_channels = source_channels
-        self.gain = BandGain(levels, hidden, max_log_gain) if max_log_gain > 0 else None
+        self.source_channels, self.gate_inputs = source_channels, gate_inputs
+        self.gain = BandGain(levels, hidden, max_log_gain, gate_inputs) if max_log_gain > 0 else None
         self.texture = None
         if source_channels:
             # One number beside the noise features: how far the solver is of first order.
-            self.texture = SourceTexture(source_channels, levels, 24, NOISE_FEATURES + 1, 0.0, _LATENT_SCALES)
-        self.decoder = SourceTexture(3, levels, 24, 0, PIXEL_GAIN, _PIXEL_SCALES) if decoder else None
+            conditions = NOISE_FEATURES + 1
+            self.texture = SourceTexture(source_channels, levels, 24, conditions, 0.0, _LATENT_SCALES, gate_inputs)
+        self.decoder = SourceTexture(3, levels, 24, 0, PIXEL_GAIN, _PIXEL_SCALES, gate_inputs) if decoder else None
 
     @property
     def device(self) -> torch.device:
@@ -139,4 +141,4 @@ def build_enhancement(cfg: EnhancementConfig, latent_channels: int, conditioning
             "this enhancement brings back the source photo's texture, but conditioning=none shows none: use "
             "enhancement=gain, or conditioning=source."
         )
-    return EnhancementModule(cfg.levels, cfg.hidden, max_log_gain, channels, cfg.decoder)
+    return EnhancementModule(cfg.levels, cfg.hidden, max_log_gain, channels, cfg.decoder, cfg.gate_inputs)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_dae.enhancement.bands import local_log_energy, split_bands
-from lora_dae.enhancement.gates import pointwise, weighted
+from lora_dae.enhancement.gates import pointwise, visible, weighted
 from lora_dae.enhancement.match import Match, Matcher, warp
 
 _SCALE = 0.25  # log energies span about [-9, 4]
@@ -38,7 +38,7 @@ class SourceTexture(nn.Module):
 
     ``channels`` of the images or latents, ``levels`` bands, ``factors``: scales of the match, coarse first. The last
     layer starts at zero: a new module changes nothing. ``max_log_gain`` > 0 adds a gain per band, which works
-    without a source too.
+    without a source too. ``inputs`` as in ``gates.visible``; ``time`` hides how sure the match is, too.
     """
 
     def __init__(
@@ -49,9 +49,10 @@ class SourceTexture(nn.Module):
         conditions: int = 0,
         max_log_gain: float = 0.0,
         factors: tuple[int, ...] = (4, 1),
+        inputs: str = "energy",
     ) -> None:
         super().__init__()
-        self.levels, self.max_log_gain = levels, max_log_gain
+        self.levels, self.max_log_gain, self.inputs = levels, max_log_gain, inputs
         self.matcher = Matcher(channels, factors=factors)
         self.input = nn.Conv2d(3 * levels + 3, hidden, 1)
         self.spatial = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
@@ -97,8 +98,10 @@ class SourceTexture(nn.Module):
         b, _, height, width = rest_gap.shape
         sure = rest_gap.new_zeros(b, 1, height, width) if match is None else match.confidence
         far = (rest_gap.square().mean(1, keepdim=True) + _FLOOR).log()
-        energies = local_log_energy(torch.cat([own, carried, gaps], dim=1)).chunk(3)
-        features = torch.cat([*energies, far], dim=1)
+        energies = torch.cat(local_log_energy(torch.cat([own, carried, gaps], dim=1)).chunk(3), dim=1)
+        if self.inputs == "time":
+            far, sure = torch.zeros_like(far), torch.zeros_like(sure)
+        features = torch.cat([visible(energies, self.levels, self.inputs), far], dim=1)
         flag = torch.full_like(sure, float(match is not None))
         hidden = self.spatial(pointwise(self.input, torch.cat([features * _SCALE, sure, flag], dim=1)))
         if self.film is not None:
