@@ -42,11 +42,13 @@ from benchmarks.timing import console, interleaved, timings
 from lora_dae.adapter.inject import inject
 from lora_dae.backbone.allocator import keep_freed_memory
 from lora_dae.config import AdapterConfig
+from lora_dae.training.shortcuts import at_half_size, see_keys
 
 RANK = 16
 EXAMPLE = ["to_k", "to_q", "to_v", "to_out.0"]
 ROWS = (
-    "forward", "floor", "floor, our kernels", "ours", "PEFT, same layers", "PEFT as it comes",
+    "forward", "floor", "floor, our kernels", "ours", "ours, half size", "ours, half of the tokens",
+    "PEFT, same layers", "PEFT as it comes",
     "example bf16, cached", "example bf16", "example fp32, cached", "example fp32",
 )  # fmt: skip
 PROFILED = ("floor", "floor, our kernels", "ours", "PEFT, same layers")
@@ -98,9 +100,14 @@ def row(name: str, parts: Parts) -> Callable[[], Any]:
         unet, x = parts.as_it_comes(), parts.latents
     else:
         unet, x = parts.arranged(), parts.latents.contiguous(memory_format=torch.channels_last)
-    lora = AdapterConfig(rank=RANK, kernel="fused" if name == "ours" else "peft")
-    if name in ("ours", "floor, our kernels"):
-        as_trained(unet, lora if name == "ours" else None, parts.alone)
+    ours = name.startswith("ours")
+    lora = AdapterConfig(rank=RANK, kernel="fused" if ours else "peft")
+    if ours or name == "floor, our kernels":
+        as_trained(unet, lora if ours else None, parts.alone)
+    if name == "ours, half size":  # of training.shortcuts, as the next one
+        x = at_half_size({"latent_mean": x, "latent_std": x})["latent_mean"]
+    if name == "ours, half of the tokens":
+        see_keys(unet, 0.5)
     if name == "forward":
 
         def forward() -> None:
@@ -110,7 +117,7 @@ def row(name: str, parts: Parts) -> Callable[[], Any]:
         return forward
     if "floor" in name:
         return Step(unet, lambda: (x.clone().requires_grad_(), t, parts.text), None)
-    if name == "ours":
+    if ours:
         return Step(unet, lambda: (x, t, parts.text), training_optimizer(unet))
     inject(unet, lora)
     comes = name == "PEFT as it comes"
