@@ -25,6 +25,7 @@ from lora_dae.backbone.int8 import is_int8
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 _PACK: Any = getattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", None) if _HAS_ONEDNN else None
 _CONVOLVE: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise", None) if _HAS_ONEDNN else None
+FEW = 64  # positions below which a large convolution takes less time than its weight's reordering
 
 
 def merging_pays(positions: int, inputs: int, outputs: int) -> bool:
@@ -167,7 +168,8 @@ class MergedConv(torch.autograd.Function):
 class Frozen:
     """A frozen layer's weight in the precision of the calls, made once; convolutions' on a CPU in oneDNN's order.
 
-    It costs a copy of the weight where that is of another precision, and one more for a convolution's backward.
+    It costs a copy of the weight where that is of another precision; one more for a convolution's backward where so
+    few positions pass through it that this would be mostly reordering.
     """
 
     def __init__(self, base: Any, dtype: torch.dtype, shape: torch.Size) -> None:
@@ -178,16 +180,15 @@ class Frozen:
         if not isinstance(base, nn.Conv2d) or dtype != torch.bfloat16 or not PackedConv.suits(base.weight.device):
             self._weight = base.weight.detach().to(dtype)
             return
-        self._weight = weight = base.weight.detach().to(dtype)
+        self._weight, weight = base.weight, base.weight.detach().to(dtype)
         self._there = PackedConv(weight, base.stride, base.padding, shape)
-        if base.stride == (1, 1):
+        if base.stride == (1, 1) and shape[0] * shape[2] * shape[3] < FEW:
             # The input's gradient is a convolution with the mirrored weight: its order can be kept as well.
             mirrored = weight.flip(2, 3).transpose(0, 1).contiguous()
             n, outputs, sizes = shape[0], base.out_channels, zip(shape[2:], base.kernel_size, base.padding, strict=True)
             output = torch.Size([n, outputs, *(length + 2 * p - k + 1 for length, k, p in sizes)])
             padding = [k - 1 - p for k, p in zip(base.kernel_size, base.padding, strict=True)]  # type: ignore[arg-type]
             self._back = PackedConv(mirrored, [1, 1], padding, output)
-            self._weight = base.weight
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied layer makes its own."""
@@ -209,7 +210,7 @@ class Frozen:
         if self._back is not None:
             return self._back(grad)
         if isinstance(self.base, nn.Conv2d):
-            return _convolution_gradients(grad, x, self._weight, self.base, (True, False))[0]
+            return _convolution_gradients(grad, x, self._weight.to(grad.dtype), self.base, (True, False))[0]
         return grad @ self._weight
 
 
