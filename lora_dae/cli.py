@@ -26,6 +26,8 @@ from lora_dae.sweep.ranks import rank
 
 # One process draws and trains alone: threads of the tokenizer after a fork would only warn.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A step needs some 400 kernels for each size of batch and picture; oneDNN keeps 1,024 and makes the others anew.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 register()
 register_sweep_name()
 console = Console()

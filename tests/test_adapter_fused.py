@@ -111,8 +111,10 @@ def test_bf16_autocast_gives_bf16_output_and_float32_gradients_near_the_exact_on
 ) -> None:
     monkeypatch.setattr(fused, "merging_pays", lambda *sizes: merged)
     theirs, ours = pair(LAYERS[kind], torch.float32)
-    x = torch.randn(16, 8, 6) if kind == "linear" else torch.randn(8, 6, 9, 8)
-    for _ in range(2):  # the second call finds what the first one made
+    few, many = torch.randn(1, 6, 5, 6), torch.randn(8, 6, 9, 8)  # positions: few have a mirrored weight of their own
+    inputs = [torch.randn(16, 8, 6)] * 2 if kind == "linear" else [few, few, many, few]
+    for x in inputs:  # the second call finds what the first one made
+        assert few.numel() // 6 < products.FEW < many.numel() // 6
         theirs.zero_grad(), ours.zero_grad()
         exact = everything(theirs, x)
         with torch.autocast("cpu", torch.bfloat16):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -72,6 +75,19 @@ def test_wide_groups_are_left_alone() -> None:
     model = nn.Sequential(nn.GroupNorm(32, 512), nn.GroupNorm(2, 8, affine=False), nn.LayerNorm(8))
     quicken_group_norms(model)
     assert not any(isinstance(module, NarrowGroupNorm) for module in model)
+
+
+@pytest.mark.parametrize("given", [None, "7"])
+def test_commands_let_onednn_keep_the_kernels_of_many_sizes(given: str | None) -> None:
+    """It looks at the environment when it makes the first one; what the user set stays."""
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    environment = {key: value for key, value in os.environ.items() if key != name}
+    code = f"import lora_dae.cli, os; print(os.environ['{name}'])"
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=environment | ({} if given is None else {name: given}), check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert told.stdout.strip() == (given or "16384")
 
 
 @pytest.mark.parametrize("kernel", ["fused", "peft"])

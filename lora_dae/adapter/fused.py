@@ -13,6 +13,7 @@ frozen weights are not touched, so leaving it is exact. Not those in int8, which
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -203,7 +204,7 @@ class FusedConv2d(Conv2d):
         if name is None:
             return super().forward(x, *args, **kwargs)
         a, b, dtype = self.lora_A[name].weight, self.lora_B[name].weight, _compute_dtype(x)
-        if merging_pays(positions, a[0].numel(), base.out_channels):
+        if merging_pays(positions, base.in_channels * math.prod(base.kernel_size), base.out_channels):
             return MergedConv.apply(x, base, a, b, self.scaling[name], dtype)
         if _is_peft_s_to_split(base):
             return super().forward(x)

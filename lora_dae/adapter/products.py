@@ -117,6 +117,11 @@ def _of_b(h: Tensor, rows: Tensor, b: Tensor, scale: float) -> Tensor:
     return (h.T @ rows).to(b.dtype).mul_(scale).T.reshape(b.shape)
 
 
+def _of_a(gradient: Tensor, a: Tensor) -> Tensor:
+    """dL/dA of a convolution as A lies in memory, strides of single places included: DDP's buckets look at those."""
+    return gradient.to(a.dtype).reshape(-1).view(a.shape)
+
+
 class MergedLinear(torch.autograd.Function):
     """apply(x, base, a, b, scale, dtype)"""
 
@@ -161,7 +166,7 @@ class MergedConv(torch.autograd.Function):
             low, rows = _down(a, x), _pixels(grad)
             db = _of_b(_pixels(F.conv2d(x, low, None, base.stride, base.padding)), rows, b, ctx.scale)
             g = _image(rows @ b.flatten(1).to(x.dtype), grad)
-            da = _convolution_gradients(g, x, low, base, (False, True))[1].to(a.dtype).mul_(ctx.scale)
+            da = _of_a(_convolution_gradients(g, x, low, base, (False, True))[1], a).mul_(ctx.scale)
         return dx, None, da, db, None, None
 
 
@@ -185,9 +190,10 @@ class Frozen:
         if base.stride == (1, 1) and shape[0] * shape[2] * shape[3] < FEW:
             # The input's gradient is a convolution with the mirrored weight: its order can be kept as well.
             mirrored = weight.flip(2, 3).transpose(0, 1).contiguous()
-            n, outputs, sizes = shape[0], base.out_channels, zip(shape[2:], base.kernel_size, base.padding, strict=True)
-            output = torch.Size([n, outputs, *(length + 2 * p - k + 1 for length, k, p in sizes)])
-            padding = [k - 1 - p for k, p in zip(base.kernel_size, base.padding, strict=True)]  # type: ignore[arg-type]
+            kernel, padded = base.weight.shape[2:], tuple(int(p) for p in base.padding)
+            sizes = [length + 2 * p - k + 1 for length, k, p in zip(shape[2:], kernel, padded, strict=True)]
+            output = torch.Size([shape[0], base.out_channels, *sizes])
+            padding = [k - 1 - p for k, p in zip(kernel, padded, strict=True)]
             self._back = PackedConv(mirrored, [1, 1], padding, output)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -270,4 +276,4 @@ class SplitConv(torch.autograd.Function):
             if wanted[0]:
                 dx = dx + ctx.frozen.backward(grad, x)
             db = _of_b(h, rows, b, ctx.scale)
-        return dx, None, da.to(a.dtype), db, None
+        return dx, None, _of_a(da, a), db, None

@@ -1,7 +1,8 @@
 """What comparisons cost on 2 CPU cores, by arithmetic.
 
-Seconds from runs of experiment=rank16 on the embedded backbone, 128 pixels: training on 20 photos a second, a network
-call a third of that; texture, decoder stage and gain together 150 s, 62 s to measure eight sets of 128 pictures.
+Seconds from cells of experiments/mainstream on the embedded backbone, 128 pixels, two processes of one thread at once
+(``-j 2``): 5,600 photos trained in 325 to 372 s, 342 pictures of 24 calls drawn and measured in 242 s, beside another
+process that did the like. The decoder stage and the gain's chains are from a run of experiment=rank16 alone.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from lora_dae.sweep.cells import Wanted, distinct
 from lora_dae.sweep.table import network_calls
 from lora_dae.training.calibrate import PAIRS, SHARES
 
-TRAINING_IMAGE, NETWORK_CALL = 0.05, 0.017
+TRAINING_IMAGE, NETWORK_CALL = 0.032, 0.0115
 DECODED_IMAGE = 0.11  # of the decoder stage's training
-MEASURED_IMAGE = 0.065
-LOADING = 30.0  # for each training: libraries, backbone, latents
+MEASURED_IMAGE = 0.05
+LOADING = 20.0  # for each training: libraries, backbone, latents
 CHAIN_CALLS = 2.5  # mean calls per step and image while the gain trains
 
 
