@@ -166,6 +166,8 @@ def plot(curves: list[dict[str, Any]], path: Path) -> None:
         axis.loglog(x, y[-1] * x / x[-1], ":", color="gray", label="proportional")
         axis.set_title(f"{curve['of']}: slope {curve['slope']:.2f}", fontsize=9)
         axis.set_ylabel("seconds")
+        axis.set_xticks(x, [f"{value:g}" for value in x])
+        axis.minorticks_off()
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=120)
     plt.close(figure)
