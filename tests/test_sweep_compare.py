@@ -233,7 +233,7 @@ def test_plan_says_what_all_studies_cost(
     monkeypatch.chdir(tmp_path)
     for name in ("first", "second"):
         write_study(tmp_path / "experiments" / name)
-    monkeypatch.setattr(sys, "argv", ["compare", "--plan", "trainer.max_steps=1000"])
+    monkeypatch.setattr(sys, "argv", ["compare", "--plan", "trainer.max_steps=2000"])
     main()
     lines = [re.split(r"\s*[│┃]\s*", line.strip(" │")) for line in capsys.readouterr().out.splitlines() if "│" in line]
     first, second, whole, left = (line for line in lines if line[0] in ("first", "second", "all", "to do"))
