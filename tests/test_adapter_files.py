@@ -41,7 +41,7 @@ def trained(cfg: AdapterConfig, channels: int = 4) -> UNet2DConditionModel:
 @pytest.mark.parametrize(
     ("case", "channels"), [*((case, 4) for case in CASES), ("attention_conv", 8), ("with_conv_in", 8)]
 )
-@pytest.mark.parametrize(("kernel", "atol"), [("peft", 1e-6), ("fused", 1e-4)])  # fused: sums in another order
+@pytest.mark.parametrize(("kernel", "atol"), [("peft", 1e-6), ("fused", 5e-5)])  # fused: sums in another order
 def test_plain_pipeline_draws_what_the_training_model_draws(
     kernel: str, atol: float, case: str, channels: int, tmp_path: Path
 ) -> None:

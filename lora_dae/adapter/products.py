@@ -76,7 +76,8 @@ def _image(rows: Tensor, like: Tensor) -> Tensor:
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """W + scale B A in the adapter's precision, then rounded once; it lies in memory as W does."""
     last = weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
-    merged = torch.addmm(_rows(weight, last).to(a.dtype), b.flatten(1), _rows(a, last), alpha=scale)
+    delta = b.flatten(1) @ _rows(a, last)
+    merged = torch.add(_rows(weight, last).to(a.dtype), delta, alpha=scale, out=delta)
     return _like(merged.to(dtype), weight.shape, last)
 
 
