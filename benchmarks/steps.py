@@ -6,6 +6,7 @@
                         less
     floor, our kernels  the same on the network as our training prepares it
     ours                train.py's step: its layers, gradient clipping and optimizer (not Lightning, data and logs)
+    ours, ... recomputed    with backbone.gradient_checkpointing=attention, or true
     PEFT, same layers   PEFT's own layers in place of ours, on the floor's network
     PEFT as it comes    the same layers in float32, weights and attention as diffusers loads them
     example ...         diffusers' text-to-image LoRA example: attention projections alone, Gaussian init, frozen
@@ -41,6 +42,7 @@ from benchmarks.models import Parts, as_trained, build, machine, training_optimi
 from benchmarks.timing import console, interleaved, timings
 from lora_dae.adapter.inject import inject
 from lora_dae.backbone.allocator import keep_freed_memory
+from lora_dae.backbone.recompute import recompute
 from lora_dae.config import AdapterConfig
 from lora_dae.training.shortcuts import at_half_size, see_keys
 
@@ -48,7 +50,7 @@ RANK = 16
 EXAMPLE = ["to_k", "to_q", "to_v", "to_out.0"]
 ROWS = (
     "forward", "floor", "floor, our kernels", "ours", "ours, half size", "ours, half of the tokens",
-    "PEFT, same layers", "PEFT as it comes",
+    "ours, attention recomputed", "ours, all recomputed", "PEFT, same layers", "PEFT as it comes",
     "example bf16, cached", "example bf16", "example fp32, cached", "example fp32",
 )  # fmt: skip
 PROFILED = ("floor", "floor, our kernels", "ours", "PEFT, same layers")
@@ -108,6 +110,8 @@ def row(name: str, parts: Parts) -> Callable[[], Any]:
         x = at_half_size({"latent_mean": x, "latent_std": x})["latent_mean"]
     if name == "ours, half of the tokens":
         see_keys(unet, 0.5)
+    if "recomputed" in name:
+        recompute(unet, True if "all" in name else "attention")
     if name == "forward":
 
         def forward() -> None:
@@ -187,6 +191,8 @@ def alone(name: str, parts: Parts) -> float:
 
 def measure(model: str, batch: int, size: int, rows: list[str], repeats: int, peaks: bool) -> dict[str, Any]:
     """One case: every row, the stages of our step, the kinds of work, and the ratios that the project promises."""
+    options = ["--model", model, "--batch", str(batch), "--size", str(size)]
+    peak_mb = {name: memory(name, options) for name in rows if peaks}  # first: later this process holds all rows
     parts = build(model, batch, size)
     steps = {name: row(name, parts) for name in rows}
     times = timings(steps, repeats)
@@ -199,8 +205,7 @@ def measure(model: str, batch: int, size: int, rows: list[str], repeats: int, pe
             "of_floor": statistics.median(of_floor), "of_floor_spread": half_range(of_floor),
         }  # fmt: skip
         if peaks:
-            options = ["--model", model, "--batch", str(batch), "--size", str(size)]
-            found[name]["peak_mb"] = memory(name, options)
+            found[name]["peak_mb"] = peak_mb[name]
     stages: dict[str, float] = {}
     if "ours" in steps:
         ours = steps["ours"]

@@ -38,6 +38,8 @@ SOURCES = (
     "studio", "folder", "fashion_mannequin", "viton_hd", "dress_code", "deepfashion_multimodal", "fashion_product",
     "fashion_gen", "hf", "webdataset", "litdata", "shards",
 )  # fmt: skip
+# The gain's (at least one of the first two), then the decoder stage's.
+LOSSES = ("distribution", "power", "energy", "edges")
 LOGGERS = ("wandb", "tensorboard", "csv", "none")
 DIFFICULTIES = ("aligned", "shifted", "reposed")
 Section = TypeVar("Section", bound=Any)
@@ -60,7 +62,7 @@ class BackboneConfig:
     prediction_type: str = "auto"  # auto (as the backbone says) | epsilon | v_prediction
     zero_terminal_snr: bool | None = None  # None = as the backbone says
     weights: str = "fp32"  # of the frozen UNet: fp32 | bf16 | fp16 | int8 (half of bf16); what trains stays fp32
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | str = False  # true | attention (its blocks alone: most of the memory, half the time)
     attention: str = "auto"  # auto (measured at start) | plain | sdpa
     text_chunks: int = 1  # captions of up to 75 tokens a chunk; above 1 plain pipelines need prompt_embeds
 
@@ -145,11 +147,13 @@ class EnhancementConfig:
     levels: int = 3  # undecimated frequency bands
     hidden: int = 32
     max_log_gain: float = 0.405  # log(1.5)
+    losses: list[str] = field(default_factory=lambda: list(LOSSES))  # beside errors of bands, which always count
     gate_inputs: str = "energy"  # what gates see beside time: energy of each band | place: of all together | time: none
     texture_steps: int = 160  # of the texture's training, which comes first
     texture_batch_size: int = 16
     decoder_steps: int = 40  # of the decoder stage's
     decoder_learning_rate: float = 1e-2
+    joint: bool = False  # the texture trains in the adapter's steps, both on both losses, instead of after it
     wrong_source: float = 0.15  # share of its batches that shows the module another sample's source
     max_steps: int = 10  # of the gain's training; each is one whole sampling chain
     batch_size: int = 8  # of decoder and gain

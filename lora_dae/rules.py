@@ -10,6 +10,7 @@ from lora_dae.config import (
     DIFFICULTIES,
     GATE_INPUTS,
     LOGGERS,
+    LOSSES,
     METHODS,
     PLACEMENTS,
     SCHEDULERS,
@@ -28,6 +29,18 @@ def check(cfg: Config) -> None:
     _one_of("conditioning", cfg.conditioning, CONDITIONINGS)
     _one_of("enhancement.placement", cfg.enhancement.placement, PLACEMENTS)
     _one_of("enhancement.gate_inputs", cfg.enhancement.gate_inputs, GATE_INPUTS)
+    for loss in cfg.enhancement.losses:
+        _one_of("enhancement.losses", loss, LOSSES)
+    if cfg.enhancement.gain and not set(cfg.enhancement.losses) & {"distribution", "power"}:
+        raise ConfigError(
+            "enhancement.losses leaves the gain nothing to learn from: keep distribution or power, or set "
+            "enhancement.gain=false."
+        )
+    if cfg.enhancement.joint and not (cfg.enhancement.texture and cfg.conditioning == "source"):
+        raise ConfigError(
+            "enhancement.joint=true trains the source's texture with the adapter, but there is none: it needs "
+            "conditioning=source and enhancement.texture=true."
+        )
     _one_of("sampling.scheduler", cfg.sampling.scheduler, SCHEDULERS)
     _one_of("sampling.method", cfg.sampling.method, tuple(METHODS))
     for option in cfg.sampling.method_options:
@@ -41,6 +54,7 @@ def check(cfg: Config) -> None:
     _one_of("tracking.logger", cfg.tracking.logger, LOGGERS)
     _one_of("backbone.prediction_type", cfg.backbone.prediction_type, ("auto", "epsilon", "v_prediction"))
     _one_of("backbone.weights", cfg.backbone.weights, ("fp32", "bf16", "fp16", "int8"))
+    _one_of("backbone.gradient_checkpointing", cfg.backbone.gradient_checkpointing, (False, True, "attention"))
     _one_of("export.dtype", cfg.export.dtype, ("fp32", "fp16", "bf16"))
     for group in cfg.adapter.targets:
         _one_of("adapter.targets", group, TARGET_GROUPS)
@@ -170,6 +184,6 @@ def check_evaluation(cfg: EvaluationConfig) -> None:
         raise ConfigError(f"evaluation.bootstrap={cfg.bootstrap}: give e.g. 1000, or 0 for no intervals.")
 
 
-def _one_of(name: str, value: str, options: tuple[str, ...]) -> None:
+def _one_of(name: str, value: object, options: tuple[object, ...]) -> None:
     if value not in options:
-        raise ConfigError(f"{name}={value} is unknown: use one of {', '.join(options)}.")
+        raise ConfigError(f"{name}={value} is unknown: use one of {', '.join(str(option) for option in options)}.")

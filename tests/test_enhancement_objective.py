@@ -82,6 +82,14 @@ def test_loss_is_zero_on_the_same_distribution_and_sees_missing_energy():
     assert float(weak.distribution) == pytest.approx(math.log(4), abs=2e-2)
 
 
+def test_loss_sums_the_parts_that_are_named():
+    x0 = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    whole = on_policy_loss(0.5 * x0, x0, torch.full((4, 3, 16, 16), 0.1))
+    for name in ("distribution", "power"):
+        one = on_policy_loss(0.5 * x0, x0, torch.full((4, 3, 16, 16), 0.1), losses=[name])
+        assert float(one.total) == pytest.approx(float(getattr(whole, name) + whole.regularization))
+
+
 def test_loss_counts_only_masked_places():
     x0 = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(0))
     changed = x0.clone()

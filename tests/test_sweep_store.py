@@ -69,13 +69,16 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
         ({"trainer": {"early_stop_patience": None, "val_check_interval": 5}}, True),
         ({"trainer": {"early_stop_patience": 2}}, False),
         ({"enhancement": EnhancementConfig(gate_inputs="time")}, False),
+        ({"enhancement": EnhancementConfig(losses=["power"])}, False),
+        ({"enhancement": EnhancementConfig(joint=True)}, False),
     ],
     ids=str,
 )
 def test_what_a_training_depends_on(change: dict[str, Any], same: bool) -> None:
     one = Config(run_dir="here")
     assert (training_part(one) == training_part(replace(one, **change))) == same
-    assert "gate_inputs" not in training_part(one)["enhancement"]  # came later: what was trained before is found
+    later = {"gate_inputs", "losses", "joint"}  # what was trained before they came is found
+    assert not later & training_part(one)["enhancement"].keys()
 
 
 def test_how_often_is_validated_counts_where_it_ends_the_training() -> None:

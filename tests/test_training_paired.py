@@ -113,6 +113,18 @@ def test_gradient_magnitude_of_a_ramp_is_its_slope():
     torch.testing.assert_close(gradient_magnitude(ramp), torch.full((1, 7, 7), 0.1), rtol=0, atol=1e-4)
 
 
+def test_the_decoders_loss_sums_the_parts_that_are_named():
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    module = EnhancementModule(decoder=True)
+
+    def loss(*losses: str) -> float:
+        return decoder_loss(module, images, images.flip(3), None, losses).item()
+
+    assert loss() < min(loss("energy"), loss("edges"))
+    assert loss("energy", "edges") == pytest.approx(loss("energy") + loss("edges") - loss())
+    assert loss("distribution", "power") == loss()  # the gain's
+
+
 def test_captions_alone_leave_the_decoders_matcher_untrained(tiny_backbone: Path, tmp_path: Path) -> None:
     """It has nothing to match with; processes would wait for its gradients in vain."""
     cfg = config(tiny_backbone, tmp_path / "run", tmp_path / "cache", "conditioning=none")

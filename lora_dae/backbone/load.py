@@ -18,6 +18,7 @@ from lora_dae.backbone import pooled
 from lora_dae.backbone.int8 import to_int8
 from lora_dae.backbone.layout import BackboneFolder, inspect_backbone
 from lora_dae.backbone.parts import load_part, load_scheduler, load_tokenizer
+from lora_dae.backbone.recompute import recompute
 from lora_dae.config import BackboneConfig, ConfigError
 
 ENCODE_BATCH_SIZE = 16
@@ -227,8 +228,7 @@ def load_backbone(cfg: BackboneConfig, device: str | torch.device = "cpu") -> Ba
     if cfg.weights == "int8":
         to_int8(unet)
     pooled.hook_into(unet, folder.vae_scale_factor)
-    if cfg.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()  # not reentrant: LoRA's inputs need no gradient of their own
+    recompute(unet, cfg.gradient_checkpointing)
     if second:
         text_encoder_2 = load_part(CLIPTextModelWithProjection, folder, "text_encoder_2", device, fp32)
     return Backbone(

@@ -7,11 +7,13 @@ of real images: a posterior mean lacks energy by right, and restoring it every s
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_dae.config import LOSSES
 from lora_dae.diffusion import Level
 from lora_dae.enhancement.bands import local_log_energy, noise_variances, split_bands
 
@@ -20,7 +22,7 @@ _FLOOR = 1e-4  # of band power in units of white noise, as for local energies
 
 
 class OnPolicyLoss(NamedTuple):
-    """Scalars; ``total`` is the sum of the others and carries the gradient."""
+    """Scalars; ``total``, the sum of those that count, carries the gradient."""
 
     total: Tensor
     distribution: Tensor
@@ -29,14 +31,19 @@ class OnPolicyLoss(NamedTuple):
 
 
 def on_policy_loss(
-    state: Tensor, reference_state: Tensor, log_gain: Tensor, mask: Tensor | None = None
+    state: Tensor,
+    reference_state: Tensor,
+    log_gain: Tensor,
+    mask: Tensor | None = None,
+    losses: Collection[str] = LOSSES,
 ) -> OnPolicyLoss:
     """Distance of an on-policy ``state`` from really noised ``reference_state``, mean over bands.
 
     Both (B, C, H, W), at one noise level; only their statistics over the batch are compared. ``log_gain``:
     (B, levels, H, W) as ``EnhancementModule.evaluate`` returns it. ``mask``: optional bool (B, 1, H, W), the
     places that count in both, at least one. Sums the 1-D Wasserstein distance of local log energies, the
-    absolute log ratio of band power, and 1e-3 of the gains' mean square and total variation.
+    absolute log ratio of band power, and 1e-3 of the gains' mean square and total variation; of the first two those
+    that ``losses`` names (distribution, power).
     """
     levels = log_gain.shape[1]
     bands, reference = split_bands(state, levels)[0], split_bands(reference_state.detach(), levels)[0]
@@ -44,7 +51,9 @@ def on_policy_loss(
     distribution = sorted_distance(_at(places, local_log_energy(bands)), _at(places, local_log_energy(reference)))
     power = (_log_power(bands, places) - _log_power(reference, places)).abs().mean()
     regularization = gain_regularization(log_gain)
-    return OnPolicyLoss(distribution + power + regularization, distribution, power, regularization)
+    parts = {"distribution": distribution, "power": power}
+    total = sum(value for name, value in parts.items() if name in losses) + regularization
+    return OnPolicyLoss(total, distribution, power, regularization)
 
 
 def sorted_distance(values: Tensor, reference: Tensor) -> Tensor:

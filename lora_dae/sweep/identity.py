@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lora_dae.config import Config, from_dict, to_dict
+from lora_dae.config import LOSSES, Config, from_dict, to_dict
 
 TRAINING_VERSION = 5  # raise it when the same config begins to train to other weights
 ENHANCEMENT_VERSION = 1  # raise it when the same config begins to give another enhancement on the same adapter
@@ -31,7 +31,7 @@ NOT_TRAINING_IN = {
 # Options that came later: at the value that does nothing they are left out, and what was trained before is found.
 LATER: dict[str, dict[str, Any]] = {
     "objective": {"low_resolution_share": 0.0, "token_share": 1.0},
-    "enhancement": {"gate_inputs": "energy"},
+    "enhancement": {"gate_inputs": "energy", "losses": list(LOSSES), "joint": False},
 }
 NOT_DRAWING = ("batch_size", "method", "method_options", "tiled_decode")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning
@@ -17,9 +17,18 @@ from lora_dae.backbone.load import Backbone
 from lora_dae.backbone.tokens import unpack_tokens
 from lora_dae.config import Config
 from lora_dae.enhancement.module import EnhancementModule
-from lora_dae.training.objective import adapter_loss, draw, fixed_draws, seeded
+from lora_dae.training.objective import Draws, denoise, draw, fixed_draws, seeded, weighted_error
 from lora_dae.training.on_policy import chain_loss, draw_chain
-from lora_dae.training.paired import LATE, Decode, Photos, draw_paired, refining_loss, texture_loss
+from lora_dae.training.paired import (
+    LATE,
+    Decode,
+    PairedDraws,
+    Photos,
+    draw_paired,
+    joint_loss,
+    refining_loss,
+    texture_loss,
+)
 from lora_dae.training.prior import Prior
 from lora_dae.training.resume import STAGES, align_progress
 from lora_dae.training.shortcuts import at_half_size
@@ -85,6 +94,7 @@ class LoraDae(lightning.LightningModule):
         self.noise_scheduler = backbone.scheduler
         self.register_buffer("null_text", null_text, persistent=False)
         self.prior: Prior | None = None
+        self._joint = cfg.enhancement.joint and enhancement is not None and enhancement.texture is not None
         self._unchecked: list[Seen] = []
         self.strict_loading = False  # checkpoints leave the frozen weights out
         self._kept = set(trainable_parameters(self))
@@ -95,8 +105,13 @@ class LoraDae(lightning.LightningModule):
         self.stage = stage
         unused = "enhancement.decoder.matcher." if self.cfg.conditioning == "none" else None  # nothing to match with
         for name, parameter in self.named_parameters():
-            trains = name in self._kept and _stage_of(name) == stage
+            trains = name in self._kept and self._stage_of(name) == stage
             parameter.requires_grad_(trains and not (unused and name.startswith(unused)))
+
+    def _stage_of(self, name: str) -> str:
+        """The stage that trains the parameter of this name."""
+        part = name.split(".")[1] if name.startswith("enhancement.") else "adapter"
+        return "adapter" if part == "texture" and self._joint else part
 
     @property
     def num_train_timesteps(self) -> int:
@@ -112,6 +127,8 @@ class LoraDae(lightning.LightningModule):
             if self.global_step < self.cfg.objective.low_resolution_share * self.trainer.max_steps:
                 batch = at_half_size(batch)
             draws = draw(batch, self.num_train_timesteps, self.cfg.objective, generators)
+            if self._joint:
+                draws = replace(draws, texture=self._paired_draws(batch, batch_idx, places, "texture"))
             loss = self._losses(batch, draws).mean()
             if self.prior is not None:
                 kept = self.prior.batch(places, batch)
@@ -119,15 +136,17 @@ class LoraDae(lightning.LightningModule):
                 draws = draw(kept, self.num_train_timesteps, self.cfg.objective, generators)
                 loss = loss + self.cfg.objective.prior_weight * self._losses(kept, draws).mean()
         elif self.stage in ("texture", "decoder"):
-            loss = self._paired_step(batch, batch_idx, generators, places)
+            loss = self._paired_step(batch, batch_idx, places)
         else:
             assert self.enhancement is not None
             self.unet.eval()
             shared = seeded(self.cfg.seed, SHARED, self._micro_step(batch_idx))
             chain = draw_chain(batch, self.cfg.enhancement, shared, generators)
             batch, null_text = self._with_text(batch)
+            unet: Any = self.unet
             loss, parts = chain_loss(
-                self.unet, self.noise_scheduler, self.enhancement, batch, null_text, chain, global_batch  # type: ignore[arg-type]
+                unet, self.noise_scheduler, self.enhancement, batch, null_text, chain, global_batch,
+                self.cfg.enhancement.losses,
             )  # fmt: skip
             scale = self.trainer.world_size
             self.log("enhancement/power_gap", parts.power)
@@ -159,20 +178,19 @@ class LoraDae(lightning.LightningModule):
     def on_train_end(self) -> None:
         self.check_losses()
 
-    def _paired_step(self, batch: Batch, batch_idx: int, generators: list[torch.Generator], places: range) -> Tensor:
+    def _paired_step(self, batch: Batch, batch_idx: int, places: range) -> Tensor:
         """The loss of source texture, or of the decoder stage."""
         module, cfg = self.enhancement, self.cfg.enhancement
         assert module is not None and self.photos is not None and self.decode is not None
         self.unet.eval()
-        shared = seeded(self.cfg.seed, SHARED, self._micro_step(batch_idx))
-        late = LATE if self.stage == "decoder" else 1.0
-        draws = draw_paired(batch, self.noise_scheduler, cfg, shared, generators, places[0] // len(places), late)
+        draws = self._paired_draws(batch, batch_idx, places, self.stage)
         batch, null_text = self._with_text(batch)
         unet: Any = self.unet
         if self.stage == "decoder":
             return refining_loss(
-                unet, self.noise_scheduler, module, batch, null_text, draws, self.photos, self.decode, global_batch
-            )
+                unet, self.noise_scheduler, module, batch, null_text, draws, self.photos, self.decode, global_batch,
+                cfg.losses,
+            )  # fmt: skip
         loss, before = texture_loss(unet, self.noise_scheduler, module, batch, null_text, draws, global_batch)
         self.log("enhancement/band_error", loss / before)  # 1 = as without the module
         return loss
@@ -194,14 +212,27 @@ class LoraDae(lightning.LightningModule):
         losses = self._losses(batch, fixed_draws(batch, self.num_train_timesteps))
         self.log("val/loss", losses.mean(), batch_size=len(losses), sync_dist=True, prog_bar=True)
 
-    def _losses(self, batch: Batch, draws: Any) -> Tensor:
-        cfg = self.cfg.objective
+    def _paired_draws(self, batch: Batch, batch_idx: int, places: range, stage: str) -> PairedDraws:
+        generators = [seeded(self.cfg.seed, STAGES.index(stage), place) for place in places]
+        shared = seeded(self.cfg.seed, SHARED, self._micro_step(batch_idx))
+        late, turn = LATE if stage == "decoder" else 1.0, places[0] // len(places)
+        return draw_paired(batch, self.noise_scheduler, self.cfg.enhancement, shared, generators, turn, late)
+
+    def _losses(self, batch: Batch, draws: Draws) -> Tensor:
+        cfg, scheduler = self.cfg.objective, self.noise_scheduler
         if self.text is not None and "index" in batch:
             batch = {**batch, "text": self.text(batch["index"])}
         batch, null_text = self._with_text(batch)
-        return adapter_loss(
-            self.unet, self.noise_scheduler, batch, null_text, draws, cfg.min_snr_gamma, cfg.garment_weight  # type: ignore[arg-type]
-        )  # fmt: skip
+        unet: Any = self.unet
+        denoised = denoise(unet, scheduler, batch, null_text, draws)
+        prediction_type = scheduler.config.prediction_type
+        losses = weighted_error(denoised, batch, prediction_type, cfg.min_snr_gamma, cfg.garment_weight)
+        if draws.texture is None or self.enhancement is None:
+            return losses
+        gamma = cfg.min_snr_gamma
+        joint = joint_loss(scheduler, self.enhancement, batch, denoised, draws.texture, gamma, global_batch)
+        self.log("enhancement/joint", joint.detach().mean())
+        return losses + joint
 
     def _with_text(self, batch: Batch) -> tuple[Batch, Tensor]:
         """The batch with its captions' embeddings, and that of the empty caption: encoded now if the encoders train."""
@@ -213,8 +244,10 @@ class LoraDae(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         cfg = self.cfg.optimizer
-        parameters = list(trainable_parameters(self).values())
-        enhancing = self.stage != "adapter"
+        groups: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in trainable_parameters(self).items():  # of one stage, unless two train jointly
+            part = name.split(".")[1] if name.startswith("enhancement.") else "adapter"
+            groups.setdefault(part, []).append(parameter)
         rates = {
             "adapter": cfg.learning_rate,
             "texture": self.cfg.enhancement.learning_rate,
@@ -222,10 +255,11 @@ class LoraDae(lightning.LightningModule):
             "gain": self.cfg.enhancement.learning_rate,
         }
         optimizer = torch.optim.AdamW(
-            parameters,
-            lr=rates[self.stage],
+            [
+                {"params": own, "lr": rates[part], "weight_decay": cfg.weight_decay if part == "adapter" else 0.0}
+                for part, own in groups.items()
+            ],
             betas=(cfg.betas[0], cfg.betas[1]),
-            weight_decay=0.0 if enhancing else cfg.weight_decay,
             fused=self._fuses_optimizer,
         )
         steps = max(self.trainer.max_steps, 1)
@@ -249,13 +283,9 @@ class LoraDae(lightning.LightningModule):
         if not self._fuses_optimizer or gradient_clip_algorithm not in (None, "norm"):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
-            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], gradient_clip_val)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Only what trains in one of the stages."""
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in self._kept}
-
-
-def _stage_of(name: str) -> str:
-    """The stage that trains the parameter of this name."""
-    return name.split(".")[1] if name.startswith("enhancement.") else "adapter"

@@ -23,6 +23,7 @@ class Draws:
     timesteps: Tensor
     drop_caption: Tensor
     drop_source: Tensor
+    texture: Any = None  # paired.PairedDraws where source texture trains in the same step
 
 
 def seeded(*parts: int) -> torch.Generator:
@@ -77,6 +78,17 @@ def fixed_draws(batch: dict[str, Tensor], num_timesteps: int) -> Draws:
     )
 
 
+@dataclass(frozen=True)
+class Denoised:
+    """What the network made of noised latents: its output and target, (B, C, h, w), and what it was given."""
+
+    output: Tensor
+    target: Tensor
+    noisy: Tensor  # (B, C, h, w), without the source's channels
+    alpha: Tensor  # (B, 1, 1, 1), as sigma
+    sigma: Tensor
+
+
 def adapter_loss(
     unet: nn.Module,
     scheduler: Any,
@@ -86,17 +98,20 @@ def adapter_loss(
     min_snr_gamma: float,
     garment_weight: float = 1.0,
 ) -> Tensor:
-    """Loss of each sample, float32 (B,): (weighted) squared error of the network's own target.
+    """Loss of each sample, float32 (B,): ``weighted_error`` of what ``denoise`` returns; arguments as theirs."""
+    denoised = denoise(unet, scheduler, batch, null_text, draws)
+    return weighted_error(denoised, batch, scheduler.config.prediction_type, min_snr_gamma, garment_weight)
 
-    Min-SNR weights of Hang et al. 2023; ``min_snr_gamma=0`` leaves them out. The source latents, where the
-    batch has them, enter as extra input channels (InstructPix2Pix, Brooks et al. 2023). SDXL is told each photo's
-    ``size_ids`` (B, 6), also where its caption is dropped (Podell et al. 2023). Where the batch has a
-    ``mask`` (B, 1, h, w) in [0, 1], the squared errors are averaged with weight ``garment_weight`` in it and 1
-    elsewhere.
+
+def denoise(unet: nn.Module, scheduler: Any, batch: dict[str, Tensor], null_text: Tensor, draws: Draws) -> Denoised:
+    """Noise the batch and ask the network.
+
+    The source latents, where the batch has them, enter as extra input channels (InstructPix2Pix, Brooks et al. 2023).
+    SDXL is told each photo's ``size_ids`` (B, 6), also where its caption is dropped (Podell et al. 2023).
     """
     x0 = batch["latent_mean"] + batch["latent_std"] * draws.posterior
     alpha, sigma = alpha_sigma(scheduler, draws.timesteps, x0)
-    noisy = add_noise(x0, draws.noise, alpha, sigma)
+    noised = noisy = add_noise(x0, draws.noise, alpha, sigma)
     text = torch.where(draws.drop_caption[:, None, None], null_text, batch["text"])
     width = pooled_width(getattr(unet, "config", {}))
     if width and "size_ids" in batch:
@@ -106,9 +121,23 @@ def adapter_loss(
         noisy = torch.cat([noisy, source], dim=1)
     noisy = noisy.contiguous(memory_format=torch.channels_last)
     output = unet(noisy, draws.timesteps, encoder_hidden_states=text, return_dict=False)[0]
-    prediction_type = scheduler.config.prediction_type
-    target = training_target(x0, draws.noise, alpha, sigma, prediction_type)
-    squares = (output.float() - target).square()
+    target = training_target(x0, draws.noise, alpha, sigma, scheduler.config.prediction_type)
+    return Denoised(output.float(), target, noised, alpha, sigma)
+
+
+def weighted_error(
+    denoised: Denoised,
+    batch: dict[str, Tensor],
+    prediction_type: str,
+    min_snr_gamma: float,
+    garment_weight: float = 1.0,
+) -> Tensor:
+    """Squared error of the network's own target, float32 (B,), weighted.
+
+    Min-SNR weights of Hang et al. 2023; ``min_snr_gamma=0`` leaves them out. Where the batch has a ``mask``
+    (B, 1, h, w) in [0, 1], the squared errors are averaged with weight ``garment_weight`` in it and 1 elsewhere.
+    """
+    squares = (denoised.output - denoised.target).square()
     if "mask" in batch and garment_weight != 1:
         weight = 1 + (garment_weight - 1) * batch["mask"]
         error = (squares * weight).mean((1, 2, 3)) / weight.mean((1, 2, 3)).clamp_min(1e-6)
@@ -116,4 +145,5 @@ def adapter_loss(
         error = squares.mean((1, 2, 3))
     if min_snr_gamma <= 0:
         return error
-    return error * min_snr_weight(snr(alpha, sigma).flatten(), min_snr_gamma, prediction_type)
+    ratio = snr(denoised.alpha, denoised.sigma).flatten()
+    return error * min_snr_weight(ratio, min_snr_gamma, prediction_type)

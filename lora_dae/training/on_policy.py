@@ -11,14 +11,14 @@ lies below; where nothing is missing the module learns to do nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_dae.config import EnhancementConfig
+from lora_dae.config import LOSSES, EnhancementConfig
 from lora_dae.diffusion import add_noise, current_level, is_sigma_space, next_level, x0_delta_to_output_delta
 from lora_dae.enhancement.gates import WINDOW
 from lora_dae.enhancement.hook import gate_inputs
@@ -73,10 +73,12 @@ def chain_loss(
     null_text: Tensor,
     chain: Chain,
     gather: Callable[[Tensor], Tensor] = lambda own: own,
+    losses: Collection[str] = LOSSES,
 ) -> tuple[Tensor, OnPolicyLoss]:
     """Mean loss along one chain (with gradient into the module only), and its parts at the last state.
 
-    ``gather`` makes what the loss compares, statistics of a batch, those of all processes' batches.
+    ``gather`` makes what the loss compares, statistics of a batch, those of all processes' batches. ``losses``: as
+    ``on_policy_loss``.
     """
     scheduler = build_scheduler(chain.solver, base_scheduler)
     scheduler.set_timesteps(chain.num_inference_steps, device=chain.noise.device)
@@ -84,7 +86,7 @@ def chain_loss(
     prediction_type, sigma_space = base_scheduler.config.prediction_type, is_sigma_space(scheduler)
     sample = chain.noise * scheduler.init_noise_sigma
     real, reference_noise = gather(batch["latent_mean"]), gather(chain.reference_noise)
-    losses: list[Tensor] = []
+    of_steps: list[Tensor] = []
     parts: OnPolicyLoss | None = None
     for t in scheduler.timesteps:
         with torch.no_grad():
@@ -97,10 +99,11 @@ def chain_loss(
         edit = x0_delta_to_output_delta(change.delta, alpha, sigma, prediction_type, sigma_space)
         sample = scheduler.step(guided + edit, t, sample).prev_sample
         if alpha > sigma * math.exp(WINDOW[0]):  # elsewhere the module is off
-            parts = on_policy_loss(gather(sample), add_noise(real, reference_noise, *reached), gather(change.log_gain))
-            losses.append(parts.total)
+            there = add_noise(real, reference_noise, *reached)
+            parts = on_policy_loss(gather(sample), there, gather(change.log_gain), losses=losses)
+            of_steps.append(parts.total)
         sample = sample.detach()
         if hasattr(scheduler, "model_outputs"):  # a multistep solver's memory: each state is judged on its own
             scheduler.model_outputs = [None if o is None else o.detach() for o in scheduler.model_outputs]
     assert parts is not None  # every schedule ends at low noise
-    return torch.stack(losses).mean(), parts
+    return torch.stack(of_steps).mean(), parts

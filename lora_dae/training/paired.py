@@ -9,19 +9,20 @@ end of a chain and on reconstructions, the latter without a source.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_dae.config import EnhancementConfig
-from lora_dae.diffusion import add_noise, alpha_sigma, half_log_snr, is_sigma_space, predict_x0
+from lora_dae.config import LOSSES, EnhancementConfig
+from lora_dae.diffusion import add_noise, alpha_sigma, half_log_snr, is_sigma_space, predict_x0, snr
 from lora_dae.enhancement.bands import local_log_energy, noise_variances, split_bands
 from lora_dae.enhancement.gates import WINDOW
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.sampling.loop import Conditions, Guidance, predict
+from lora_dae.training.objective import Denoised
 
 Photos = Callable[[list[int], list[bool]], tuple[Tensor, Tensor | None]]  # sample numbers, which are mirrored
 Decode = Callable[[Tensor], Tensor]
@@ -106,6 +107,33 @@ def texture_loss(
     return error(edited), error(x0)
 
 
+def joint_loss(
+    scheduler: Any,
+    module: EnhancementModule,
+    batch: dict[str, Tensor],
+    denoised: Denoised,
+    draws: PairedDraws,
+    min_snr_gamma: float,
+    gather: Gather = lambda own: own,
+) -> Tensor:
+    """Texture's error of each sample, (B,), on what the adapter predicts in its own step: both learn from it.
+
+    An ablation. 0 where the module does not act; weighted as the adapter's own error is, so that neither outweighs the
+    other: an error of x0 counts as that of the noise up to min(SNR, ``min_snr_gamma``).
+    """
+    assert module.texture is not None
+    prediction_type, alpha, sigma = scheduler.config.prediction_type, denoised.alpha, denoised.sigma
+    x0 = predict_x0(denoised.output, denoised.noisy, alpha, sigma, prediction_type, is_sigma_space(scheduler))
+    given = swapped(batch["source"], draws.wrong, draws.turn, gather)
+    edited = x0 + module.blend(x0, given, alpha, sigma, draws.step_size, draws.first_order).delta
+    bands = split_bands(edited - batch["latent_mean"], module.levels)[0]
+    error = torch.stack([b.square().mean((1, 2, 3)) for b in bands]).sum(0)
+    ratio = snr(alpha, sigma).flatten()
+    weight = ratio.clamp(max=min_snr_gamma) if min_snr_gamma > 0 else ratio
+    active = half_log_snr(alpha, sigma).flatten() > WINDOW[0]
+    return torch.where(active, error * weight, 0.0)
+
+
 def refining_loss(
     unet: nn.Module,
     scheduler: Any,
@@ -116,10 +144,12 @@ def refining_loss(
     photos: Photos,
     decode: Decode,
     gather: Gather = lambda own: own,
+    losses: Collection[str] = LOSSES,
 ) -> Tensor:
     """The decoder stage's loss, on decoded predictions (with source texture, as it is) and on reconstructions.
 
-    ``photos`` gives the real and source photos of samples by number, ``decode`` the images of latents.
+    ``photos`` gives the real and source photos of samples by number, ``decode`` the images of latents. ``losses``: as
+    ``decoder_loss``.
     """
     clean = batch["latent_mean"]
     turned = batch.get("mirrored")
@@ -127,7 +157,7 @@ def refining_loss(
     if source is None:
         with torch.no_grad():
             decoded = decode(clean).float()
-        return decoder_loss(module, decoded, real, None)
+        return decoder_loss(module, decoded, real, None, losses)
     given = swapped(batch["source"], draws.wrong, draws.turn, gather)
     with torch.no_grad():
         x0, alpha, sigma = _predicted(unet, scheduler, batch, null_text, draws)
@@ -136,7 +166,8 @@ def refining_loss(
         predicted, decoded = decode(torch.cat([x0, clean])).float().chunk(2)
     # Reconstructions without a source keep the stage right for text alone.
     shown = swapped(source, draws.wrong, draws.turn, gather)
-    return decoder_loss(module, predicted, real, shown) + decoder_loss(module, decoded, real, None)
+    of_predictions = decoder_loss(module, predicted, real, shown, losses)
+    return of_predictions + decoder_loss(module, decoded, real, None, losses)
 
 
 @torch.no_grad()
@@ -153,16 +184,28 @@ def _predicted(
     return predict_x0(guided, noisy, alpha, sigma, prediction_type, is_sigma_space(scheduler)), alpha, sigma
 
 
-def decoder_loss(module: EnhancementModule, decoded: Tensor, real: Tensor, source: Tensor | None) -> Tensor:
-    """L1 of the bands, of their local log energies and of edges; images (B, 3, H, W) in [0, 1]."""
+def decoder_loss(
+    module: EnhancementModule,
+    decoded: Tensor,
+    real: Tensor,
+    source: Tensor | None,
+    losses: Collection[str] = LOSSES,
+) -> Tensor:
+    """L1 of the bands, of their local log energies and of edges; images (B, 3, H, W) in [0, 1].
+
+    Of the last two those that ``losses`` names (energy, edges).
+    """
     assert module.decoder is not None
     x, target = decoded * 2 - 1, real * 2 - 1
     edited = x + module.decoder(x, None if source is None else source * 2 - 1).delta
     bands, true = (split_bands(image, module.levels)[0] for image in (edited, target))
     fidelity = torch.stack([(b - t).abs().mean() for b, t in zip(bands, true, strict=True)]).sum()
-    energy = (local_log_energy(bands) - local_log_energy(true)).abs().mean()
-    edges = (gradient_magnitude(edited) - gradient_magnitude(target)).abs().mean()
-    return _FIDELITY_WEIGHT * fidelity + _ENERGY_WEIGHT * energy + _EDGE_WEIGHT * edges
+    total = _FIDELITY_WEIGHT * fidelity
+    if "energy" in losses:
+        total = total + _ENERGY_WEIGHT * (local_log_energy(bands) - local_log_energy(true)).abs().mean()
+    if "edges" in losses:
+        total = total + _EDGE_WEIGHT * (gradient_magnitude(edited) - gradient_magnitude(target)).abs().mean()
+    return total
 
 
 def gradient_magnitude(x: Tensor) -> Tensor:

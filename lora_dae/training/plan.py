@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from lora_dae.adapter.inject import inject, make_full_finetune, trainable_parameters
@@ -34,6 +32,7 @@ from lora_dae.backbone.hub import REPOSITORIES
 from lora_dae.backbone.int8 import to_int8
 from lora_dae.backbone.layout import CONFIGS, inspect_backbone
 from lora_dae.backbone.load import WEIGHTS, encode_batch
+from lora_dae.backbone.recompute import recompute
 from lora_dae.config import Config
 from lora_dae.data.buckets import parse_buckets
 from lora_dae.data.sources import check_source, load_splits
@@ -135,7 +134,7 @@ def print_plan(cfg: Config, plan: Plan, console: Console) -> None:
         steps[0] += f" ({passes:.1f} passes over {plan.images})"
     how = f"{cfg.trainer.get('precision', 'auto')}, batch {cfg.data.batch_size}, {square}"
     if cfg.backbone.gradient_checkpointing:
-        how += ", gradient checkpointing"
+        how += ", gradient checkpointing" + ("" if cfg.backbone.gradient_checkpointing is True else " of attention")
     rows = {
         "backbone": f"{FAMILIES[plan.family]}, weights {cfg.backbone.weights}",
         **{f"steps, {name}": text for (name, *_), text in zip(plan.stages, steps, strict=True)},
@@ -206,9 +205,7 @@ def _meta_unet(cfg: Config, shapes: _Shapes) -> UNet2DConditionModel:
     if cfg.backbone.weights == "int8":
         to_int8(unet)
     pooled.hook_into(unet, 1)
-    if cfg.backbone.gradient_checkpointing:
-        # fake tensors have no random state to keep
-        unet.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+    recompute(unet, cfg.backbone.gradient_checkpointing, preserve_rng_state=False)
     unet.set_attn_processor(AttnProcessor() if cfg.backbone.attention == "plain" else AttnProcessor2_0())
     if cfg.adapter.full_finetune:
         make_full_finetune(unet)

@@ -341,7 +341,7 @@ def planned_stages(cfg: Config, module: EnhancementModule | None) -> list[tuple[
     """Name, steps and batch size of what trains, in order."""
     e = cfg.enhancement
     planned = [("adapter", int(cfg.trainer.get("max_steps", 500)), cfg.data.batch_size)]
-    if module is not None and module.texture is not None:
+    if module is not None and module.texture is not None and not e.joint:  # then it trains with the adapter
         planned.append(("texture", e.texture_steps, e.texture_batch_size))
     if module is not None and module.decoder is not None:
         planned.append(("decoder", e.decoder_steps, e.batch_size))
