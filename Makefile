@@ -10,7 +10,7 @@ DEV := .venv/.dev
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: $(DEV) ## create .venv and install everything into it, tools and tests' libraries too
@@ -44,19 +44,22 @@ types: $(DEV) ## type hints (mypy)
 	$(BIN)/mypy
 
 .PHONY: backbone
-backbone: $(READY) ## train the shipped studio backbone anew (hours; resumes where it stopped)
+backbone: $(READY) ## train on from the shipped studio backbone (hours; resumes where it stopped)
 	for step in autoencoder denoiser card; do $(BIN)/python -m lora_dae.backbone.studio $$step $(ARGS) || exit; done
 
 .PHONY: classifier
 classifier: $(READY) ## train the shipped attribute classifier anew
 	$(BIN)/python -m lora_dae.evaluation.attributes.recipe $(ARGS)
 
+SAME_LAYERS := floor ours "PEFT, same layers"
+
 .PHONY: bench
 bench: $(DEV) ## measure speed and size (benchmarks/README.md)
 	$(BIN)/python -m benchmarks $(ARGS)
 	$(BIN)/python -m benchmarks.steps --memory
+	$(BIN)/python -m benchmarks.steps --memory --model sd15 --batch 1 --rows $(SAME_LAYERS) --output build/steps_sd15.json
 	$(BIN)/python -m benchmarks.train_speed
-	$(BIN)/python -m benchmarks.adapter
+	$(BIN)/python -m benchmarks.adapter --models studio sd15-32
 	$(BIN)/python -m benchmarks.scaling
 
 .PHONY: bench-compare

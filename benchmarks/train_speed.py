@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=45)
     parser.add_argument("--skip", type=int, default=5, help="so many first steps are not counted")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", choices=("speed", "start"), help="one half of it")
     parser.add_argument("--work", type=Path, default=Path("build/train_speed"))
     parser.add_argument("--output", type=Path, default=Path("build/train_speed.json"))

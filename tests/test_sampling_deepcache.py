@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lora_dae.adapter.inject import inject
 from lora_dae.backbone.layout import CONFIGS, STUDIO
-from lora_dae.config import Config
+from lora_dae.config import AdapterConfig, Config
 from lora_dae.enhancement.hook import enhance_scheduler
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, sample_latents
@@ -81,6 +83,17 @@ def test_deep_layers_run_in_one_call_of_interval_also_with_the_enhancement(
         base = DDIMScheduler(prediction_type="v_prediction", clip_sample=False)
         chain = enhance_scheduler(base, module)
         assert torch.equal(found[1], sample_latents(unet, chain, noise, conditions, Guidance(3.0), 6))
+
+
+@torch.no_grad()
+def test_an_adapter_on_the_first_convolution_is_no_obstacle(unet: UNet2DConditionModel) -> None:
+    adapted = copy.deepcopy(unet)
+    inject(adapted, AdapterConfig(rank=2, targets=["conv_in", "conv"]))  # B is zero: the same network
+    found = []
+    for network in (unet, adapted):
+        with build_method("deepcache", {"interval": 2}).around(network):
+            found.append([network(*inputs(k)).sample for k in range(2)])
+    torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize(("family", "size"), [("studio", 32), ("sd1", 64), ("sd2", 96), ("sdxl", 128)])

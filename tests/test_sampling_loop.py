@@ -8,8 +8,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 
+from lora_dae.adapter import fused
+from lora_dae.adapter.inject import inject
 from lora_dae.backbone.load import load_backbone
-from lora_dae.config import SCHEDULERS, BackboneConfig, ConfigError
+from lora_dae.backbone.precision import round_frozen
+from lora_dae.config import SCHEDULERS, AdapterConfig, BackboneConfig, ConfigError, SamplingConfig
+from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, sample_latents
 from lora_dae.sampling.schedulers import build_scheduler
 
@@ -87,3 +91,39 @@ def test_solvers_without_zero_terminal_snr_are_refused_on_a_base_with_it(name: s
 def test_latents_are_not_clipped_where_the_base_does_not_speak_of_it(name: str) -> None:
     """SD 1.5's own PNDM does not; diffusers' default is right for pixels in [-1, 1]."""
     assert build_scheduler(name, PNDMScheduler()).config.clip_sample is False
+
+
+def test_merged_layers_compute_the_text_once_a_chain(tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of every later step are the first one's; the latents are those without that, to rounding."""
+    backbone = load_backbone(BackboneConfig(path=str(tiny_backbone)))
+    unet = backbone.unet
+    inject(unet, AdapterConfig(rank=2, init="gaussian"))
+    unet.eval()
+    text, noise = backbone.encode_text(["", "a red dress"]), initial_noise(0, [0], (8, 8, 8))
+    reused: list[bool] = []
+    original = fused._Kept.reused
+
+    def noted(self: fused._Kept, given: torch.Tensor) -> torch.Tensor | None:
+        product = original(self, given)
+        reused.append(product is not None)
+        return product
+
+    def draw() -> torch.Tensor:
+        scheduler = build_scheduler("ddim", backbone.scheduler)
+        return sample_latents(unet, scheduler, noise, Conditions(text[1:], text[0]), Guidance(3.0), 4)
+
+    expected = draw()
+    monkeypatch.setattr(fused._Kept, "reused", noted)
+    with fused.merged_once(unet):
+        torch.testing.assert_close(draw(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    layers = sum(name.endswith(("attn2.to_k", "attn2.to_v")) for name, _ in unet.named_modules())
+    assert len(reused) == 4 * layers and sum(reused) == 3 * layers > 0
+
+
+def test_frozen_layers_of_half_precision_draw_beside_an_adapter_of_full(tiny_backbone: Path) -> None:
+    """As a run with trainer.precision=16-mixed leaves them where the first convolution has an adapter."""
+    backbone = load_backbone(BackboneConfig(path=str(tiny_backbone)))
+    inject(backbone.unet, AdapterConfig(rank=2, targets=["conv_in"]))
+    assert round_frozen(backbone.unet, "16-mixed") > 0
+    drawer = Drawer(backbone, None, "none", "none", 32, SamplingConfig(num_inference_steps=2), bf16=False)
+    assert torch.isfinite(drawer.latents(["a dress"], None, 0.0, [0])).all()

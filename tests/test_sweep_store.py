@@ -163,6 +163,26 @@ def test_an_enhancement_on_a_shared_adapter_is_that_of_the_straight_run(
     assert adapter and all(torch.equal(gain[k], shared[k]) for k in adapter)
 
 
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [
+        (("enhancement.joint=true",), 1),
+        (("objective.prior_weight=1", "objective.prior_images=2", "enhancement=gain"), 2),
+    ],
+    ids=["joint", "prior"],
+)
+def test_what_an_adapter_trains_beside_it_is_that_of_the_straight_run(
+    options: tuple[str, ...], trained: int, make: Make, trainings: list[str], tmp_path: Path
+) -> None:
+    """Texture that trains with the adapter takes no adapter of another training; a prior's pictures go along."""
+    store.train_shared(make("none", "enhancement=none"))
+    trainings.clear()
+    shared = weights(store.train_shared(make("shared", *options)))
+    assert len(trainings) == trained
+    one = weights(store.run_in_store(make("straight", *options, f"store={tmp_path / 'other'}")).run_dir)
+    assert one.keys() == shared.keys() and all(torch.equal(one[k], shared[k]) for k in one)
+
+
 def test_a_training_that_was_cut_off_is_taken_over(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Another job with the same hash goes on from the checkpoint, and ends where the straight run ends."""
 

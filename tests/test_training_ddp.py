@@ -221,7 +221,7 @@ def test_two_processes_stop_early_at_the_same_step(tiny_backbone: Path, shared: 
 
     def scripted(self: LoraDae, batch: Any, batch_idx: int) -> None:
         loss = -1.0 if self.global_rank == 0 else 2.0  # a step
-        self.log("val/loss", torch.tensor(loss * self.global_step), sync_dist=True, batch_size=1)
+        self._validated += torch.tensor([loss * self.global_step, 1.0])
 
     def rank(number: int) -> None:
         monkeypatch.setattr(LoraDae, "validation_step", scripted)
@@ -251,6 +251,24 @@ def test_fewer_validation_pairs_than_processes_are_one_sentence(tiny_backbone: P
 
 def stopped(ended: list[Ended], within: float = 30) -> None:
     assert all(e.code == 1 and e.seconds < within for e in ended), [(e.code, e.seconds, e.text[-2000:]) for e in ended]
+
+
+def test_a_rank_may_have_more_validation_batches_than_another(tiny_backbone: Path, shared: Path) -> None:
+    """Five pairs are two batches and one; nothing waits, and the loss is that of one process."""
+    odd = ("data.val_size=5", "trainer.max_steps=4", "trainer.val_check_interval=2", "enhancement=none")
+    alone = Record()
+    training.train(make(tiny_backbone, shared, "odd_one", *odd, "data.batch_size=4"), [alone])
+
+    def rank(number: int) -> None:
+        record = Record()
+        two = ("trainer=ddp", "trainer.devices=2", "data.batch_size=2")
+        training.train(make(tiny_backbone, shared, "odd_two", *two, *odd), [record])
+        torch.save(record.losses, shared / f"odd{number}.pt")
+
+    ended = run_ranks(rank, shared / "logs_odd")
+    assert [e.code for e in ended] == [0, 0], ended[0].text + ended[1].text
+    for number in (0, 1):
+        assert torch.load(shared / f"odd{number}.pt") == pytest.approx(alone.losses, rel=1e-4)
 
 
 def test_nan_on_one_is_known_to_both(tiny_backbone: Path, shared: Path, monkeypatch: Any) -> None:

@@ -365,7 +365,11 @@ def test_source_conditioning_needs_pairs(make: Make, tiny_folder: Path) -> None:
 
 def test_checkpoint_of_another_config_is_refused(make: Make, finished: Path) -> None:
     last = f"ckpt_path={finished / 'checkpoints' / 'gain.ckpt'}"
-    for override, part in (("adapter.rank=3", "adapter"), ("enhancement.hidden=8", "enhancement")):
+    for override, part in (
+        ("adapter.rank=3", "adapter"),
+        ("enhancement.hidden=8", "enhancement"),
+        ("enhancement.gate_inputs=time", "enhancement"),  # of the same shapes
+    ):
         with pytest.raises(ConfigError, match=f"was written with another `{part}`") as caught:
             training.run(make(override, last))
         assert "\n" not in str(caught.value)

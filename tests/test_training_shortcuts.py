@@ -94,6 +94,18 @@ def trained(backbone: Path, tmp_path: Path, name: str, *options: str) -> tuple[l
     return sizes, last.weight, last.loss
 
 
+def test_the_priors_pictures_are_of_half_the_size_too(tiny_backbone: Path, tmp_path: Path) -> None:
+    prior = (
+        "objective.prior_weight=1",
+        "objective.prior_images=2",
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=2",
+    )
+    sizes = trained(tiny_backbone, tmp_path, "prior", *prior, "objective.low_resolution_share=0.5")[0]
+    widths = [width for training, width in sizes if training]
+    assert widths == [widths[0]] * 2 + [2 * widths[0]] * 2
+
+
 def test_the_first_share_of_steps_is_at_half_size(tiny_backbone: Path, tmp_path: Path) -> None:
     steps = ("trainer.max_steps=4", "trainer.val_check_interval=4")
     full = trained(tiny_backbone, tmp_path, "plain", *steps)[0]

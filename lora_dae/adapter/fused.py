@@ -124,7 +124,7 @@ def _keep_merged(layer: Any, dtype: torch.dtype, shape: torch.Size) -> _Kept | N
     bias = None if bias is None else bias.to(dtype)
     if not isinstance(base, nn.Conv2d):
         return _Kept(partial(F.linear, weight=whole, bias=bias), dtype)
-    if PackedConv.suits(whole.device) and dtype == torch.float32:
+    if dtype == torch.float32 and PackedConv.suits(whole.device, dtype):
         return _Kept(partial(PackedConv(whole, base.stride, base.padding, shape), bias=bias), dtype)
     return _Kept(partial(F.conv2d, weight=whole, bias=bias, stride=base.stride, padding=base.padding), dtype)
 

@@ -44,9 +44,11 @@ class PackedConv:
         return _CONVOLVE(x, self.weight, bias, *self.steps, "none", [], "")  # type: ignore[no-any-return]
 
     @staticmethod
-    def suits(device: torch.device) -> bool:
-        """Whether there is such a thing here."""
-        return _PACK is not None and _CONVOLVE is not None and device.type == "cpu"
+    def suits(device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether there is such a thing here: in bfloat16 not on every processor that can do it in other ways."""
+        if _PACK is None or _CONVOLVE is None or device.type != "cpu":
+            return False
+        return dtype != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _rows(weight: Tensor, channels_last: bool) -> Tensor:
@@ -183,7 +185,8 @@ class Frozen:
         self._there: PackedConv | None = None
         self._back: PackedConv | None = None
         self.bias = _bias(base, dtype)
-        if not isinstance(base, nn.Conv2d) or dtype != torch.bfloat16 or not PackedConv.suits(base.weight.device):
+        packs = isinstance(base, nn.Conv2d) and dtype == torch.bfloat16
+        if not packs or not PackedConv.suits(base.weight.device, dtype):
             self._weight = base.weight.detach().to(dtype)
             return
         self._weight, weight = base.weight, base.weight.detach().to(dtype)

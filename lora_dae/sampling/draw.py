@@ -132,7 +132,8 @@ class Drawer:
         return build_method(self.cfg.method, self.cfg.method_options)
 
     def _precision(self) -> AbstractContextManager:
-        half = self.bf16 or self.backbone.unet.conv_in.weight.dtype != torch.float32
+        # A layer with an adapter keeps its own precision, whatever the others are held in.
+        half = self.bf16 or any(p.dtype != torch.float32 for p in self.backbone.unet.parameters())
         return torch.autocast(self.backbone.device.type, torch.bfloat16) if half else nullcontext()
 
 

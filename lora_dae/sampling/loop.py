@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,14 @@ class Conditions:
     text: Tensor
     null_text: Tensor
     source: Tensor | None = None
+    _texts: dict[tuple[str, ...], Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def texts(self, branches: tuple[str, ...]) -> Tensor:
+        """(branches * B, L, D); the same tensor in every step, by which merged layers know what they have computed."""
+        if branches not in self._texts:
+            null = self.null_text.expand_as(self.text)
+            self._texts[branches] = torch.cat([self.text if branch == "full" else null for branch in branches])
+        return self._texts[branches]
 
 
 def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
@@ -86,10 +94,8 @@ def branch_predictions(
     """
     source = conditions.source
     branches = guidance.branches(source is not None)
-    null = conditions.null_text.expand_as(conditions.text)
-    inputs, texts = [], []
+    inputs = []
     for branch in branches:
-        texts.append(conditions.text if branch == "full" else null)
         if source is None:
             inputs.append(model_input)
         else:
@@ -98,7 +104,7 @@ def branch_predictions(
     if isinstance(timestep, Tensor) and timestep.ndim == 1 and len(timestep) > 1:
         timestep = timestep.repeat(len(branches))
     batch = torch.cat(inputs).contiguous(memory_format=torch.channels_last)
-    outputs = unet(batch, timestep, encoder_hidden_states=torch.cat(texts), return_dict=False)[0].float()
+    outputs = unet(batch, timestep, encoder_hidden_states=conditions.texts(branches), return_dict=False)[0].float()
     return dict(zip(branches, outputs.chunk(len(branches)), strict=True))
 
 

@@ -42,7 +42,7 @@ def budget(found: Iterable[Wanted], known: Container[str] = ()) -> Budget:
     """Of all cells whose digest is not ``known``: each once, each training once, each adapter once."""
     cells = [one for one in distinct(found) if one.digest not in known]
     adapters = {one.adapter: one.cfg for one in cells if one.adapter is not None}
-    modules = {one.training: one.cfg for one in cells if one.training != one.adapter}
+    modules = {one.training: one.cfg for one in cells if one.training != one.adapter or one.cfg.enhancement.joint}
     training = sum(LOADING + adapter_seconds(cfg) for cfg in adapters.values())
     training += sum(LOADING + module_seconds(cfg) for cfg in modules.values())
     measuring = sum(cell_seconds(one) for one in cells)
@@ -62,7 +62,7 @@ def module_seconds(cfg: Config) -> float:
     """Training the enhancement's parts, and judging the gain."""
     e = cfg.enhancement
     seconds = 0.0
-    if e.texture and cfg.conditioning == "source":
+    if e.texture and cfg.conditioning == "source" and not e.joint:
         seconds += e.texture_steps * e.texture_batch_size * NETWORK_CALL
     if e.decoder:
         seconds += e.decoder_steps * e.batch_size * DECODED_IMAGE

@@ -134,7 +134,8 @@ def with_seeds(cell: Cell, seeds: Sequence[int], overrides: tuple[str, ...]) -> 
     """The cell that all of ``overrides`` compose, with each seed."""
     cfg = compose_cell(overrides)
     enhanced = cell.row is None and cfg.enhancement.enabled and cfg.enhancement.placement != "none"
-    if not enhanced or cfg.enhancement.strength == 0:  # such a module draws nothing
+    together = enhanced and cfg.enhancement.joint
+    if not enhanced or (cfg.enhancement.strength == 0 and not together):  # such a module draws nothing
         cfg = replace(cfg, enhancement=OFF)
     matters = what_matters(cfg, cell.row)
     found = []
@@ -145,6 +146,7 @@ def with_seeds(cell: Cell, seeds: Sequence[int], overrides: tuple[str, ...]) -> 
             continue
         training = {**matters["training"], "seed": seed}
         whole, alone = (content_hash([matters["weights"], t]) for t in (training, {**training, "enhancement": None}))
+        alone = whole if together else alone
         told = {**matters, "training": training}
         found.append(Wanted(cell, seed, overrides, own, told, content_hash(told), whole, alone))
     return found

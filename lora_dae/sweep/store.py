@@ -29,6 +29,7 @@ from lora_dae.sweep.identity import training_hash, training_part
 from lora_dae.sweep.locks import held, holder, try_lock
 from lora_dae.sweep.status import Status, say
 from lora_dae.training import tracking
+from lora_dae.training.prior import PRIOR_FILE
 from lora_dae.training.run import Result, measure, train, write_config
 
 POLL = 1.0  # seconds between tries for a lock
@@ -98,12 +99,15 @@ def train_once(cfg: Config, folder: Path, decision: Path) -> None:
 def train_shared(cfg: Config) -> Path:
     """Train what the store lacks of ``cfg``, the adapter alone first; returns the store's folder of it.
 
-    Configs that differ in the enhancement alone share the adapter: the enhancement begins where that training ended.
-    For one process. Raises what ``training.run.train`` raises.
+    Configs that differ in the enhancement alone share the adapter: the enhancement begins where that training ended, if
+    the two do not train together. For one process. Raises what ``training.run.train`` raises.
     """
     folder = training_folder(cfg)
-    if training_part(cfg)["enhancement"] is not None and not (folder / "trained.json").is_file():
+    later = training_part(cfg)["enhancement"] is not None and not cfg.enhancement.joint
+    if later and not (folder / "trained.json").is_file():
         alone = train_shared(replace(cfg, enhancement=replace(cfg.enhancement, enabled=False)))
+        if (alone / PRIOR_FILE).is_file():  # what that checkpoint goes on with
+            _begin_with(alone / PRIOR_FILE, folder / PRIOR_FILE)
         _begin_with(alone / "checkpoints" / "adapter.ckpt", folder / "checkpoints" / "adapter.ckpt")
     train_once(cfg, folder, Path(cfg.run_dir) / "decision.json")
     return folder

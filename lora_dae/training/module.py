@@ -62,7 +62,8 @@ class LoraDae(lightning.LightningModule):
     """Stages, one after the other: ``adapter`` trains LoRA (and source input), then the enhancement's parts by name:
     ``texture``, ``decoder``, ``gain``.
 
-    The later ones never touch the first's weights, so LoRA alone and LoRA with enhancement are the same LoRA.
+    The later ones never touch the first's weights, so LoRA alone and LoRA with enhancement are the same LoRA
+    (unless ``enhancement.joint`` trains the texture in the first).
     Checkpoints hold what trains, in any stage, and nothing of the frozen backbone. With ``words`` (textual
     inversion) ``text`` gives the embeddings of samples by number: those of the batch are without them. ``photos``
     gives training samples' real and source photos by number, ``decode`` the images of latents: the decoder stage
@@ -95,6 +96,7 @@ class LoraDae(lightning.LightningModule):
         self.register_buffer("null_text", null_text, persistent=False)
         self.prior: Prior | None = None
         self._joint = cfg.enhancement.joint and enhancement is not None and enhancement.texture is not None
+        self._validated = torch.zeros(2, dtype=torch.float64)  # sum of losses, samples
         self._unchecked: list[Seen] = []
         self.strict_loading = False  # checkpoints leave the frozen weights out
         self._kept = set(trainable_parameters(self))
@@ -124,7 +126,8 @@ class LoraDae(lightning.LightningModule):
             torch.manual_seed(generators[0].initial_seed())
         scale = 1
         if self.stage == "adapter":
-            if self.global_step < self.cfg.objective.low_resolution_share * self.trainer.max_steps:
+            half = self.global_step < self.cfg.objective.low_resolution_share * self.trainer.max_steps
+            if half:
                 batch = at_half_size(batch)
             draws = draw(batch, self.num_train_timesteps, self.cfg.objective, generators)
             if self._joint:
@@ -132,6 +135,7 @@ class LoraDae(lightning.LightningModule):
             loss = self._losses(batch, draws).mean()
             if self.prior is not None:
                 kept = self.prior.batch(places, batch)
+                kept = at_half_size(kept) if half else kept
                 generators = [seeded(self.cfg.seed, PRIOR, place) for place in places]
                 draws = draw(kept, self.num_train_timesteps, self.cfg.objective, generators)
                 loss = loss + self.cfg.objective.prior_weight * self._losses(kept, draws).mean()
@@ -210,7 +214,16 @@ class LoraDae(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         losses = self._losses(batch, fixed_draws(batch, self.num_train_timesteps))
-        self.log("val/loss", losses.mean(), batch_size=len(losses), sync_dist=True, prog_bar=True)
+        self._validated += torch.stack([losses.sum(), losses.new_tensor(len(losses))]).double().cpu()
+
+    def on_validation_epoch_start(self) -> None:
+        self._validated = torch.zeros(2, dtype=torch.float64)
+
+    def on_validation_epoch_end(self) -> None:
+        # Lightning's own mean over ranks rounds the mean number of samples down, so an odd number of them raises it.
+        total = self.trainer.strategy.reduce(self._validated.to(self.device, torch.float32), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        self.log("val/loss", total[0] / total[1], batch_size=1, sync_dist=True, prog_bar=True)
 
     def _paired_draws(self, batch: Batch, batch_idx: int, places: range, stage: str) -> PairedDraws:
         generators = [seeded(self.cfg.seed, STAGES.index(stage), place) for place in places]
@@ -280,10 +293,12 @@ class LoraDae(lightning.LightningModule):
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
         """As Lightning does it, which refuses fused optimizers: they may be meant for scaled gradients."""
-        if not self._fuses_optimizer or gradient_clip_algorithm not in (None, "norm"):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if not self._fuses_optimizer:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val and gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         elif gradient_clip_val:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]

@@ -24,6 +24,8 @@ from lora_dae.config import Config, ConfigError
 from lora_dae.sampling.draw import Drawer
 from lora_dae.training import together
 
+PRIOR_FILE = "prior.safetensors"  # in a run folder: the latents that it keeps to
+
 
 class Prior(Callback):
     """Draws the latents before the first step, each process its share, and keeps them in ``path`` for a resumed run."""

@@ -10,7 +10,16 @@ from omegaconf import OmegaConf
 from lora_dae.config import Config, ConfigError, from_dict, to_dict
 
 STAGES = ("adapter", "texture", "decoder", "gain")  # in the order in which they train
-OF_MODULE = ("enabled", "gain", "texture", "decoder", "levels", "hidden", "joint")  # what its parameters depend on
+OF_MODULE = (
+    "enabled",
+    "gain",
+    "texture",
+    "decoder",
+    "levels",
+    "hidden",
+    "gate_inputs",
+    "joint",
+)  # what its parameters depend on
 
 
 def find_checkpoints(cfg: Config, run_dir: Path) -> dict[str, Path]:

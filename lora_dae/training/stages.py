@@ -41,7 +41,7 @@ from lora_dae.training.compact import CompactState
 from lora_dae.training.distance import PhotoDistance
 from lora_dae.training.ema import EMACallback
 from lora_dae.training.module import LoraDae, NonFiniteLossError
-from lora_dae.training.prior import Prior
+from lora_dae.training.prior import PRIOR_FILE, Prior
 from lora_dae.training.shortcuts import see_keys
 from lora_dae.training.trainer import build_trainer, validation_interval
 
@@ -211,7 +211,7 @@ class Training:
         self.module.prior = None
         if stage == "adapter" and cfg.objective.prior_weight > 0:
             bf16 = self.precision.startswith("bf16")
-            self.module.prior = Prior(self.run_dir / "prior.safetensors", cfg, self.backbone, bf16)
+            self.module.prior = Prior(self.run_dir / PRIOR_FILE, cfg, self.backbone, bf16)
             extra.append(self.module.prior)
         loggers = self.loggers
         if stage != "adapter":

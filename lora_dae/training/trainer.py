@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+from lightning.pytorch.strategies import DDPStrategy
 
 from lora_dae.config import Config, ConfigError
 
@@ -28,7 +29,7 @@ def build_trainer(
     # Lightning counts batches here, and several of them may make one step.
     every = validation_interval(cfg, steps) * int(cfg.trainer.get("accumulate_grad_batches") or 1)
     try:
-        return lightning.Trainer(
+        trainer = lightning.Trainer(
             **{
                 **options,
                 "precision": precision,
@@ -50,6 +51,11 @@ def build_trainer(
         )
     except TypeError as error:
         raise ConfigError(f"trainer.* does not fit lightning.Trainer: {error}.") from error
+    if isinstance(trainer.strategy, DDPStrategy):
+        # All ranks hold the same buffers. DDP would send them in every forward, in validation too, where one rank may
+        # have a batch more than another: what it sends then meets another rank's reduction.
+        trainer.strategy._ddp_kwargs.setdefault("broadcast_buffers", False)
+    return trainer
 
 
 def validation_interval(cfg: Config, steps: int) -> int:

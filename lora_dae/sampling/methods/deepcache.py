@@ -39,7 +39,7 @@ class DeepCache(Method):
             yield
             return
         last = unet.up_blocks[-1]
-        width = unet.conv_in.out_channels  # of the skip connection that the last layer takes
+        width = unet.config.block_out_channels[0]  # of the skip connection that the last layer takes
         deep: Tensor | None = None
 
         def count(*_: Any) -> None:
