@@ -59,7 +59,8 @@ bench: $(DEV) ## measure speed and size (benchmarks/README.md)
 	$(BIN)/python -m benchmarks.steps --memory
 	$(BIN)/python -m benchmarks.steps --memory --model sd15 --batch 1 --rows $(SAME_LAYERS) --output build/steps_sd15.json
 	$(BIN)/python -m benchmarks.train_speed
-	$(BIN)/python -m benchmarks.adapter --models studio sd15-32
+	$(BIN)/python -m benchmarks.adapter
+	$(BIN)/python -m benchmarks.adapter --models sd15-32 --steps 4 --repeats 3 --output build/adapter_sd15.json
 	$(BIN)/python -m benchmarks.scaling
 
 .PHONY: bench-compare
