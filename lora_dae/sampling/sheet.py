@@ -22,9 +22,9 @@ def image_grid(
 ) -> Image.Image:
     """Lay out uint8 HWC pictures of one size, row by row, on white.
 
-    ``labels`` head the columns ("source", "strength 0", ...); ``captions`` stand beneath the rows, one each,
-    wrapped to the grid's width. ``zoom`` enlarges by a whole number without smoothing, so that pixels stay
-    what they are. Raises ConfigError when the numbers do not fit.
+    ``labels`` head the columns ("source", "strength 0", ...), wrapped to their width; ``captions`` stand beneath the
+    rows, one each, wrapped to the grid's width. ``zoom`` enlarges by a whole number without smoothing, so that pixels
+    stay what they are. Raises ConfigError when the numbers do not fit.
     """
     if len(images) != rows * cols or (labels and len(labels) != cols) or (captions and len(captions) != rows):
         raise ConfigError(f"a {rows} x {cols} grid needs {rows * cols} images, {cols} labels, {rows} captions.")
@@ -35,12 +35,13 @@ def image_grid(
     head_font, text_font = _font(size + 2, bold=True), _font(size)
     full = cols * width + (cols - 1) * gap
     lines = [_wrap(caption, text_font, full) for caption in captions or [""] * rows]
-    head = 2 * size + 4 if labels else 0
+    heads = [_wrap(label, head_font, width) for label in labels or []]
+    head = 2 * size + 4 + line_height * (max(1, *map(len, heads)) - 1) if heads else 0
     beneath = [len(part) * line_height + (size if part else gap) for part in lines]
     canvas = Image.new("RGB", (full + 2 * margin, 2 * margin + head + rows * height + sum(beneath)), "white")
     draw = ImageDraw.Draw(canvas)
-    for col, label in enumerate(labels or []):
-        draw.text((margin + col * (width + gap), margin), label, font=head_font, fill="#24292f")
+    for col, label in enumerate(heads):
+        draw.text((margin + col * (width + gap), margin), "\n".join(label), font=head_font, fill="#24292f")
     top = margin + head
     for row in range(rows):
         for col in range(cols):

@@ -19,6 +19,7 @@ from lora_dae.sweep.cells import OFF, Wanted
 from lora_dae.sweep.table import COSTS, NOT_VARIED, SEED, Row, SweepTable, flatten
 
 CROPS, SIDE, ZOOM = 3, 48, 4  # prompts, pixels of a crop, times enlarged
+ABREAST = 8  # columns of crops side by side; more go below
 
 
 def sweep_table(cells: Sequence[Wanted], results: Mapping[str, Any]) -> SweepTable | None:
@@ -71,10 +72,18 @@ def draw_crops(cells: Sequence[Wanted], work: Path, output: Path) -> None:
         files = sorted(work.glob(f"*/pictures/{one.digest}/*.png"))[:CROPS]
         if one.cell.name not in columns and len(files) == CROPS:
             columns[one.cell.name] = [_middle(np.asarray(Image.open(file).convert("RGB"))) for file in files]
-    if columns:
-        flat = [columns[name][row] for row in range(CROPS) for name in columns]
+    names = list(columns)
+    strips = []
+    for k in range(0, len(names), ABREAST):
+        shown = names[k : k + ABREAST]
+        flat = [columns[name][row] for row in range(CROPS) for name in shown]
+        strips.append(image_grid(flat, CROPS, len(shown), shown, zoom=ZOOM))
+    if strips:
+        whole = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+        for k, strip in enumerate(strips):
+            whole.paste(strip, (0, sum(s.height for s in strips[:k])))
         output.parent.mkdir(parents=True, exist_ok=True)
-        image_grid(flat, CROPS, len(columns), list(columns), zoom=ZOOM).save(output)
+        whole.save(output)
 
 
 def _middle(image: np.ndarray) -> np.ndarray:
