@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import init_empty_weights
+from adapter_loss import adapter_loss
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -30,7 +31,7 @@ from lora_dae.adapter.text import inject_text
 from lora_dae.backbone.layout import CONFIGS
 from lora_dae.config import UNET_GROUPS, AdapterConfig, ObjectiveConfig
 from lora_dae.sampling.loop import Conditions, Guidance, sample_latents
-from lora_dae.training.objective import adapter_loss, draw, seeded
+from lora_dae.training.objective import draw, seeded
 
 # By the names in published checkpoints, apart from how the groups are found in the model.
 NAMES = {

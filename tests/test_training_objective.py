@@ -5,10 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
+from adapter_loss import adapter_loss
 from diffusers import DDIMScheduler
 
 from lora_dae.config import ObjectiveConfig
-from lora_dae.training.objective import adapter_loss, draw, fixed_draws, seeded
+from lora_dae.training.objective import draw, fixed_draws, seeded
 
 
 def batch(n: int = 6) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapter_loss import adapter_loss
 from compose import config
 from conftest import write_photos
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -21,7 +22,7 @@ from lora_dae.config import BackboneConfig, DataConfig, ObjectiveConfig
 from lora_dae.data.buckets import choose_bucket, fit_bucket, origin_of, parse_buckets
 from lora_dae.data.sources import load_photos
 from lora_dae.training import run as training
-from lora_dae.training.objective import adapter_loss, draw, seeded
+from lora_dae.training.objective import draw, seeded
 
 # SDXL's own training sizes (Podell et al. 2023, appendix I), as (width, height).
 PUBLISHED = [(512, 2048), (576, 1664), (640, 1536), (704, 1408), (768, 1344), (832, 1216), (896, 1152), (960, 1088),

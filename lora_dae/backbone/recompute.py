@@ -13,8 +13,8 @@ def recompute(unet: UNet2DConditionModel, which: bool | str, preserve_rng_state:
     """``backbone.gradient_checkpointing``: False, True (all blocks) or "attention"; gradients are the same.
 
     "attention" means the transformer blocks alone, attention and feed-forward: they keep more for each operation than
-    convolutions do, so most of the memory comes back for about half of the time (selective recomputation, Korthikanti
-    et al. 2022, 2205.05198). ``preserve_rng_state``: for dropout; fake tensors have none.
+    convolutions do, so two thirds of what True saves cost half to two thirds of its extra time (selective
+    recomputation, Korthikanti et al. 2022, 2205.05198). ``preserve_rng_state``: for dropout; fake tensors have none.
     """
     if not which:
         return

@@ -96,7 +96,6 @@ class LoraDae(lightning.LightningModule):
         self.register_buffer("null_text", null_text, persistent=False)
         self.prior: Prior | None = None
         self._joint = cfg.enhancement.joint and enhancement is not None and enhancement.texture is not None
-        self._validated = torch.zeros(2, dtype=torch.float64)  # sum of losses, samples
         self._unchecked: list[Seen] = []
         self.strict_loading = False  # checkpoints leave the frozen weights out
         self._kept = set(trainable_parameters(self))
@@ -214,14 +213,14 @@ class LoraDae(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         losses = self._losses(batch, fixed_draws(batch, self.num_train_timesteps))
-        self._validated += torch.stack([losses.sum(), losses.new_tensor(len(losses))]).double().cpu()
+        self._validated += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
 
     def on_validation_epoch_start(self) -> None:
-        self._validated = torch.zeros(2, dtype=torch.float64)
+        self._validated = torch.zeros(2, device=self.device)  # sum of losses, samples
 
     def on_validation_epoch_end(self) -> None:
         # Lightning's own mean over ranks rounds the mean number of samples down, so an odd number of them raises it.
-        total = self.trainer.strategy.reduce(self._validated.to(self.device, torch.float32), reduce_op="sum")
+        total = self.trainer.strategy.reduce(self._validated, reduce_op="sum")
         assert isinstance(total, Tensor)
         self.log("val/loss", total[0] / total[1], batch_size=1, sync_dist=True, prog_bar=True)
 

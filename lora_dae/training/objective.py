@@ -89,20 +89,6 @@ class Denoised:
     sigma: Tensor
 
 
-def adapter_loss(
-    unet: nn.Module,
-    scheduler: Any,
-    batch: dict[str, Tensor],
-    null_text: Tensor,
-    draws: Draws,
-    min_snr_gamma: float,
-    garment_weight: float = 1.0,
-) -> Tensor:
-    """Loss of each sample, float32 (B,): ``weighted_error`` of what ``denoise`` returns; arguments as theirs."""
-    denoised = denoise(unet, scheduler, batch, null_text, draws)
-    return weighted_error(denoised, batch, scheduler.config.prediction_type, min_snr_gamma, garment_weight)
-
-
 def denoise(unet: nn.Module, scheduler: Any, batch: dict[str, Tensor], null_text: Tensor, draws: Draws) -> Denoised:
     """Noise the batch and ask the network.
 
