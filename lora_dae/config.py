@@ -29,6 +29,7 @@ METHODS: dict[str, dict[str, float]] = {
     "frequency": {"low": 1.0, "high": 2.0},
     "detail_daemon": {"amount": 0.02, "start": 0.2, "end": 0.8},
     "wavelet": {"low": 0.02, "high": 0.02},  # gains of our own: the paper tunes them per model
+    "band_gain": {"log_gain": 0.1},  # no paper: the constant that a learned gain has to beat
     "unsharp": {"amount": 0.5, "radius": 1.0},
     "deepcache": {"interval": 3},
 }
@@ -212,6 +213,10 @@ class EvaluationConfig:
     dinov2: str | None = None  # a DINOv2 model (folder or hub name) for FD-DINOv2; None = left out
     cmmd: str | None = None  # a CLIP vision model (folder or hub name) for CMMD; None = left out
     controls: bool = True  # also real photos: training ones, through the VAE, blurred, over-sharpened
+    split: str = "test"  # test | val: for choosing settings
+    first_pair: int = 0  # of the split: those before it are passed over
+    wrong_source: bool = False  # every picture is steered by the next pair's source photo
+    reconstructions: bool = False  # also distances to the real photos as the VAE gives them back
 
 
 @dataclass

@@ -70,6 +70,11 @@ def check(cfg: Config) -> None:
     if cfg.data.name in ("shards", "studio") and cfg.data.masks is not None:
         raise ConfigError(f"data={cfg.data.name} has the masks that it has: leave data.masks out.")
     check_evaluation(cfg.evaluation)
+    if cfg.evaluation.wrong_source and cfg.conditioning != "source":
+        raise ConfigError(
+            "evaluation.wrong_source=true shows another pair's source photo, and conditioning=none shows none: "
+            "drop one."
+        )
     if cfg.data.name == "shards" and cfg.data.max_images is not None:
         raise ConfigError("data.max_images needs the list of all photos, which shards do not have: leave it out.")
     at_least = {
@@ -174,6 +179,9 @@ def check(cfg: Config) -> None:
 def check_evaluation(cfg: EvaluationConfig) -> None:
     """The rules over ``evaluation`` alone; raises ConfigError."""
     _one_of("evaluation.features", cfg.features, ("effnet", "inception"))
+    _one_of("evaluation.split", cfg.split, ("test", "val"))
+    if cfg.first_pair < 0:
+        raise ConfigError(f"evaluation.first_pair={cfg.first_pair} is below 0: 0 is the split's first pair.")
     if cfg.lpips is not None and not Path(cfg.lpips).is_file():
         raise ConfigError(f"evaluation.lpips={cfg.lpips} does not exist: give AlexNet's features as safetensors.")
     if cfg.num_samples < 2:

@@ -98,6 +98,7 @@ def test_the_studio_has_as_many_test_pairs_as_are_asked_for() -> None:
     assert requested(studio, _request("run=x", "num_samples=6")).data == studio.data
     assert requested(studio, _request("run=x", "num_samples=20")).data.test_size == 20
     assert requested(studio, _request("run=x", "num_samples=20", "split=val")).data.val_size == 20
+    assert requested(studio, _request("run=x", "num_samples=20", "first_pair=5")).data.test_size == 25
     photos = Config(run_dir="x", data=DataConfig(name="folder", root="photos", test_size=8))
     assert requested(photos, _request("run=x", "num_samples=20")).data == photos.data
 
@@ -107,11 +108,11 @@ def test_other_settings_than_the_runs_own_get_a_folder_of_their_own(tmp_path: Pa
 
     def folder(*words: str) -> Path:
         request = _request("run=x", *words)
-        return folder_of(tmp_path, cfg, requested(cfg, request), request.split)
+        return folder_of(tmp_path, cfg, requested(cfg, request))
 
     assert folder() == folder(f"guidance_scale={cfg.sampling.guidance_scale}") == tmp_path
     assert folder("guidance_scale=1.4") == tmp_path / "evaluations" / "guidance_scale=1.4"
-    assert folder("split=val", "seed=3").name == "split=val,seed=3"
+    assert folder("split=val", "seed=3").name == "seed=3,split=val"
     assert folder("controls=false").name == "controls=false"  # as it is typed
     assert folder("lpips=some/where/alex.safetensors").name == "lpips=alex"  # no path becomes folders
     long = [f"{key}={'x' * 60}" for key in ("dinov2", "cmmd")]

@@ -303,7 +303,7 @@ def test_options_add_their_metrics_and_rows_and_say_what_cannot_be_had(
         cfg = config(tmp_path, tmp_path / "run", tmp_path / "cache", *overrides)
         check(cfg)
         extras = run.load_extras(cfg.evaluation, cfg.data.resolution, held_out.captions)
-        return run.measure_rows(cfg, rows, held_out, "test", _Filters(), extras)[0]
+        return run.measure_rows(cfg, rows, held_out, _Filters(), extras)[0]
 
     with pytest.raises(ConfigError, match="evaluation.lpips=nowhere does not exist"):
         table("evaluation.lpips=nowhere")

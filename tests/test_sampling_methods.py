@@ -18,6 +18,7 @@ from PIL import Image, ImageFilter
 from lora_dae.backbone.load import Backbone, load_backbone
 from lora_dae.config import METHODS, BackboneConfig, Config, ConfigError, SamplingConfig, conf_dir, from_dict, register
 from lora_dae.diffusion import PREDICTION_TYPES
+from lora_dae.enhancement.bands import split_bands
 from lora_dae.rules import check
 from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, noise_generator, sample_latents
@@ -36,6 +37,7 @@ NEUTRAL: dict[str, dict[str, float]] = {
     "detail_daemon": {"amount": 0},
     "wavelet": {"low": 0, "high": 0},
     "frequency": {"low": 1, "high": 1},
+    "band_gain": {"log_gain": 0},
     "deepcache": {"interval": 1},
 }
 
@@ -235,6 +237,15 @@ def test_wavelet_correction_by_hand() -> None:
     level = (0.8, 0.6)
     moved = build_method("wavelet", {"low": 0.1 / 0.6, "high": 0.1 / 0.4}).after(at, at.conditional, reached, level)
     torch.testing.assert_close(moved, reached + 0.1 * (reached - at.x0(at.conditional)))
+
+
+def test_a_gain_of_bands_leaves_what_is_below_them_and_high_noise_alone() -> None:
+    at = step(outputs(), Guidance(3.0))
+    plain, gained = at.x0(Method().guide(at)), at.x0(build_method("band_gain", {"log_gain": math.log(1.5)}).guide(at))
+    bands, rest = split_bands(plain, 3)
+    torch.testing.assert_close(gained, 1.5 * bands.sum(0) + rest, atol=1e-5, rtol=1e-4)
+    noisy = replace(at, level=(0.1, 0.99**0.5))
+    assert torch.equal(build_method("band_gain", {}).guide(noisy), Method().guide(noisy))
 
 
 def test_unsharp_mask_is_pixel_plus_what_a_blur_removes() -> None:

@@ -19,7 +19,7 @@ from lora_dae.config import ConfigError, conf_dir, register
 from lora_dae.evaluation.report.table import MetricValue, Protocol
 from lora_dae.sweep.budget import budget
 from lora_dae.sweep.cell_files import MeasuredCell, cell_file, read_cell, write_cell
-from lora_dae.sweep.cells import Wanted, compose_cell, distinct, read_comparison, wanted_cells
+from lora_dae.sweep.cells import Wanted, compose_cell, distinct, read_comparison, wanted_cells, with_seeds
 from lora_dae.sweep.compare import Study, main, make_jobs, read_studies
 from lora_dae.sweep.results import BEGIN, END, NOT_RUN, build_results, csv_lines, read_results, render, write_results
 
@@ -53,13 +53,18 @@ def cells_of(folder: Path, *extra: str) -> list[Wanted]:
 
 def test_studies_are_those_that_the_project_promises() -> None:
     expected = {"rank_x_strength", "mainstream", "enhancement_ablation", "solver_and_steps", "paired_source", "texture",
-                "training_shortcuts"}  # fmt: skip
+                "training_shortcuts", "tuning"}  # fmt: skip
     assert {study.name for study in STUDIES} == expected
 
 
-def test_all_studies_together_take_ten_hours_at_most() -> None:
-    """The headline table has 3 x 342 = 1,026 pictures a cell; what studies share is counted once."""
+def test_all_comparisons_together_take_ten_hours_at_most() -> None:
+    """The headline table has 3 x 342 = 1,026 pictures a cell; what studies share is counted once. Only tuning sees the
+    validation split."""
     studies = read_studies(STUDIES, [])
+    (tuning,) = (study for study in studies if study.grid.name == "tuning")
+    assert {one.cfg.evaluation.split for one in tuning.cells} == {"val"}
+    studies.remove(tuning)
+    assert {one.cfg.evaluation.split for study in studies for one in study.cells} == {"test"}
     whole = budget(one for study in studies for one in study.cells)
     alone = [budget(study.cells) for study in studies]
     assert 0 < whole.hours <= 10 and whole.hours < sum(cost.hours for cost in alone)
@@ -127,6 +132,19 @@ def test_a_cell_is_what_hydra_composes(overrides: list[str]) -> None:
     assert compose_cell(overrides) == expected
 
 
+def test_seeds_with_pairs_of_their_own(tmp_path: Path) -> None:
+    """Second and third seed go on where the one before ended; rows without training are drawn for each."""
+    folder = write_study(tmp_path / "s", STUDY.replace("cells:", "own_pairs: true\ncells:"))
+    shared = write_study(tmp_path / "t")
+    found = cells_of(folder, "evaluation.num_samples=7")
+    assert {one.seed: one.cfg.evaluation.first_pair for one in found} == {0: 0, 1: 7, 2: 14}
+    assert (budget(found).cells, budget(cells_of(shared)).cells) == (3 * 4, 3 * 3 + 1)
+    assert {one.training for one in found} == {one.training for one in cells_of(shared)}
+    for one in found:  # as a process of the comparison composes it
+        (again,) = with_seeds(one.cell, [one.seed], one.overrides)
+        assert again.digest == one.digest
+
+
 def test_order_is_seed_by_seed_and_adapter_by_adapter(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", STUDY.replace("  half: [", "  half: [adapter.rank=2, "))
     ordered = distinct(cells_of(folder))
@@ -145,6 +163,11 @@ def test_order_is_seed_by_seed_and_adapter_by_adapter(tmp_path: Path) -> None:
         ("sampling.batch_size=1", True),
         ("evaluation.frozen=true", True),
         ("evaluation.num_samples=5", False),
+        ("data.test_size=999", True),
+        ("evaluation.split=val", False),
+        ("evaluation.first_pair=5", False),
+        ("evaluation.wrong_source=true", False),
+        ("evaluation.reconstructions=true", False),
         ("sampling.num_inference_steps=5", False),
         ("sampling.method=freeu", False),
         ("sampling.tiled_decode=true", False),

@@ -31,6 +31,8 @@ def test_images_alone_are_a_normal_test() -> None:
     spread = float((0.4 * noise).std())  # paired: what both share takes no part
     assert change == 1.0 and p == pytest.approx(math.erfc(1.0 / spread / math.sqrt(2)))
     assert standard_error([1.0, 1.0], [0.5 * noise, 0.5 * noise])[0] == pytest.approx(float((0.5 * noise).std()))
+    apart, _ = standard_error([1.0, 1.0], [0.5 * noise, 0.5 * noise], own_pairs=True)  # as of twice the images
+    assert apart == pytest.approx(float((0.5 * noise).std()) / 2**0.5)
 
 
 def test_one_seed_without_bootstrap_tells_nothing() -> None:

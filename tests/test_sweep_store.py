@@ -12,7 +12,7 @@ import torch
 from compose import config
 from safetensors.torch import load_file
 
-from lora_dae.config import Config, ConfigError, EnhancementConfig, TrackingConfig
+from lora_dae.config import Config, ConfigError, DataConfig, EnhancementConfig, TrackingConfig
 from lora_dae.sweep import ranks, store
 from lora_dae.sweep.files import read_json, write_json
 from lora_dae.sweep.identity import training_hash, training_part
@@ -62,6 +62,8 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
         ({"tracking": TrackingConfig(group="g")}, True),
         ({"run_dir": "elsewhere", "store": "s"}, True),
         ({"trainer": {"strategy": "auto", "log_every_n_steps": 1}}, True),
+        ({"data": DataConfig(cache_dir="c", test_size=9)}, True),
+        ({"data": DataConfig(val_size=9)}, False),
         ({"seed": 1}, False),
         ({"conditioning": "none"}, False),
         ({"trainer": {"max_steps": 3}}, False),

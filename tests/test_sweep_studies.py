@@ -21,7 +21,7 @@ from test_sweep_compare import test_tables_and_files_of_every_study_agree as che
 from lora_dae.sweep import store
 from lora_dae.sweep.cell_files import read_cell, write_cell
 from lora_dae.sweep.cell_worker import Work, measure_cells
-from lora_dae.sweep.cells import Wanted, read_comparison, wanted_cells
+from lora_dae.sweep.cells import Wanted, read_comparison, wanted_cells, with_seeds
 from lora_dae.sweep.compare import Study, list_file, make_jobs, read_studies, write_tables
 from lora_dae.sweep.results import read_results
 
@@ -108,6 +108,37 @@ def test_two_studies_share_measurements_and_adapters(
     known = {metric for cell in measured if cell is not None for metric in cell.metrics}
     for study in STUDIES:  # with a source, and without one
         assert set(read_comparison(study).metrics) <= known
+
+
+def test_what_evaluation_asks_for_is_drawn(tiny_backbone: Path, tmp_path: Path) -> None:
+    """The validation split; other pairs, each with its own noise; another source photo; distances to the VAE's own."""
+    asked = ["split=val", "first_pair=2", "wrong_source=true", "reconstructions=true"]
+    text = STUDY.replace("[0, 1, 2]", "[0]").partition("cells:")[0] + "cells:\n  plain: [enhancement=none]\n"
+    text += "".join(f"  {name}: [enhancement=none, evaluation.{name}]\n" for name in asked)
+    folder = write_study(tmp_path / "experiments" / "asked", text)
+    more = ["evaluation.num_samples=2", "sampling.batch_size=1"]
+    (study,) = read_studies([folder], [*shortened(tiny_backbone, tmp_path / "cache"), *more])
+    work = Work(tmp_path / "work", tmp_path / "store")
+    drawn = {}
+    original = work._draw
+
+    def kept(wanted: Wanted, *rest: Any) -> Any:
+        drawn[wanted.cell.name] = original(wanted, *rest)
+        return drawn[wanted.cell.name]
+
+    work._draw = kept  # type: ignore[method-assign]
+    measured = {one.cell.name: work.measure(one) for one in study.cells}
+    assert len({measured[name].metrics["psnr"].value for name in ("plain", *asked[:3])}) == 4
+    assert measured["split=val"].protocol.split == "val" and measured["plain"].protocol.split == "test"
+    assert (drawn["reconstructions=true"] == drawn["plain"]).all()
+    extra = measured["reconstructions=true"].metrics.keys() - measured["plain"].metrics.keys()
+    assert extra == {"fd_effnet_recon", "kd_effnet_recon"}
+    assert not any("recon" in name for name in measured["plain"].metrics)
+    (whole,) = (one for one in study.cells if one.cell.name == "plain")
+    longer = [o for o in whole.overrides if "num_samples" not in o]
+    (whole,) = with_seeds(whole.cell, [0], (*longer, "evaluation.num_samples=4"))
+    work.measure(whole)
+    assert (drawn["plain"][2:] == drawn["first_pair=2"]).all()
 
 
 def compare(tmp_path: Path, *words: str) -> subprocess.Popen[str]:

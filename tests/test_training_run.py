@@ -291,6 +291,10 @@ def test_another_vae_draws_a_finished_run(finished: Path, tiny_backbone: Path, t
     [
         (("evaluate.py", "num_samples=3", "strength=0.5", "num_inference_steps=2", "split=val"), "strength 0.5"),
         (
+            ("evaluate.py", "num_samples=2", "first_pair=2", "wrong_source=true", "reconstructions=true"),
+            "wrong_source=true",
+        ),
+        (
             (
                 "sample.py",
                 "prompt='a red dress'",
@@ -303,7 +307,7 @@ def test_another_vae_draws_a_finished_run(finished: Path, tiny_backbone: Path, t
             "images",
         ),
     ],
-    ids=["evaluate", "sample"],
+    ids=["evaluate", "evaluate_otherwise", "sample"],
 )
 def test_commands_on_a_finished_run(arguments: tuple[str, ...], made: str, finished: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
@@ -315,6 +319,8 @@ def test_commands_on_a_finished_run(arguments: tuple[str, ...], made: str, finis
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert made in done.stdout
+    for table in copy.glob("evaluations/*first_pair=2*/metrics.json"):
+        assert {"fd_effnet_recon", "kd_effnet_recon"} <= set(json.loads(table.read_text())["methods"]["strength 1"])
     assert script != "sample.py" or len(list((tmp_path / "here").glob("seed3_*.png"))) == 2
 
 

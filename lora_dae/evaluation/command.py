@@ -23,7 +23,7 @@ from lora_dae.sampling.load import read_config
 LONGEST_NAME = 100  # characters of a folder that is named by what differs
 OF_DRAWN = ("num_samples", "clip")
 OF_SAMPLING = ("scheduler", "sampling_method", "num_inference_steps", "guidance_scale", "source_guidance_scale")
-OF_RUN = ("strength", *OF_SAMPLING, "frozen")
+OF_RUN = ("strength", *OF_SAMPLING, "frozen", "first_pair", "wrong_source", "reconstructions")
 OF_FOLDER = ("reference", "train", "masks", "paired", "resolution")
 OF_COMPARISON = ("baseline", "vqa", "study")
 
@@ -52,8 +52,11 @@ class EvaluateRequest:
     sampling_method: str | None
     mode: str | None
     noise_strength: float | None
-    split: str
+    split: str | None
     num_samples: int | None
+    first_pair: int | None
+    wrong_source: bool | None
+    reconstructions: bool | None
     features: str | None
     frozen: bool | None
     bootstrap: int | None
@@ -71,6 +74,8 @@ class EvaluateRequest:
 
 def evaluate(request: EvaluateRequest, console: Console, on_page: OnPage | None = None) -> None:
     """Carry out a request. Raises ConfigError, before any weight is loaded where that is possible."""
+    if request.split not in (None, "test", "val"):
+        raise ConfigError(f"split={request.split} is unknown: use test or val.")
     modes = [name for name in ("run", "images", "runs") if getattr(request, name)]
     if len(modes) != 1:
         raise ConfigError(
@@ -87,8 +92,6 @@ def evaluate(request: EvaluateRequest, console: Console, on_page: OnPage | None 
     given = photo_mode(request.mode, request.noise_strength)
     if given is not None and modes[0] == "images":
         raise ConfigError(f"mode={given.name} draws from real photos: give run= or runs= to draw with, not images=.")
-    if request.split not in ("test", "val"):
-        raise ConfigError(f"split={request.split} is unknown: use test or val.")
     {"run": _run, "images": _folder, "runs": _compare}[modes[0]](request, console, on_page)
 
 
@@ -98,14 +101,13 @@ def _run(request: EvaluateRequest, console: Console, on_page: OnPage | None) -> 
     cfg = requested(own, request)
     check(cfg)
     mode = photo_mode(request.mode, request.noise_strength)
-    output = folder_of(run_dir, own, cfg, request.split, mode) if request.output is None else Path(request.output)
+    output = folder_of(run_dir, own, cfg, mode) if request.output is None else Path(request.output)
     if output != run_dir:
         console.print(f"other settings than the run's own: its report stays, this one goes to {output}", soft_wrap=True)
     bf16 = choose_precision("auto", best_device()) == "bf16-mixed"
     evaluate_run(
         run_dir,
         console,
-        split=request.split,
         cfg=cfg,
         bf16=bf16,
         output=output,
@@ -143,7 +145,7 @@ def _compare(request: EvaluateRequest, console: Console, on_page: OnPage | None)
     comparison = CompareRequest(
         runs=list(request.runs or []),
         baseline=request.baseline,
-        split=request.split,
+        split=request.split or "test",
         vqa=None if request.vqa is None else Path(request.vqa),
         study=None if request.study is None else Path(request.study),
         seed=request.seed or 0,
@@ -158,19 +160,20 @@ def requested(own: Config, request: Any) -> Config:
     """The run's config with the request's numbers, where given; the studio renders as many pairs as are asked for."""
     sampling, evaluation = overridden_sampling(own.sampling, request), overridden(own.evaluation, request)
     cfg = replace(own, sampling=sampling, evaluation=evaluation)
-    if own.data.name == "studio" and request.num_samples is not None:
+    if own.data.name == "studio" and (request.num_samples is not None or request.first_pair is not None):
         test_size, val_size = own.data.test_size, own.data.val_size
-        if request.split == "val":
-            val_size = max(val_size, request.num_samples)
+        last = evaluation.first_pair + evaluation.num_samples
+        if evaluation.split == "val":
+            val_size = max(val_size, last)
         else:
-            test_size = max(test_size, request.num_samples)
+            test_size = max(test_size, last)
         cfg = replace(cfg, data=replace(own.data, test_size=test_size, val_size=val_size))
     if request.strength is not None:
         cfg = replace(cfg, enhancement=replace(cfg.enhancement, strength=request.strength))
     return cfg
 
 
-def folder_of(run_dir: Path, own: Config, cfg: Config, split: str, mode: PhotoMode | None = None) -> Path:
+def folder_of(run_dir: Path, own: Config, cfg: Config, mode: PhotoMode | None = None) -> Path:
     """The run's own folder for its own settings; for others ``evaluations/<what differs>`` inside it.
 
     So that an evaluation with another guidance never stands where the run's own numbers are looked for.
@@ -179,7 +182,6 @@ def folder_of(run_dir: Path, own: Config, cfg: Config, split: str, mode: PhotoMo
     words = [] if mode is None else [f"mode={mode.name}"]
     if mode is not None and mode.noise_strength not in (None, NOISE_STRENGTH):
         words.append(f"noise_strength={mode.noise_strength:g}")
-    words += [] if split == "test" else [f"split={split}"]
     for part in ("enhancement", "sampling", "evaluation"):
         for key, value in now[part].items():
             if value != before[part][key]:
@@ -195,7 +197,7 @@ def folder_of(run_dir: Path, own: Config, cfg: Config, split: str, mode: PhotoMo
 
 def command_of(request: EvaluateRequest) -> str:
     """The command that makes the same page again."""
-    defaults = {"split": "test", "cache_dir": "cache"}
+    defaults = {"cache_dir": "cache"}
     words = []
     for field in fields(request):
         value = asdict(request)[field.name]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from lora_dae.config import ConfigError
+from lora_dae.config import Config, ConfigError
 from lora_dae.data.pair import Pair, PairDataset, replace_pixels
 
 MOST = 200_000  # training pairs that are looked through one by one
@@ -16,17 +16,32 @@ MOST = 200_000  # training pairs that are looked through one by one
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out pairs, in memory."""
+    """Held-out pairs, in memory: those of a split from number ``first`` on.
+
+    ``wrong_source``: each is drawn with the source photo of the next one.
+    """
 
     pairs: list[Pair]
+    first: int = 0
+    wrong_source: bool = False
 
     @classmethod
-    def take(cls, dataset: PairDataset, count: int, conditioning: str) -> HeldOut:
-        """The first ``count`` pairs of a split, without sources where none steer; fewer than 2 raise ConfigError."""
-        if len(dataset) < 2:
-            raise ConfigError(f"the split to evaluate on has {len(dataset)} images: give it at least 2.")
-        pairs = [dataset[i] for i in range(min(count, len(dataset)))]
-        return cls(pairs if conditioning == "source" else [replace_pixels(p, source=None) for p in pairs])
+    def take(cls, dataset: PairDataset, count: int, conditioning: str, first: int = 0) -> HeldOut:
+        """``count`` pairs of a split from ``first`` on, without sources where none steer; fewer than 2: ConfigError."""
+        if len(dataset) - first < 2:
+            passed = f" from number {first} on" if first else ""
+            raise ConfigError(
+                f"the split to evaluate on has {max(len(dataset) - first, 0)} images{passed}: 2 are needed."
+            )
+        pairs = [dataset[i] for i in range(first, min(first + count, len(dataset)))]
+        return cls(pairs if conditioning == "source" else [replace_pixels(p, source=None) for p in pairs], first)
+
+    @classmethod
+    def asked_for(cls, splits: dict[str, PairDataset], cfg: Config) -> HeldOut:
+        """What ``cfg.evaluation`` asks for: ``split``, ``first_pair``, ``num_samples``, ``wrong_source``."""
+        asked = cfg.evaluation
+        found = cls.take(splits[asked.split], asked.num_samples, cfg.conditioning, asked.first_pair)
+        return replace(found, wrong_source=asked.wrong_source)
 
     @property
     def captions(self) -> list[str]:
@@ -36,6 +51,17 @@ class HeldOut:
     def sources(self) -> np.ndarray | None:
         found = [p.source for p in self.pairs if p.source is not None]
         return np.stack(found) if len(found) == len(self.pairs) else None
+
+    @property
+    def numbers(self) -> range:
+        """Of the pairs in their split; each picture's noise goes by its number, whichever others are drawn."""
+        return range(self.first, self.first + len(self.pairs))
+
+    @property
+    def shown(self) -> np.ndarray | None:
+        """The source photos that the pictures are drawn with."""
+        own = self.sources
+        return np.roll(own, -1, axis=0) if self.wrong_source and own is not None else own
 
     @property
     def masks(self) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from lora_dae.evaluation.attributes.classifier import AttributeClassifier
 from lora_dae.evaluation.controls import blurred, over_sharpened
 from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.evaluation.metrics.extras import Extras
-from lora_dae.evaluation.metrics.features import FeatureExtractor, stack_images
+from lora_dae.evaluation.metrics.features import FeatureExtractor, Features, as_float_images, stack_images
 from lora_dae.evaluation.metrics.measure import Reference, evaluate_images
 from lora_dae.evaluation.metrics.pattern import PatternDistance
 from lora_dae.evaluation.report.table import MetricValue
@@ -77,6 +77,12 @@ def reference_rows(
             **common,
         )
     return rows
+
+
+def reconstructed_features(backbone: Backbone, held_out: HeldOut, extractor: FeatureExtractor) -> Features:
+    """Of the held-out photos as the VAE gives them back: the nearest to them that a latent model can come."""
+    images = reconstructed(backbone, np.stack([pair.image for pair in held_out.pairs]))
+    return extractor.extract([as_float_images(stack_images(list(images)))])
 
 
 def reconstructed(backbone: Backbone, images: np.ndarray) -> np.ndarray:

@@ -25,14 +25,14 @@ from lora_dae.data.sources import load_splits
 from lora_dae.evaluation.attributes.labels import studio_classifier
 from lora_dae.evaluation.heldout import HeldOut, overlap, training_pairs
 from lora_dae.evaluation.metrics.extras import Extras, load_extras
-from lora_dae.evaluation.metrics.features import FeatureExtractor, load_features, stack_images
-from lora_dae.evaluation.metrics.measure import Reference, build_reference, measure_images
+from lora_dae.evaluation.metrics.features import FeatureExtractor, Features, load_features, stack_images
+from lora_dae.evaluation.metrics.measure import Reference, build_reference, distances_to, measure_images
 from lora_dae.evaluation.metrics.observe import Observed
 from lora_dae.evaluation.metrics.pattern import pattern_distance
 from lora_dae.evaluation.metrics.sizes import add_infinity, size_curves
 from lora_dae.evaluation.metrics.texture import band_power
 from lora_dae.evaluation.photo_mode import PhotoMode
-from lora_dae.evaluation.references import reference_rows
+from lora_dae.evaluation.references import reconstructed_features, reference_rows
 from lora_dae.evaluation.report.examples import PictureGrid, extremes, prompt_grid
 from lora_dae.evaluation.report.page import OnPage, Page, check_writable, write_page
 from lora_dae.evaluation.report.plots import plot_band_power, plot_curves, plot_sizes
@@ -68,10 +68,10 @@ def draw_rows(
         def images(name: str, drawer: Drawer, sources: np.ndarray | None, strength: float) -> np.ndarray:
             task = progress.add_task(f"drawing {name}", total=n)
             advance = partial(progress.advance, task)
-            return drawer.images(held_out.captions, sources, strength, on_batch=advance, keep=keep, start=start)
+            return drawer.images(held_out.captions, sources, strength, held_out.numbers, advance, keep, start)
 
         for strength in strengths:
-            rows[row_name(strength)] = images(row_name(strength), run.drawer(bf16), held_out.sources, strength)
+            rows[row_name(strength)] = images(row_name(strength), run.drawer(bf16), held_out.shown, strength)
         if cfg.evaluation.frozen:
             frozen = load_backbone(cfg.backbone, run.backbone.device)
             prepare_unet(frozen, cfg)
@@ -84,19 +84,20 @@ def measure_rows(
     cfg: Config,
     rows: dict[str, np.ndarray],
     held_out: HeldOut,
-    split: str,
     extractor: FeatureExtractor,
     extras: Extras,
     run: LoadedRun | None = None,
     training: HeldOut | None = None,
     mode: PhotoMode | None = None,
     real: Reference | None = None,
+    recon: Features | None = None,
 ) -> tuple[ResultsTable, Reference, dict[str, Observed]]:
     """The table over all rows, the real side that it was measured against, and what was seen of each row's images.
 
     ``run`` gives the VAE and ``training`` the photos of the reference rows (``evaluation.controls``).
     ``mode``: real photos were given, so every row is measured against them.
-    ``real``: the real side, where it is known from before.
+    ``real``: the real side, where it is known from before. ``recon``: features of what the VAE makes of it, for
+    distances to that as well.
     """
     if real is None:
         photos = stack_images([p.image for p in held_out.pairs])
@@ -123,6 +124,8 @@ def measure_rows(
             pattern=pattern,
             more=extras.more,
         )
+        if recon is not None:
+            methods[name] |= distances_to(recon, "_recon", seen[name], extractor, cfg.evaluation.bootstrap, cfg.seed)
     references = {}
     if cfg.evaluation.controls:
         references = reference_rows(
@@ -134,7 +137,7 @@ def measure_rows(
     protocol = Protocol(
         num_generated=len(held_out.pairs),
         num_reference=len(real),
-        split=split,
+        split=cfg.evaluation.split,
         resolution=cfg.data.resolution,
         sampler=sampling.scheduler,
         steps=sampling.num_inference_steps,
@@ -148,7 +151,7 @@ def measure_rows(
         mode=mode.name if mode else "text" if held_out.sources is None else "source",
         noise_strength=mode.noise_strength if mode else None,
         method=sampling.method,
-        warnings=[*size_warnings(len(held_out.pairs), len(real), 1), *bucket_warnings(cfg)],
+        warnings=[*size_warnings(len(held_out.pairs), len(real), 1), *asked_warnings(cfg)],
     )
     # Strength 0 comes first: it is what every other row is compared with.
     order = sorted(methods, key=lambda name: name != row_name(0.0))
@@ -162,22 +165,29 @@ def measure_rows(
     return ResultsTable({name: methods[name] for name in order}, protocol, references, curves), real, seen
 
 
-def bucket_warnings(cfg: Config) -> list[str]:
-    """What training in several sizes means for numbers that are taken in one."""
-    if not cfg.data.buckets:
-        return []
-    return [
-        "trained in buckets of several sizes, drawn and measured in squares alone: oblong real photos are cropped or "
-        "padded, and nothing here says how well the other sizes are drawn"
-    ]
+def asked_warnings(cfg: Config) -> list[str]:
+    """What the config asks for that makes the numbers mean something else."""
+    found = []
+    if cfg.evaluation.split == "val":
+        found.append("the validation split, on which settings are chosen: no result")
+    if cfg.evaluation.first_pair:
+        found.append(f"from pair {cfg.evaluation.first_pair} of the split on")
+    if cfg.evaluation.wrong_source:
+        found.append("every picture was steered by the source photo of the next pair, and is measured against its own")
+    if cfg.data.buckets:
+        found.append(
+            "trained in buckets of several sizes, drawn and measured in squares alone: oblong real photos are cropped "
+            "or padded, and nothing here says how well the other sizes are drawn"
+        )
+    return found
 
 
 def write_grid(rows: dict[str, np.ndarray], held_out: HeldOut, path: Path, count: int = GRID_ROWS) -> np.ndarray:
     """The picture that people look at first: source, every row, the real photo."""
     columns: dict[str, list[np.ndarray]] = {}
     count = min(count, len(held_out.pairs))
-    if held_out.sources is not None:
-        columns["source"] = [p.source for p in held_out.pairs[:count] if p.source is not None]
+    if (shown := held_out.shown) is not None:
+        columns["source"] = list(shown[:count])
     columns |= {name: list(images[:count]) for name, images in rows.items()}
     columns["real"] = [p.image for p in held_out.pairs[:count]]
     flat = [columns[name][r] for r in range(count) for name in columns]
@@ -191,7 +201,6 @@ def evaluate_run(
     run_dir: Path,
     console: Console,
     *,
-    split: str = "test",
     run: LoadedRun | None = None,
     cfg: Config | None = None,
     bf16: bool = False,
@@ -211,9 +220,9 @@ def evaluate_run(
     cfg = cfg or (read_config(run_dir) if run is None else run.cfg)
     output = output or run_dir
     if mode is not None:
-        mode.check(cfg, split)
+        mode.check(cfg, cfg.evaluation.split)
     splits = load_splits(cfg.data)
-    held_out = HeldOut.take(splits[split], cfg.evaluation.num_samples, cfg.conditioning)
+    held_out, split = HeldOut.asked_for(splits, cfg), cfg.evaluation.split
     if len(held_out.pairs) < cfg.evaluation.num_samples:
         asked = cfg.evaluation.num_samples
         console.print(f"the {split} split has {len(held_out.pairs)} pairs, not the {asked} asked for: all are taken")
@@ -227,8 +236,9 @@ def evaluate_run(
         on_images(held_out, rows)
     training = training_pairs(splits["train"], held_out) if cfg.evaluation.controls else None
     with console.status("measuring"):
-        table, real, seen = measure_rows(cfg, rows, held_out, split, extractor, extras, run, training, mode)
-    if found := overlap(splits, split, len(held_out.pairs)):
+        recon = reconstructed_features(run.backbone, held_out, extractor) if cfg.evaluation.reconstructions else None
+        table, real, seen = measure_rows(cfg, rows, held_out, extractor, extras, run, training, mode, recon=recon)
+    if found := overlap(splits, split, cfg.evaluation.first_pair + len(held_out.pairs)):
         table.protocol.warnings.append(found)
     console.print(table.rich())  # first: whatever becomes of the files, the numbers are there
     grid = write_grid(rows, held_out, output / "samples" / "grid.png")
@@ -252,6 +262,8 @@ def evaluate_run(
 def _grids(rows: dict[str, np.ndarray], held_out: HeldOut, seen: dict[str, Observed]) -> list[PictureGrid]:
     methods = {name: list(images) for name, images in rows.items()}
     sources: list[np.ndarray | None] = [p.source for p in held_out.pairs]
+    if (shown := held_out.shown) is not None:
+        sources = list(shown)
     real: list[np.ndarray | None] = [p.image for p in held_out.pairs]
     own = list(rows)[-1]
     values: dict[str, Tensor] = seen[own].values

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,9 @@ from lora_dae.config import Config, ConfigError
 from lora_dae.data.sources import load_splits
 from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.evaluation.metrics.extras import Extras, load_extras
-from lora_dae.evaluation.metrics.features import FeatureExtractor, load_features
+from lora_dae.evaluation.metrics.features import FeatureExtractor, Features, load_features
 from lora_dae.evaluation.metrics.measure import Reference
-from lora_dae.evaluation.references import CEILING, CONTROLS, reconstructed
+from lora_dae.evaluation.references import CEILING, CONTROLS, reconstructed, reconstructed_features
 from lora_dae.evaluation.run import FROZEN, measure_rows, row_name
 from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet
@@ -63,13 +63,24 @@ def measure_cells(file: Path, console: Console) -> None:
             write_cell(results, one.digest, f"{one.label}: {' '.join(overrides)}", work.measure(one))
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What cells of the same pairs and metrics share; ``real`` is known from the first of them on."""
+
+    held_out: HeldOut
+    extras: Extras
+    extractor: FeatureExtractor
+    real: Reference | None
+    recon: Features | None
+
+
 class Work:
     """Draws and measures cells; keeps what the next one needs too. ``folder`` gets status.json and a few pictures."""
 
     def __init__(self, folder: Path, store: Path) -> None:
         self.folder, self.store = folder, store
         self._run: LoadedRun | None = None
-        self._seen: dict[str, tuple[HeldOut, Extras, FeatureExtractor, Reference | None]] = {}
+        self._seen: dict[str, Seen] = {}
 
     def measure(self, one: Wanted) -> MeasuredCell:
         """Train if it has to be, draw, measure."""
@@ -80,28 +91,20 @@ class Work:
         say(self.folder / "status.json", f"measuring {one.label}")
         started = time.time()
         key = content_hash([training_part(cfg)["data"], cfg.conditioning, asdict(cfg.evaluation)])
-        held_out, extras, extractor, real = self._seen.get(key) or self._look(cfg)
-        images = self._draw(one, held_out, trained)
+        seen = self._seen.get(key) or _look(cfg)
+        images = self._draw(one, seen.held_out, trained)
         plain = replace(cfg, seed=BOOTSTRAP_SEED, evaluation=replace(cfg.evaluation, controls=False))
         name = one.cell.row or row_name(cfg.enhancement.strength)
-        table, real, _ = measure_rows(plain, {name: images}, held_out, "test", extractor, extras, real=real)
-        self._seen = {key: (held_out, extras, extractor, real)}  # one at a time: memory
+        table, real, _ = measure_rows(
+            plain, {name: images}, seen.held_out, seen.extractor, seen.extras, real=seen.real, recon=seen.recon
+        )
+        self._seen = {key: replace(seen, real=real)}  # one at a time: memory
         keep_pictures(images, self.folder / "pictures" / one.digest)
         return MeasuredCell(
             one.matters, table.methods[name], table.protocol,
             0.0 if trained is None else adapter_megabytes(trained),
             network_calls(cfg) if one.cell.row in (None, FROZEN) else 0.0, round(time.time() - started, 1),
         )  # fmt: skip
-
-    def _look(self, cfg: Config) -> tuple[HeldOut, Extras, FeatureExtractor, None]:
-        held_out = HeldOut.take(load_splits(cfg.data)["test"], cfg.evaluation.num_samples, cfg.conditioning)
-        if len(held_out.pairs) < cfg.evaluation.num_samples:
-            raise ConfigError(
-                f"the test split has {len(held_out.pairs)} pairs, and evaluation.num_samples="
-                f"{cfg.evaluation.num_samples} are asked for: raise data.test_size."
-            )
-        extras = load_extras(cfg.evaluation, cfg.data.resolution, held_out.captions)
-        return held_out, extras, load_features(cfg.evaluation.features).to(best_device()), None
 
     def _draw(self, one: Wanted, held_out: HeldOut, trained: Path | None) -> np.ndarray:
         """uint8 (N, H, W, 3)."""
@@ -114,13 +117,27 @@ class Work:
         if row == CEILING:
             return reconstructed(load_backbone(cfg.backbone, device), np.stack(originals))
         if row == FROZEN:
-            return _frozen(cfg, device, bf16).images(held_out.captions)
+            return _frozen(cfg, device, bf16).images(held_out.captions, indices=held_out.numbers)
         assert trained is not None
         if self._run is None or self._run.directory != trained:
             self._run = None  # before the next one is loaded
             self._run = load_run(trained, device)
         drawer = replace(self._run, cfg=cfg).drawer(bf16)
-        return drawer.images(held_out.captions, held_out.sources, cfg.enhancement.strength)
+        return drawer.images(held_out.captions, held_out.shown, cfg.enhancement.strength, held_out.numbers)
+
+
+def _look(cfg: Config) -> Seen:
+    asked = cfg.evaluation
+    held_out = HeldOut.asked_for(load_splits(cfg.data), cfg)
+    if len(held_out.pairs) < asked.num_samples:
+        raise ConfigError(
+            f"the {asked.split} split has {len(held_out.pairs)} pairs from number {asked.first_pair} on, and "
+            f"evaluation.num_samples={asked.num_samples} are asked for: raise data.{asked.split}_size."
+        )
+    extractor, recon = load_features(asked.features).to(best_device()), None
+    if asked.reconstructions:
+        recon = reconstructed_features(load_backbone(cfg.backbone, best_device()), held_out, extractor)
+    return Seen(held_out, load_extras(asked, cfg.data.resolution, held_out.captions), extractor, None, recon)
 
 
 def _frozen(cfg: Config, device: torch.device, bf16: bool) -> Drawer:

@@ -34,6 +34,8 @@ from lora_dae.sweep.name import register_sweep_name
 
 FILE = "study.yaml"
 CELL_VERSION = 1  # raise it when the same cell begins to give other numbers
+# Options of ``evaluation`` that came later: at the value that does nothing they are left out of what matters.
+LATER = {"split": "test", "first_pair": 0, "wrong_source": False, "reconstructions": False}
 UNTRAINED = (FROZEN, CEILING, *CONTROLS)  # rows in which nothing trained takes part
 OFF = EnhancementConfig(enabled=False, placement="none", strength=0.0)
 
@@ -53,7 +55,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """study.yaml."""
+    """study.yaml. ``own_pairs``: each training seed is measured on pairs of its own, the second on the next
+    ``evaluation.num_samples`` of the split and so on; else all on the same."""
 
     name: str
     title: str
@@ -62,6 +65,7 @@ class Comparison:
     metrics: tuple[str, ...]
     common: tuple[str, ...]
     cells: tuple[Cell, ...]
+    own_pairs: bool = False
 
 
 def read_comparison(folder: Path) -> Comparison:
@@ -74,7 +78,7 @@ def read_comparison(folder: Path) -> Comparison:
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} is no YAML: {str(error).splitlines()[0]}.") from error
     expected = {"title", "seeds", "baseline", "metrics", "common", "cells"}
-    if not isinstance(values, dict) or set(values) != expected or not isinstance(values["cells"], dict):
+    if not isinstance(values, dict) or set(values) - {"own_pairs"} != expected or not isinstance(values["cells"], dict):
         keys = ", ".join(map(str, values)) or "no keys"
         raise ConfigError(f"{path} has {keys}: give {', '.join(sorted(expected))}, cells by name.")
     cells = []
@@ -94,7 +98,7 @@ def read_comparison(folder: Path) -> Comparison:
         raise ConfigError(f"{path}: seeds is {seeds}: give a list of at least one, each once.")
     return Comparison(
         folder.resolve().name, values["title"], tuple(seeds), values["baseline"], tuple(values["metrics"]),
-        tuple(map(str, values["common"])), tuple(cells),
+        tuple(map(str, values["common"])), tuple(cells), bool(values.get("own_pairs", False)),
     )  # fmt: skip
 
 
@@ -126,7 +130,15 @@ def wanted_cells(grid: Comparison, extra: Sequence[str] = ()) -> list[Wanted]:
 
     ``extra`` overrides hold for every cell. Raises ConfigError for a cell that train.py would refuse.
     """
-    found = [with_seeds(cell, grid.seeds, (*grid.common, *cell.overrides, *extra)) for cell in grid.cells]
+    found = []
+    for cell in grid.cells:
+        overrides = (*grid.common, *cell.overrides, *extra)
+        if not grid.own_pairs:
+            found.append(with_seeds(cell, grid.seeds, overrides))
+            continue
+        count = compose_cell(overrides).evaluation.num_samples
+        own = [(seed, (*overrides, f"evaluation.first_pair={k * count}")) for k, seed in enumerate(grid.seeds)]
+        found.append([one for seed, with_pairs in own for one in with_seeds(cell, [seed], with_pairs)])
     return [of_seed for together in zip(*found, strict=True) for of_seed in together]
 
 
@@ -159,11 +171,14 @@ def what_matters(cfg: Config, row: str | None) -> dict[str, Any]:
     """
     training = training_part(cfg)
     del training["backbone"]["path"]  # what lies there counts
+    asked = {k: v for k, v in to_dict(cfg.evaluation).items() if k not in ("frozen", "controls")}
+    if row is not None:
+        asked["wrong_source"] = False  # they see none
     found = {
         "version": [CELL_VERSION, TRAINING_VERSION, RENDERER_VERSION],
         "weights": _fingerprint(cfg),
         "row": row,
-        "evaluation": {k: v for k, v in to_dict(cfg.evaluation).items() if k not in ("frozen", "controls")},
+        "evaluation": {k: v for k, v in asked.items() if k not in LATER or v != LATER[k]},
     }
     sampling = {key: value for key, value in to_dict(cfg.sampling).items() if key != "batch_size"}
     if not sampling["tiled_decode"]:

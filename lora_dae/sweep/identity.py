@@ -21,7 +21,7 @@ ENHANCEMENT_VERSION = 1  # raise it when the same config begins to give another 
 NOT_TRAINING = ("name", "run_dir", "ckpt_path", "store", "sampling", "evaluation", "tracking")
 NOT_TRAINING_IN = {
     "backbone": ("attention",),
-    "data": ("cache_dir",),
+    "data": ("cache_dir", "test_size"),
     "enhancement": ("strength",),
     "trainer": (
         "accelerator", "strategy", "log_every_n_steps", "val_check_interval", "limit_val_batches",

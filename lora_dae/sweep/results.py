@@ -38,16 +38,21 @@ class Measured:
     values: tuple[float, ...]
     replicates: tuple[Tensor, ...]
     better: str | None  # lower, higher, None: closer to 1
+    own_pairs: bool = False  # each seed was measured on other pairs
 
 
-def standard_error(values: Sequence[float], replicates: Sequence[Tensor]) -> tuple[float, float]:
+def standard_error(
+    values: Sequence[float], replicates: Sequence[Tensor], own_pairs: bool = False
+) -> tuple[float, float]:
     """(standard error, degrees of freedom) of the mean over training seeds.
 
     Two sources add up: which images were drawn (the bootstrap's variance; the seeds share their prompts, so their mean
-    is over it) and which weights training found (the seeds' variance over their number). Welch and Satterthwaite's
-    degrees of freedom, the first source's being taken as infinite.
+    is over it, or have ``own_pairs``, and it falls with their number) and which weights training found (the seeds'
+    variance over their number; with ``own_pairs`` it has the images in it once more: intervals are rather too wide).
+    Welch and Satterthwaite's degrees of freedom, the first source's being taken as infinite.
     """
     images = float(np.mean([float(r.var()) for r in replicates])) if replicates else 0.0
+    images /= len(values) if own_pairs else 1
     seeds = float(np.var(values, ddof=1)) / len(values) if len(values) > 1 else 0.0
     freedom = math.inf if seeds == 0 else (images + seeds) ** 2 / (seeds**2 / (len(values) - 1))
     return math.sqrt(images + seeds), freedom
@@ -58,7 +63,7 @@ def summary(measured: Measured) -> MetricValue:
     mean = float(np.mean(measured.values))
     if len(measured.values) == 1 and not measured.replicates:
         return MetricValue(mean, None, None, measured.better)  # type: ignore[arg-type]
-    error, freedom = standard_error(measured.values, measured.replicates)
+    error, freedom = standard_error(measured.values, measured.replicates, measured.own_pairs)
     half = float(stats.t.ppf(1 - ALPHA / 2, freedom)) * error
     return MetricValue(mean, mean - half, mean + half, measured.better)  # type: ignore[arg-type]
 
@@ -72,7 +77,7 @@ def difference(cell: Measured, baseline: Measured) -> tuple[float, float]:
     mean = float(np.mean(values))
     if len(values) == 1 and not replicates:
         return mean, 1.0
-    error, freedom = standard_error(values, replicates)
+    error, freedom = standard_error(values, replicates, cell.own_pairs)
     if mean == 0 or error == 0:
         return mean, 1.0 if mean == 0 else 0.0
     return mean, float(2 * stats.t.sf(abs(mean) / error, freedom))
@@ -82,7 +87,8 @@ def _distance(measured: Measured) -> Measured:
     if measured.better is not None:
         return measured
     values = tuple(abs(math.log(max(value, 1e-9))) for value in measured.values)
-    return Measured(values, tuple(r.clamp_min(1e-9).log().abs() for r in measured.replicates), "lower")
+    logs = tuple(r.clamp_min(1e-9).log().abs() for r in measured.replicates)
+    return Measured(values, logs, "lower", measured.own_pairs)
 
 
 def build_results(grid: Comparison, wanted: Sequence[Wanted], results: Path) -> dict[str, Any]:
@@ -101,7 +107,7 @@ def build_results(grid: Comparison, wanted: Sequence[Wanted], results: Path) -> 
     if not found:
         raise ConfigError(f"{results} has no measured cell of {grid.name}: run the study first.")
     against = {cell.name: cell.against or grid.baseline for cell in grid.cells}
-    tests = _tests(found, against, grid.metrics)
+    tests = _tests(found, against, grid)
     corrected = dict(zip(tests, holm([p for _, p in tests.values()]), strict=True))
     cells = {}
     for cell in grid.cells:
@@ -109,7 +115,7 @@ def build_results(grid: Comparison, wanted: Sequence[Wanted], results: Path) -> 
             continue
         entries = {}
         for metric in grid.metrics:
-            measured_metric = _measured(found[cell.name], metric)
+            measured_metric = _measured(found[cell.name], metric, grid.own_pairs)
             if measured_metric is None:
                 continue
             entries[metric] = {**summary(measured_metric).as_dict(), "seeds": list(measured_metric.values)}
@@ -130,27 +136,27 @@ def build_results(grid: Comparison, wanted: Sequence[Wanted], results: Path) -> 
     return {
         "study": grid.name, "baseline": grid.baseline, "training_seeds": list(grid.seeds), "common": list(grid.common),
         "protocol": next(iter(shown.values())).protocol.line(), "planned": [cell.name for cell in grid.cells],
-        "cells": cells,
+        "cells": cells, **({"own_pairs": True} if grid.own_pairs else {}),
     }  # fmt: skip
 
 
 def _tests(
-    found: Mapping[str, Mapping[int, MeasuredCell]], against: Mapping[str, str], metrics: Sequence[str]
+    found: Mapping[str, Mapping[int, MeasuredCell]], against: Mapping[str, str], grid: Comparison
 ) -> dict[tuple[str, str], tuple[float, float]]:
     """(cell, metric) -> (difference, p) of the training seeds that both have."""
     tests = {}
     for name, cells in found.items():
         others = found.get(against[name], {})
         both = sorted(cells.keys() & others.keys())
-        for metric in metrics if name != against[name] and both else ():
-            one = _measured({seed: cells[seed] for seed in both}, metric)
-            other = _measured({seed: others[seed] for seed in both}, metric)
+        for metric in grid.metrics if name != against[name] and both else ():
+            one = _measured({seed: cells[seed] for seed in both}, metric, grid.own_pairs)
+            other = _measured({seed: others[seed] for seed in both}, metric, grid.own_pairs)
             if one is not None and other is not None:
                 tests[name, metric] = difference(one, other)
     return tests
 
 
-def _measured(cells: Mapping[int, MeasuredCell], metric: str) -> Measured | None:
+def _measured(cells: Mapping[int, MeasuredCell], metric: str, own_pairs: bool) -> Measured | None:
     """None where a seed lacks the metric (PSNR of a row that saw no source) or it is not finite."""
     rows = [cells[seed].metrics.get(metric) for seed in sorted(cells)]
     known = [row for row in rows if row is not None and math.isfinite(row.value)]
@@ -158,7 +164,7 @@ def _measured(cells: Mapping[int, MeasuredCell], metric: str) -> Measured | None
         return None
     kept = [row.replicates for row in known if row.replicates is not None]
     values = tuple(row.value for row in known)
-    return Measured(values, tuple(kept) if len(kept) == len(known) else (), known[0].better)
+    return Measured(values, tuple(kept) if len(kept) == len(known) else (), known[0].better, own_pairs)
 
 
 def render(results: Mapping[str, Any] | None) -> str:
@@ -182,7 +188,8 @@ def render(results: Mapping[str, Any] | None) -> str:
         "Mean over training seeds with 95 % intervals (images and seeds). "
         f"**Better** and _worse_ than {than}: paired test, p < {ALPHA} after Holm's correction for {count} "
         "comparisons; not marked: cannot tell.",
-        f"Protocol: {results['protocol']}.",
+        f"Protocol: {results['protocol']}."
+        + (" Each training seed is measured on pairs of its own." if results.get("own_pairs") else ""),
         _how_much(results),
     ]
     return "\n".join([*lines, "", *words])

@@ -152,6 +152,15 @@ def summarize(
     return result
 
 
+def distances_to(
+    other: Features, suffix: str, observed: Observed, extractor: FeatureExtractor, bootstrap: int, seed: int
+) -> dict[str, MetricValue]:
+    """fd and kd between observed images and ``other`` images, one for each, named with ``suffix``."""
+    weights = bootstrap_weights(len(observed), bootstrap, seed)
+    names = {kind: name + suffix for kind, name in extractor.names.items() if kind in ("fd", "kd")}
+    return _distances(observed.features[extractor.name], other, names, (weights, weights), seed, paired=True)
+
+
 def _distances(
     fake: Features,
     real: Features,

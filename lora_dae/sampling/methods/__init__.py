@@ -8,7 +8,7 @@ from lora_dae.config import METHODS
 from lora_dae.sampling.method import Method
 from lora_dae.sampling.methods.attention import FreeU, PerturbedAttention, SelfAttention
 from lora_dae.sampling.methods.deepcache import DeepCache
-from lora_dae.sampling.methods.guidance import FrequencyGuidance, ProjectedGuidance, RescaledGuidance
+from lora_dae.sampling.methods.guidance import BandGain, FrequencyGuidance, ProjectedGuidance, RescaledGuidance
 from lora_dae.sampling.methods.picture import UnsharpMask
 from lora_dae.sampling.methods.steps import DetailDaemon, WaveletCorrection
 
@@ -22,6 +22,7 @@ _CLASSES: dict[str, Callable[..., Method]] = {
     "frequency": FrequencyGuidance,
     "detail_daemon": DetailDaemon,
     "wavelet": WaveletCorrection,
+    "band_gain": BandGain,
     "unsharp": UnsharpMask,
     "deepcache": DeepCache,
 }

@@ -1,12 +1,18 @@
-"""Methods that mix the predictions in another way than classifier-free guidance; none needs a further network call."""
+"""Methods that mix or change predictions in another way than classifier-free guidance; no further network call."""
 
 from __future__ import annotations
 
+import math
+
+import torch
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from torch import Tensor
 
+from lora_dae.config import EnhancementConfig
+from lora_dae.diffusion import half_log_snr
 from lora_dae.enhancement.bands import split_bands
+from lora_dae.enhancement.gates import noise_window
 from lora_dae.sampling.method import Method, Step
 
 LEVELS = 2  # bands that count as high frequencies
@@ -65,3 +71,21 @@ class FrequencyGuidance(Method):
         plain = super().guide(step)
         bands, rest = split_bands(plain - step.conditional, LEVELS)
         return plain + (self.low - 1) * rest + (self.high - 1) * bands.sum(0)
+
+
+class BandGain(Method):
+    """Every band of the predicted x0 times exp(``log_gain``), in all places alike.
+
+    What the enhancement's gain would be without learning: the same bands and noise levels, no gate. Below 0 it blurs.
+    """
+
+    def __init__(self, log_gain: float) -> None:
+        self.log_gain = log_gain
+
+    def guide(self, step: Step) -> Tensor:
+        plain = super().guide(step)
+        share = float(noise_window(half_log_snr(*map(torch.tensor, step.level))))
+        if share == 0:
+            return plain
+        bands, _ = split_bands(step.x0(plain), EnhancementConfig().levels)
+        return plain + step.output_delta(share * math.expm1(self.log_gain) * bands.sum(0))
