@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from test_enhancement_hook import scheduler_for
@@ -151,6 +153,11 @@ def test_the_file_keeps_every_part(tmp_path):
     x0, source = smooth(3), smooth(4)
     assert torch.equal(again(x0, x0, x0, *LEVEL, source=source), module(x0, x0, x0, *LEVEL, source=source))
     assert again.decoder is not None
+    module.finest_log_gain = 0.07
+    again = load_enhancement(save_enhancement(module, tmp_path / "enhancement.safetensors"))
+    photo = smooth(5, 64, 3).sigmoid()
+    assert torch.equal(again.refine(photo, photo), module.refine(photo, photo))
+    assert not torch.equal(again.refine(photo, photo), photo)
     only = EnhancementModule(2, 8, 0.0, source_channels=4, gate_inputs="place")
     again = load_enhancement(save_enhancement(only, tmp_path / "only.safetensors"))
     assert again.gain is None and again.texture.inputs == "place"
@@ -193,3 +200,15 @@ def test_refining_in_pixels_brings_back_the_sources_fine_band_by_strength():
         errors = [float((module.refine(blurred, real, s) - real).square().mean()) for s in (0.0, 0.5, 1.0)]
     assert errors[2] < errors[1] < errors[0]
     assert module.refine(blurred, real, 0.0) is blurred
+
+
+def test_the_finest_band_of_pictures_is_multiplied_by_strength():
+    module = EnhancementModule(decoder=True, finest_log_gain=0.1)
+    picture = smooth(8, 64, 3).sigmoid() / 2 + 0.25
+    finest = split_bands(picture, 1)[0][0]
+    for strength in (0.5, 1.0):
+        torch.testing.assert_close(
+            module.refine(picture, None, strength), picture + strength * math.expm1(0.1) * finest
+        )
+    with pytest.raises(ConfigError, match="finest_log_gain"):
+        EnhancementModule(decoder=True, finest_log_gain=0.5)

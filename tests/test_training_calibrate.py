@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lora_dae.config import SamplingConfig
 from lora_dae.data.pair import Pair
+from lora_dae.enhancement.bands import split_bands
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.evaluation.heldout import HeldOut
-from lora_dae.training.calibrate import calibrate_gain, keep_share, with_share
+from lora_dae.training.calibrate import calibrate_finest, calibrate_gain, finest_energy, keep_share, with_share
 
 CAP = math.log(1.5)
 
@@ -54,6 +55,46 @@ class Chain:
         assert self.enhancement is not None
         gain = 0.0 if self.enhancement.gain is None else self.enhancement.gain.max_log_gain
         return REAL[indices] / self.deficit * math.exp(gain)
+
+
+@dataclass
+class Blurred:
+    """Draws each real photo, the finest band of the even and odd ones times ``kept``."""
+
+    enhancement: EnhancementModule
+    photos: HeldOut
+    kept: tuple[float, float]
+
+    def images(self, captions: list[str], sources: np.ndarray | None, strength: float) -> np.ndarray:
+        photos = torch.from_numpy(np.stack([pair.image for pair in self.photos.pairs])).permute(0, 3, 1, 2) / 255
+        finest = split_bands(photos, 1)[0][0]
+        kept = torch.tensor(self.kept * (len(photos) // 2)).view(-1, 1, 1, 1)
+        drawn = self.enhancement.refine(photos - (1 - kept) * finest, None, strength)
+        return (drawn.permute(0, 2, 3, 1) * 255).round().byte().numpy()
+
+
+@pytest.mark.parametrize(
+    ("kept", "expected"), [((0.8, 0.8), 1.25), ((1.1, 1.1), 1 / 1.1), ((0.8, 1.2), 1.0), ((0.1, 0.1), 1.5)]
+)
+def test_the_finest_band_gets_what_it_lacks(kept: tuple[float, float], expected: float) -> None:
+    """What both halves lack, within the cap; nothing where they disagree. With it nothing is missing any more."""
+    noise = np.random.default_rng(0).integers(80, 176, (8, 32, 32, 3), dtype=np.uint8)
+    photos = HeldOut([Pair(id=str(i), group_id=str(i), caption="a shirt", image=x) for i, x in enumerate(noise)])
+    drawer = Blurred(EnhancementModule(decoder=True), photos, kept)
+    found = calibrate_finest(drawer, photos, ["a shirt"] * 8)  # type: ignore[arg-type]
+    assert math.exp(drawer.enhancement.finest_log_gain) == pytest.approx(expected, rel=0.04)  # bands overlap
+    if 1 < expected < 1.4:
+        energies = [finest_energy(x, None).sum() for x in (noise, drawer.images([], None, 1.0))]
+        assert float(energies[1] / energies[0]) == pytest.approx(1, abs=0.05) and found.power < 0.72
+
+
+def test_the_finest_band_is_judged_on_the_garments() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    masks = torch.zeros(4, 16, 16, dtype=torch.uint8)
+    masks[:, :, 8:] = 255
+    left, right = finest_energy(image, 255 - masks), finest_energy(image, masks)
+    torch.testing.assert_close(left + right, finest_energy(image, None))
+    assert (right > 0).all() and not torch.equal(left, right)
 
 
 @pytest.mark.parametrize(("deficit", "kept"), [(1.5, 1.0), (1.5**0.5, 0.5), (1.0, 0.0), (0.8, 0.0)])

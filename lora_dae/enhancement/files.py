@@ -23,6 +23,7 @@ def save_enhancement(module: EnhancementModule, path: str | Path) -> Path:
         "source_channels": str(module.source_channels),
         "decoder": str(int(module.decoder is not None)),
         "gate_inputs": module.gate_inputs,
+        "finest_log_gain": repr(module.finest_log_gain),
     }
     return save_tensors(module.state_dict(), path, metadata)
 
@@ -47,7 +48,7 @@ def load_enhancement(path: str | Path) -> EnhancementModule:
         module = EnhancementModule(
             int(metadata["levels"]), int(metadata["hidden"]), float(metadata["max_log_gain"]),
             int(metadata["source_channels"]), metadata["decoder"] == "1",
-            metadata.get("gate_inputs", "energy"),  # older files do not say
+            metadata.get("gate_inputs", "energy"), float(metadata.get("finest_log_gain", 0)),  # older files do not say
         )  # fmt: skip
         module.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError) as error:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_dae.config import ConfigError, EnhancementConfig
 from lora_dae.diffusion import Level
+from lora_dae.enhancement.bands import split_bands
 from lora_dae.enhancement.gates import NOISE_FEATURES, BandGain, noise_step
 from lora_dae.enhancement.match import Match
 from lora_dae.enhancement.texture import Blend, SourceTexture
@@ -39,7 +40,8 @@ class EnhancementModule(nn.Module):
 
     ``levels`` bands, ``hidden`` channels, gains within ``exp(+-max_log_gain)`` at strength 1; ``max_log_gain=0``
     leaves the gain out. ``gate_inputs`` as in ``gates.visible``. Every last layer starts at zero: a new module is the
-    exact identity. Under 60 k parameters. Values that make no sense, or leave nothing, raise ConfigError.
+    exact identity. Under 60 k parameters. ``finest_log_gain``: of the decoder stage, what the finest band of all
+    pictures is multiplied by besides. Values that make no sense, or leave nothing, raise ConfigError.
     """
 
     def __init__(
@@ -50,8 +52,11 @@ class EnhancementModule(nn.Module):
         source_channels: int = 0,
         decoder: bool = False,
         gate_inputs: str = "energy",
+        finest_log_gain: float = 0.0,
     ) -> None:
         super().__init__()
+        if not -PIXEL_GAIN <= finest_log_gain <= PIXEL_GAIN:
+            raise ConfigError(f"finest_log_gain={finest_log_gain} is not within {PIXEL_GAIN} of 0.")
         if levels < 1 or hidden < 1 or not 0 <= max_log_gain < math.inf:
             raise ConfigError(
                 f"enhancement.levels={levels}, hidden={hidden}, max_log_gain={max_log_gain}: "
@@ -63,6 +68,7 @@ class EnhancementModule(nn.Module):
             )
         self.levels, self.hidden, self.max_log_gain = levels, hidden, max_log_gain
         self.source_channels, self.gate_inputs = source_channels, gate_inputs
+        self.finest_log_gain = finest_log_gain
         self.gain = BandGain(levels, hidden, max_log_gain, gate_inputs) if max_log_gain > 0 else None
         self.texture = None
         if source_channels:
@@ -126,8 +132,11 @@ class EnhancementModule(nn.Module):
             return images
         if self.device != images.device:
             self.to(images.device)
-        blend = self.decoder(images.float() * 2 - 1, None if source is None else source.to(images).float() * 2 - 1)
-        return (images.float() + 0.5 * strength * blend.delta).clamp(0, 1).to(images.dtype)
+        x = images.float() * 2 - 1
+        delta = self.decoder(x, None if source is None else source.to(images).float() * 2 - 1).delta
+        if self.finest_log_gain != 0:
+            delta = delta + math.expm1(self.finest_log_gain) * split_bands(x + delta, 1)[0][0]
+        return (images.float() + 0.5 * strength * delta).clamp(0, 1).to(images.dtype)
 
 
 def build_enhancement(cfg: EnhancementConfig, latent_channels: int, conditioning: str) -> EnhancementModule | None:

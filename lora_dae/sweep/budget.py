@@ -59,7 +59,7 @@ def adapter_seconds(cfg: Config) -> float:
 
 
 def module_seconds(cfg: Config) -> float:
-    """Training the enhancement's parts, and judging the gain."""
+    """Training the enhancement's parts, and judging gain and decoder stage."""
     e = cfg.enhancement
     seconds = 0.0
     if e.texture and cfg.conditioning == "source" and not e.joint:
@@ -68,9 +68,9 @@ def module_seconds(cfg: Config) -> float:
         seconds += e.decoder_steps * e.batch_size * DECODED_IMAGE
     if e.gain:
         chain = sum(e.steps_range) / 2 * CHAIN_CALLS * e.batch_size
-        judging = PAIRS * len(SHARES) * 2 * SamplingConfig().num_inference_steps
-        seconds += (e.max_steps * chain + judging) * NETWORK_CALL
-    return seconds
+        seconds += e.max_steps * chain * NETWORK_CALL
+    judged = len(SHARES) * e.gain + e.decoder
+    return seconds + judged * PAIRS * 2 * SamplingConfig().num_inference_steps * NETWORK_CALL
 
 
 def cell_seconds(one: Wanted) -> float:

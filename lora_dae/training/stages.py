@@ -36,7 +36,7 @@ from lora_dae.export.command import export_beside
 from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.load import ENHANCEMENT_FILE, prepare_unet
 from lora_dae.training import callbacks, together, tracking
-from lora_dae.training.calibrate import PAIRS, calibrate_gain
+from lora_dae.training.calibrate import PAIRS, calibrate_finest, calibrate_gain
 from lora_dae.training.compact import CompactState
 from lora_dae.training.distance import PhotoDistance
 from lora_dae.training.ema import EMACallback
@@ -297,20 +297,23 @@ class Training:
         tracking.log_image(self.loggers, "val/samples", grid, step)
 
     def calibrate(self) -> None:
-        """Keep as much of the gain as the validation pairs ask for, and say how much."""
-        if self.enhancement is None or self.enhancement.gain is None:
+        """Give the gain, and the decoder stage's finest band, what the validation pairs ask for, and say how much."""
+        module = self.enhancement
+        if module is None or (module.gain is None and module.decoder is None):
             return
         if len(self.splits["val"]) < 4:
-            console.print("all of the gain is kept: 4 validation pairs are needed to judge it", highlight=False)
+            console.print("the gain stays as it is: 4 validation pairs are needed to judge it", highlight=False)
             return
         held_out = HeldOut.take(self.splits["val"], PAIRS, self.cfg.conditioning)
         # Not with the run's own sampling: trainings are kept by what they depend on, and that is not among it.
         placement = self.cfg.enhancement.placement
         scheduler = "ddim" if placement == "direction" else SamplingConfig.scheduler
         sampling = SamplingConfig(scheduler, batch_size=self.cfg.sampling.batch_size)
-        drawer = replace(self._drawer(), enhancement=self.enhancement, placement=placement, cfg=sampling)
-        found = calibrate_gain(drawer, held_out, self._prompts(held_out))
-        console.print(str(found), highlight=False, soft_wrap=True)
+        drawer = replace(self._drawer(), enhancement=module, placement=placement, cfg=sampling)
+        for part, judge in ((module.gain, calibrate_gain), (module.decoder, calibrate_finest)):
+            if part is not None:
+                found = judge(drawer, held_out, self._prompts(held_out))
+                console.print(str(found), highlight=False, soft_wrap=True)
 
     def export(self) -> None:
         """Write adapter/: the averaged weights in the formats that other programs read."""
