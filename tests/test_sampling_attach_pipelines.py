@@ -105,6 +105,41 @@ def test_every_part_acts_and_detaching_leaves_nothing(case: str, adapters: dict[
     assert np.array_equal(draw(lora_dae.detach(pipe), case), before)
 
 
+@pytest.mark.parametrize("case", ["sd15", "sdxl", "sd15-img2img"])
+def test_trust_is_by_each_prompt_and_its_source(case: str, adapters: dict[str, Path], tmp_path: Path) -> None:
+    """Asked once a call, of the conditional half of the text; no trust is no source texture, full trust all of it."""
+    family = case.split("-")[0]
+    pipe = lora_dae.attach(build(case, adapters), adapters[family])
+    module = pipe._lora_dae.module
+    module.decoder = None  # with no trust it still knows where the source's patches are
+    prompts = {"prompt": ["a red dress", "a blue coat"], "num_images_per_prompt": 2}
+    usual = {"num_inference_steps": 3, "output_type": "np", **CASES[case][1], "source": [PHOTO, OTHER], **prompts}
+    asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def images(trust: float | None, **more: Any) -> np.ndarray:
+        def told(text: torch.Tensor, source: torch.Tensor) -> torch.Tensor | None:
+            asked.append((text, source))
+            return None if trust is None else torch.full((len(text),), trust)
+
+        module.trust = told
+        return pipe(**{**usual, **more}, generator=torch.Generator().manual_seed(0)).images
+
+    plain, whole = images(None, guidance_scale=2.0), images(1.0, guidance_scale=2.0)
+    assert np.array_equal(plain, whole) and len({len(text) for text, _ in asked}) == 1
+    (text, source) = asked[0]
+    options = {"device": "cpu", "num_images_per_prompt": 2, "do_classifier_free_guidance": False}
+    embedded = pipe.encode_prompt(prompt=prompts["prompt"], **options)[0]
+    assert torch.equal(text, embedded) and len(source) == 4
+    assert torch.equal(source[0], source[1]) and not torch.equal(source[1], source[2])
+    texture, module.texture = module.texture, None
+    without = images(None, guidance_scale=2.0)
+    module.texture = texture
+    assert np.array_equal(images(0.0, guidance_scale=2.0), without) and not np.array_equal(without, whole)
+    asked.clear()
+    images(1.0, guidance_scale=1.0)
+    assert torch.equal(asked[0][0], embedded)
+
+
 def test_callback_sees_every_step_and_may_change_it(adapters: dict[str, Path]) -> None:
     pipe = lora_dae.attach(build("sd15", adapters), adapters["sd15"])
     steps: list[int] = []

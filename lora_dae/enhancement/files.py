@@ -9,7 +9,8 @@ from lora_dae.config import ConfigError
 from lora_dae.enhancement.module import EnhancementModule
 
 FORMAT = "lora-dae-enhancement"
-VERSION = "3"  # 3: the finest band of source texture is carried as the others are
+VERSION = "4"  # 3: the finest band of source texture is carried as the others are; 4: agreement with the caption
+READABLE = ("3", VERSION)
 
 
 def save_enhancement(module: EnhancementModule, path: str | Path) -> Path:
@@ -24,6 +25,7 @@ def save_enhancement(module: EnhancementModule, path: str | Path) -> Path:
         "decoder": str(int(module.decoder is not None)),
         "gate_inputs": module.gate_inputs,
         "finest_log_gain": repr(module.finest_log_gain),
+        "text_channels": str(0 if module.agreement is None else module.agreement.text.in_features),
     }
     return save_tensors(module.state_dict(), path, metadata)
 
@@ -39,16 +41,17 @@ def load_enhancement(path: str | Path) -> EnhancementModule:
             f"{path} holds no enhancement module (format {metadata.get('format')!r}); "
             "give an enhancement.safetensors, not an adapter or a backbone."
         )
-    if metadata.get("version") != VERSION:
+    if metadata.get("version") not in READABLE:
         raise ConfigError(
-            f"{path} has enhancement format version {metadata.get('version')}, this program reads {VERSION}; "
-            "use the version of lora-dae that wrote it."
+            f"{path} has enhancement format version {metadata.get('version')}, this program reads "
+            f"{' and '.join(READABLE)}; use the version of lora-dae that wrote it."
         )
     try:
         module = EnhancementModule(
             int(metadata["levels"]), int(metadata["hidden"]), float(metadata["max_log_gain"]),
             int(metadata["source_channels"]), metadata["decoder"] == "1",
             metadata.get("gate_inputs", "energy"), float(metadata.get("finest_log_gain", 0)),  # older files do not say
+            int(metadata.get("text_channels", 0)),
         )  # fmt: skip
         module.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError) as error:

@@ -54,6 +54,7 @@ class Enhancement:
     strength: float
     placement: str
     source: Tensor | None = None  # latents of the source photos, (S, C, h, w): one per image, or per prompt
+    trust: Tensor | None = None  # in each of them, by what the captions say, (S,) or one per image; None = whole
     conditional: Tensor | None = None  # the network's raw output at this step
 
     @property
@@ -130,11 +131,12 @@ def enhance_scheduler(
     strength: float = 1.0,
     placement: str = "prediction",
     source: Tensor | None = None,
+    trust: Tensor | None = None,
 ) -> Any:
     """An enhanced copy of a diffusers scheduler, for a sampling loop of one's own; arguments as ``enhance``.
 
     ``source``: latents of the source photos (S, C, h, w), scaled as the UNet sees latents, one per image or per
-    prompt; without it a module's source texture does nothing.
+    prompt; without it a module's source texture does nothing. ``trust``: in each of them, as ``module.trust`` gives it.
 
     Call ``set_conditional`` before each ``step`` where guidance is used, and ``set_timesteps`` as usual.
     """
@@ -156,7 +158,7 @@ def enhance_scheduler(
                 "does not have; use the ddim scheduler or placement=prediction."
             )
     enhanced = _copy(scheduler, _enhanced_class(plain_class))
-    enhanced.enhancement = Enhancement(module, strength, placement, source)
+    enhanced.enhancement = Enhancement(module, strength, placement, source, trust)
     return enhanced
 
 
@@ -257,16 +259,16 @@ def _is_idle(scheduler: Any, timestep: Any) -> bool:
 
 
 def _edit_output(scheduler: Any, enhancement: Enhancement, inputs: GateInputs, model_output: Tensor) -> Tensor:
-    source = _for_images(enhancement.source, inputs.x0)
-    delta = _module_on(enhancement, inputs.x0.device)(*inputs, source=source) * enhancement.strength
+    source, trust = (for_images(given, inputs.x0) for given in (enhancement.source, enhancement.trust))
+    delta = _module_on(enhancement, inputs.x0.device)(*inputs, source=source, trust=trust) * enhancement.strength
     change = x0_delta_to_output_delta(
         delta, inputs.alpha, inputs.sigma, scheduler.config.prediction_type, is_sigma_space(scheduler)
     )
     return (model_output.float() + change).to(model_output.dtype)
 
 
-def _for_images(source: Tensor | None, x0: Tensor) -> Tensor | None:
-    """One source per image; several images of a prompt share its source."""
+def for_images(source: Tensor | None, x0: Tensor) -> Tensor | None:
+    """One source (or trust in it) per image; several images of a prompt share its source."""
     if source is None:
         return None
     source = source.to(x0.device)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_dae.config import ConfigError, EnhancementConfig
 from lora_dae.diffusion import Level
+from lora_dae.enhancement.agreement import Agreement
 from lora_dae.enhancement.bands import split_bands
 from lora_dae.enhancement.gates import NOISE_FEATURES, BandGain, noise_step
 from lora_dae.enhancement.match import Match
@@ -39,9 +40,11 @@ class EnhancementModule(nn.Module):
     """``gain``, ``texture`` (latents of ``source_channels`` channels, 0 = without) and ``decoder`` (pixels).
 
     ``levels`` bands, ``hidden`` channels, gains within ``exp(+-max_log_gain)`` at strength 1; ``max_log_gain=0``
-    leaves the gain out. ``gate_inputs`` as in ``gates.visible``. Every last layer starts at zero: a new module is the
-    exact identity. Under 60 k parameters. ``finest_log_gain``: of the decoder stage, what the finest band of all
-    pictures is multiplied by besides. Values that make no sense, or leave nothing, raise ConfigError.
+    leaves the gain out. ``gate_inputs`` as in ``gates.visible``. ``finest_log_gain``: of the decoder stage, what the
+    finest band of all pictures is multiplied by besides. ``text_channels`` of captions' embeddings: where a caption and
+    its source photo disagree, the source's bands are kept out (agreement.py); 0 = always trusted. Every last layer
+    starts at zero: a new module is the exact identity. Under 60 k parameters. Values that make no sense, or leave
+    nothing, raise ConfigError.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class EnhancementModule(nn.Module):
         decoder: bool = False,
         gate_inputs: str = "energy",
         finest_log_gain: float = 0.0,
+        text_channels: int = 0,
     ) -> None:
         super().__init__()
         if not -PIXEL_GAIN <= finest_log_gain <= PIXEL_GAIN:
@@ -75,6 +79,7 @@ class EnhancementModule(nn.Module):
             # One number beside the noise features: how far the solver is of first order.
             conditions = NOISE_FEATURES + 1
             self.texture = SourceTexture(source_channels, levels, 24, conditions, 0.0, _LATENT_SCALES, gate_inputs)
+        self.agreement = Agreement(text_channels, source_channels) if text_channels and source_channels else None
         self.decoder = SourceTexture(3, levels, 24, 0, PIXEL_GAIN, _PIXEL_SCALES, gate_inputs) if decoder else None
 
     @property
@@ -101,30 +106,51 @@ class EnhancementModule(nn.Module):
         first_order: Level = 1.0,
         direction: bool = False,
         source: Tensor | None = None,
+        trust: Tensor | None = None,
     ) -> Edit:
-        """Arguments as ``BandGain.evaluate``; ``source``: the source photo's latents (B, C, H, W), scaled as ``x0``."""
+        """Arguments as ``BandGain.evaluate``; ``source``: the source photo's latents (B, C, H, W), scaled as ``x0``.
+
+        ``trust`` (B,) in each source, as ``trust`` says; None = whole.
+        """
         delta, log_gain, gates, match = torch.zeros_like(x0, dtype=torch.float32), None, None, None
         if self.gain is not None:
             change, log_gain = self.gain.evaluate(x0, x0_cond, sample, alpha, sigma, h, first_order, direction)
             delta = delta + change
         if self.texture is not None and source is not None and not direction:
-            blend = self.blend(x0, source, alpha, sigma, h, first_order)
+            blend = self.blend(x0, source, alpha, sigma, h, first_order, trust)
             delta, gates, match = delta + blend.delta, blend.gates, blend.match
         return Edit(delta, log_gain, gates, match)
 
+    def trust(self, text: Tensor | None, source: Tensor | None) -> Tensor | None:
+        """Trust (B,) in the source photos' latents (B, C, h, w), by what the captions (B, L, D) say; None = whole."""
+        if self.agreement is None or text is None or source is None:
+            return None
+        if self.device != source.device:
+            self.to(source.device)
+        return self.agreement(text.to(source.device), source)
+
     def blend(
-        self, x0: Tensor, source: Tensor, alpha: Level, sigma: Level, h: Level, first_order: Level = 1.0
+        self,
+        x0: Tensor,
+        source: Tensor,
+        alpha: Level,
+        sigma: Level,
+        h: Level,
+        first_order: Level = 1.0,
+        trust: Tensor | None = None,
     ) -> Blend:
         """The source texture's part alone; arguments as ``evaluate``."""
         assert self.texture is not None
         step = noise_step(alpha, sigma, h, first_order, x0.device)
         features = step.features
         conditions = torch.cat([features, step.first_order.flatten(1).expand(len(features), -1)], dim=1)
-        blend = self.texture(x0, source, conditions)
+        blend = self.texture(x0, source, conditions, trust)
         return blend._replace(delta=blend.delta * step.window)
 
-    def refine(self, images: Tensor, source: Tensor | None, strength: float = 1.0) -> Tensor:
-        """The decoder stage on decoded ``images`` (B, 3, H, W) in [0, 1]; ``source`` likewise, or None.
+    def refine(
+        self, images: Tensor, source: Tensor | None, strength: float = 1.0, trust: Tensor | None = None
+    ) -> Tensor:
+        """The decoder stage on decoded ``images`` (B, 3, H, W) in [0, 1]; ``source`` likewise, or None; trust (B,).
 
         The very same tensor comes back at strength 0 and where there is no such stage.
         """
@@ -133,7 +159,7 @@ class EnhancementModule(nn.Module):
         if self.device != images.device:
             self.to(images.device)
         x = images.float() * 2 - 1
-        delta = self.decoder(x, None if source is None else source.to(images).float() * 2 - 1).delta
+        delta = self.decoder(x, None if source is None else source.to(images).float() * 2 - 1, trust=trust).delta
         if self.finest_log_gain != 0:
             delta = delta + math.expm1(self.finest_log_gain) * split_bands(x + delta, 1)[0][0]
         return (images.float() + 0.5 * strength * delta).clamp(0, 1).to(images.dtype)

@@ -61,8 +61,13 @@ class SourceTexture(nn.Module):
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor, source: Tensor | None, conditions: Tensor | None = None) -> Blend:
-        """Edit ``x`` (B, C, H, W) by ``source`` (the same shape, or None); ``conditions`` (B or 1, n)."""
+    def forward(
+        self, x: Tensor, source: Tensor | None, conditions: Tensor | None = None, trust: Tensor | None = None
+    ) -> Blend:
+        """Edit ``x`` (B, C, H, W) by ``source`` (the same shape, or None); ``conditions`` (B or 1, n).
+
+        ``trust`` (B,) in each source, 0 to 1: what gates are multiplied by; None = whole.
+        """
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             own, rest = split_bands(x, self.levels)
@@ -82,6 +87,8 @@ class SourceTexture(nn.Module):
             gates = None
             if source is not None:
                 gates = torch.tanh(gate)
+                if trust is not None:
+                    gates = gates * trust.view(-1, 1, 1, 1)
                 delta = delta + weighted(gates, gaps)
             return Blend(delta, gates, match)
 

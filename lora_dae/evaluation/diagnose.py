@@ -170,8 +170,10 @@ def _on_policy(
     for strength in strengths:
         scheduler = build_scheduler(cfg.sampling.scheduler, backbone.scheduler)
         if strength > 0:
+            assert run.enhancement is not None
+            trust = run.enhancement.trust(conditions.text, conditions.source)
             scheduler = enhance_scheduler(
-                scheduler, run.enhancement, strength, cfg.enhancement.placement, conditions.source
+                scheduler, run.enhancement, strength, cfg.enhancement.placement, conditions.source, trust
             )
         watch = _Watch(latents, noise)
         scheduler.set_timesteps(cfg.sampling.num_inference_steps, device=latents.device)

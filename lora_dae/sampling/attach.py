@@ -34,7 +34,7 @@ from lora_dae.config import ConfigError
 from lora_dae.data.decode import upright_rgb
 from lora_dae.data.square import fit_square
 from lora_dae.enhancement.files import load_enhancement
-from lora_dae.enhancement.hook import enhance_scheduler
+from lora_dae.enhancement.hook import enhance_scheduler, for_images
 from lora_dae.enhancement.module import EnhancementModule
 
 ENHANCEMENT_FILE = "enhancement.safetensors"
@@ -135,7 +135,8 @@ def _attached_class(plain: Any) -> type:
         given = signature.bind_partial(self, *args, **kwargs).arguments
         photos = _photos(self, state, source, given)
         latents = None if photos is None else _encode(self, photos)
-        with once, _enhanced(self, state, strength, latents), _refined(self, state, strength, photos):
+        trust = _Trust(state.module, latents)
+        with once, _enhanced(self, state, strength, latents, trust), _refined(self, state, strength, photos, trust):
             with _with_source(self, latents):
                 return plain.__call__(self, *args, **kwargs)
 
@@ -143,14 +144,37 @@ def _attached_class(plain: Any) -> type:
     return type(plain.__name__, (_AttachedPipeline, plain), namespace)
 
 
+@dataclass
+class _Trust:
+    """In the sources of one call, by the captions that its first step shows the UNet."""
+
+    module: EnhancementModule | None
+    latents: Tensor | None
+    value: Tensor | None = None  # (B,): one per image
+
+    def read(self, text: Tensor, guided: bool) -> Tensor | None:
+        """``text`` as pipelines batch it: the unconditional half first where there is guidance."""
+        if self.value is None and self.module is not None and self.latents is not None:
+            shown = text.chunk(2)[-1] if guided else text
+            with torch.no_grad():
+                self.value = self.module.trust(shown, for_images(self.latents, shown))
+        return self.value
+
+
 @contextmanager
-def _enhanced(pipe: Any, state: Attached, strength: float, latents: Tensor | None) -> Iterator[None]:
+def _enhanced(pipe: Any, state: Attached, strength: float, latents: Tensor | None, trust: _Trust) -> Iterator[None]:
     if state.module is None or strength == 0:
         yield
         return
     plain = pipe.scheduler
     scheduler = enhance_scheduler(plain, state.module, strength, state.placement, latents)
-    hook = pipe.unet.register_forward_hook(lambda _unet, _inputs, output: scheduler.set_conditional(output[0]))
+
+    def after(_unet: Any, inputs: tuple[Any, ...], call: dict[str, Any], output: Any) -> None:
+        text = inputs[2] if len(inputs) > 2 else call["encoder_hidden_states"]
+        scheduler.enhancement.trust = trust.read(text, bool(pipe.do_classifier_free_guidance))
+        scheduler.set_conditional(output[0])
+
+    hook = pipe.unet.register_forward_hook(after, with_kwargs=True)
     pipe.scheduler = scheduler
     try:
         yield
@@ -160,7 +184,7 @@ def _enhanced(pipe: Any, state: Attached, strength: float, latents: Tensor | Non
 
 
 @contextmanager
-def _refined(pipe: Any, state: Attached, strength: float, photos: Tensor | None) -> Iterator[None]:
+def _refined(pipe: Any, state: Attached, strength: float, photos: Tensor | None, trust: _Trust) -> Iterator[None]:
     """The decoder stage behind the VAE, for one call."""
     if state.module is None or state.module.decoder is None or strength == 0 or state.placement == "none":
         yield
@@ -171,7 +195,7 @@ def _refined(pipe: Any, state: Attached, strength: float, photos: Tensor | None)
         result = plain(*args, **kwargs)
         images = result[0].float() / 2 + 0.5
         shown = None if photos is None else photos.repeat_interleave(len(images) // len(photos), dim=0)
-        refined = (module.refine(images.clamp(0, 1), shown, strength) * 2 - 1).to(result[0].dtype)
+        refined = (module.refine(images.clamp(0, 1), shown, strength, trust.value) * 2 - 1).to(result[0].dtype)
         return (refined, *result[1:]) if isinstance(result, tuple) else type(result)(sample=refined)
 
     pipe.vae.decode = decode

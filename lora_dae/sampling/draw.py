@@ -75,15 +75,14 @@ class Drawer:
                 some = None if sources is None else sources[at]
                 kept = None if keep is None else keep[at]
                 noised = None if start is None else start[at]
-                latents = self.latents(list(captions[at]), some, strength, list(indices[at]), kept, noised)
+                latents, trust = self._chain(list(captions[at]), some, strength, list(indices[at]), kept, noised)
                 decoded = self.backbone.decode(latents, self.cfg.tiled_decode)
-                pictures = self._method().picture(_bytes(self._refined(decoded, some, strength)))
+                pictures = self._method().picture(_bytes(self._refined(decoded, some, strength, trust)))
                 out.append(pictures if kept is None else kept.finished(pictures, _bytes(decoded)))
                 if on_batch is not None:
                     on_batch(len(latents))
         return np.concatenate(out)
 
-    @torch.no_grad()
     def latents(
         self,
         captions: list[str],
@@ -94,19 +93,33 @@ class Drawer:
         start: Noised | None = None,
     ) -> Tensor:
         """Clean latents, float32 (N, C, h, w), for one batch."""
+        return self._chain(captions, sources, strength, indices, kept, start)[0]
+
+    @torch.no_grad()
+    def _chain(
+        self,
+        captions: list[str],
+        sources: np.ndarray | None,
+        strength: float,
+        indices: list[int],
+        kept: Kept | None,
+        start: Noised | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Clean latents of one batch, and the trust in its sources."""
         backbone, device = self.backbone, self.backbone.device
         size = self.resolution // backbone.vae_scale_factor
         noise = initial_noise(self.cfg.seed, indices, (backbone.latent_channels, size, size)).to(device)
         embedded = backbone.encode_text(["", *captions])
         source = None if sources is None else backbone.encode_images(sources)[0]
-        scheduler = build_scheduler(self.cfg.scheduler, backbone.scheduler)
+        scheduler, trust = build_scheduler(self.cfg.scheduler, backbone.scheduler), None
         if self.enhancement is not None and strength > 0 and self.placement != "none":
-            scheduler = enhance_scheduler(scheduler, self.enhancement, strength, self.placement, source)
+            trust = self.enhancement.trust(embedded[1:], source)
+            scheduler = enhance_scheduler(scheduler, self.enhancement, strength, self.placement, source, trust)
         if source is None and backbone.unet.config["in_channels"] == 2 * backbone.latent_channels:
             source = torch.zeros_like(noise)  # a fully fine-tuned UNet has the extra channels for good
         backbone.unet.eval()
         with self._precision():
-            return sample_latents(
+            drawn = sample_latents(
                 backbone.unet,
                 scheduler,
                 noise,
@@ -118,14 +131,17 @@ class Drawer:
                 kept,
                 start,
             )
+        return drawn, trust
 
     @torch.no_grad()
-    def _refined(self, images: Tensor, sources: np.ndarray | None, strength: float) -> Tensor:
+    def _refined(
+        self, images: Tensor, sources: np.ndarray | None, strength: float, trust: Tensor | None = None
+    ) -> Tensor:
         """The enhancement's decoder stage on decoded images."""
         if self.enhancement is None or self.placement == "none":
             return images
         photos = None if sources is None else torch.from_numpy(np.array(sources)).permute(0, 3, 1, 2).float() / 255
-        return self.enhancement.refine(images, photos, strength)
+        return self.enhancement.refine(images, photos, strength, trust)
 
     def _method(self) -> Method:
         """Anew for every batch: some remember the steps before."""

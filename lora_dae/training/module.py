@@ -145,7 +145,7 @@ class LoraDae(lightning.LightningModule):
             self.unet.eval()
             shared = seeded(self.cfg.seed, SHARED, self._micro_step(batch_idx))
             chain = draw_chain(batch, self.cfg.enhancement, shared, generators)
-            batch, null_text = self._with_text(batch)
+            batch, null_text = self.with_text(batch)
             unet: Any = self.unet
             loss, parts = chain_loss(
                 unet, self.noise_scheduler, self.enhancement, batch, null_text, chain, global_batch,
@@ -187,7 +187,7 @@ class LoraDae(lightning.LightningModule):
         assert module is not None and self.photos is not None and self.decode is not None
         self.unet.eval()
         draws = self._paired_draws(batch, batch_idx, places, self.stage)
-        batch, null_text = self._with_text(batch)
+        batch, null_text = self.with_text(batch)
         unet: Any = self.unet
         if self.stage == "decoder":
             return refining_loss(
@@ -234,7 +234,7 @@ class LoraDae(lightning.LightningModule):
         cfg, scheduler = self.cfg.objective, self.noise_scheduler
         if self.text is not None and "index" in batch:
             batch = {**batch, "text": self.text(batch["index"])}
-        batch, null_text = self._with_text(batch)
+        batch, null_text = self.with_text(batch)
         unet: Any = self.unet
         denoised = denoise(unet, scheduler, batch, null_text, draws)
         prediction_type = scheduler.config.prediction_type
@@ -246,7 +246,7 @@ class LoraDae(lightning.LightningModule):
         self.log("enhancement/joint", joint.detach().mean())
         return losses + joint
 
-    def _with_text(self, batch: Batch) -> tuple[Batch, Tensor]:
+    def with_text(self, batch: Batch) -> tuple[Batch, Tensor]:
         """The batch with its captions' embeddings, and that of the empty caption: encoded now if the encoders train."""
         if self.live_text is None:
             return batch, self.null_text  # type: ignore[return-value]

@@ -30,6 +30,7 @@ from lora_dae.export.command import write_card
 from lora_dae.rules import check
 from lora_dae.sampling.load import load_run
 from lora_dae.training import tracking
+from lora_dae.training.finish import calibrate, export
 from lora_dae.training.plan import make_plan, print_plan
 from lora_dae.training.resume import find_checkpoints
 from lora_dae.training.stages import Training, planned_stages
@@ -89,8 +90,8 @@ def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Tr
         write_config(cfg)
     trained.fit(checkpoints)
     if trained.rank == 0:
-        trained.calibrate()
-        trained.export()
+        calibrate(trained)
+        export(trained)
     del trained.module
     return trained
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +12,25 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from lora_dae.adapter.files import save_adapter, save_merged
 from lora_dae.adapter.initial import initialize
 from lora_dae.adapter.inject import inject, make_full_finetune, set_mode, trainable_parameters
-from lora_dae.adapter.other import save_other
-from lora_dae.adapter.source_input import attach_source_input, save_source_input
+from lora_dae.adapter.source_input import attach_source_input
 from lora_dae.adapter.table import adapter_table
 from lora_dae.adapter.text import inject_text
-from lora_dae.adapter.words import LearnedWords, encode_with_words, save_words
+from lora_dae.adapter.words import LearnedWords, encode_with_words
 from lora_dae.backbone.load import Backbone
 from lora_dae.backbone.precision import choose_precision, round_frozen
 from lora_dae.backbone.tokens import pack_tokens
-from lora_dae.config import Config, ConfigError, SamplingConfig, to_dict
+from lora_dae.config import Config, ConfigError, to_dict
 from lora_dae.data.captions import long_captions
 from lora_dae.data.module import PairDataModule
 from lora_dae.data.pair import PairDataset
-from lora_dae.enhancement.files import save_enhancement
 from lora_dae.enhancement.module import EnhancementModule, build_enhancement
 from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.evaluation.run import write_grid
-from lora_dae.export.command import export_beside
 from lora_dae.sampling.draw import Drawer
-from lora_dae.sampling.load import ENHANCEMENT_FILE, prepare_unet
+from lora_dae.sampling.load import prepare_unet
 from lora_dae.training import callbacks, together, tracking
-from lora_dae.training.calibrate import PAIRS, calibrate_finest, calibrate_gain
 from lora_dae.training.compact import CompactState
 from lora_dae.training.distance import PhotoDistance
 from lora_dae.training.ema import EMACallback
@@ -253,18 +247,18 @@ class Training:
         if ema.ema is not None:
             ema.ema.swap_in(trainable_parameters(self.module))
 
-    def _drawer(self) -> Drawer:
+    def drawer(self) -> Drawer:
         """What draws with the weights as they stand, without enhancement."""
         cfg, bf16 = self.cfg, self.precision.startswith("bf16")
         return Drawer(self.backbone, None, "none", cfg.conditioning, cfg.data.resolution, cfg.sampling, bf16)
 
-    def _prompts(self, held_out: HeldOut) -> list[str]:
+    def prompts(self, held_out: HeldOut) -> list[str]:
         return [c if self.words is None else self.words.prompt(c) for c in held_out.captions]
 
     @torch.no_grad()
     def _drawn(self, ema: EMACallback, held_out: HeldOut) -> np.ndarray:
         """This process's share of the prompts, drawn on the averaged weights as they stand now; uint8 (n, H, W, 3)."""
-        drawer, captions = self._drawer(), self._prompts(held_out)
+        drawer, captions = self.drawer(), self.prompts(held_out)
         own, sources = list(together.share(len(held_out.pairs))), held_out.sources
         with ema.swapped(self.module):
             return drawer.images([captions[i] for i in own], None if sources is None else sources[own], indices=own)
@@ -295,49 +289,6 @@ class Training:
             {f"step {step}": images}, held_out, self.run_dir / "samples" / f"step_{step:06d}.png", len(images)
         )
         tracking.log_image(self.loggers, "val/samples", grid, step)
-
-    def calibrate(self) -> None:
-        """Give the gain, and the decoder stage's finest band, what the validation pairs ask for, and say how much."""
-        module = self.enhancement
-        if module is None or (module.gain is None and module.decoder is None):
-            return
-        if len(self.splits["val"]) < 4:
-            console.print("the gain stays as it is: 4 validation pairs are needed to judge it", highlight=False)
-            return
-        held_out = HeldOut.take(self.splits["val"], PAIRS, self.cfg.conditioning)
-        # Not with the run's own sampling: trainings are kept by what they depend on, and that is not among it.
-        placement = self.cfg.enhancement.placement
-        scheduler = "ddim" if placement == "direction" else SamplingConfig.scheduler
-        sampling = SamplingConfig(scheduler, batch_size=self.cfg.sampling.batch_size)
-        drawer = replace(self._drawer(), enhancement=module, placement=placement, cfg=sampling)
-        for part, judge in ((module.gain, calibrate_gain), (module.decoder, calibrate_finest)):
-            if part is not None:
-                found = judge(drawer, held_out, self._prompts(held_out))
-                console.print(str(found), highlight=False, soft_wrap=True)
-
-    def export(self) -> None:
-        """Write adapter/: the averaged weights in the formats that other programs read."""
-        folder = self.run_dir / "adapter"
-        folder.mkdir(parents=True, exist_ok=True)
-        unet = self.backbone.unet
-        if self.cfg.adapter.full_finetune:
-            save_merged(unet, folder / "unet")
-        else:
-            origin = {"backbone": self.cfg.backbone.name, "fingerprint": self.backbone.fingerprint}
-            if self.words is not None:
-                save_words(self.words, folder)
-            elif self.cfg.adapter.kind == "lora":
-                save_adapter(unet, folder, origin, self.backbone.text_encoders)
-            else:
-                save_other(unet, folder, self.cfg.adapter, origin)
-            if self.cfg.conditioning == "source":
-                save_source_input(unet, folder)
-        if self.enhancement is not None:
-            save_enhancement(self.enhancement, folder / ENHANCEMENT_FILE)
-        backbone = self.backbone
-        export_beside(
-            self.run_dir, self.cfg, backbone.folder.family, backbone.folder.unet_config, backbone.prediction_type
-        )
 
 
 def planned_stages(cfg: Config, module: EnhancementModule | None) -> list[tuple[str, int, int]]:

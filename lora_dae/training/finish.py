@@ -1,0 +1,82 @@
+"""What follows the last step of a training, on the process that exports: judging the module, and writing adapter/."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from lora_dae.adapter.files import save_adapter, save_merged
+from lora_dae.adapter.other import save_other
+from lora_dae.adapter.source_input import save_source_input
+from lora_dae.adapter.words import save_words
+from lora_dae.config import SamplingConfig
+from lora_dae.enhancement.files import save_enhancement
+from lora_dae.evaluation.heldout import HeldOut
+from lora_dae.export.command import export_beside
+from lora_dae.sampling.load import ENHANCEMENT_FILE
+from lora_dae.training.agreement import MOST, Pairs, learn_agreement
+from lora_dae.training.calibrate import PAIRS, calibrate_finest, calibrate_gain
+from lora_dae.training.stages import Training
+
+console = Console()
+
+
+def calibrate(trained: Training) -> None:
+    """Learn when to trust a source; give gain and finest band what validation pairs ask for; say all three."""
+    module, cfg, val = trained.enhancement, trained.cfg, trained.splits["val"]
+    if module is None:
+        return
+    if module.texture is not None and cfg.enhancement.agreement:
+        trained.data.setup()
+        right, judged = (Pairs.of(_encoded(trained, name)) for name in ("train", "val"))
+        agreed = learn_agreement(right, judged, module.source_channels, cfg.seed)
+        module.agreement = agreed.agreement
+        console.print(str(agreed), highlight=False, soft_wrap=True)
+    if module.gain is None and module.decoder is None:
+        return
+    if len(val) < 4:
+        console.print("the gain stays as it is: 4 validation pairs are needed to judge it", highlight=False)
+        return
+    held_out = HeldOut.take(val, PAIRS, cfg.conditioning)
+    # Not with the run's own sampling: trainings are kept by what they depend on, and that is not among it.
+    placement = cfg.enhancement.placement
+    scheduler = "ddim" if placement == "direction" else SamplingConfig.scheduler
+    sampling = SamplingConfig(scheduler, batch_size=cfg.sampling.batch_size)
+    drawer = replace(trained.drawer(), enhancement=module, placement=placement, cfg=sampling)
+    for part, judge in ((module.gain, calibrate_gain), (module.decoder, calibrate_finest)):
+        if part is not None:
+            found = judge(drawer, held_out, trained.prompts(held_out))
+            console.print(str(found), highlight=False, soft_wrap=True)
+
+
+@torch.no_grad()
+def _encoded(trained: Training, name: str) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Batches of a split as training sees them, and the empty caption's embedding."""
+    for batch in trained.data.first(name, MOST):
+        yield trained.module.with_text({key: value.to(trained.device) for key, value in batch.items()})
+
+
+def export(trained: Training) -> None:
+    """Write adapter/: the averaged weights in the formats that other programs read."""
+    cfg, backbone, unet = trained.cfg, trained.backbone, trained.backbone.unet
+    folder = trained.run_dir / "adapter"
+    folder.mkdir(parents=True, exist_ok=True)
+    if cfg.adapter.full_finetune:
+        save_merged(unet, folder / "unet")
+    else:
+        origin = {"backbone": cfg.backbone.name, "fingerprint": backbone.fingerprint}
+        if trained.words is not None:
+            save_words(trained.words, folder)
+        elif cfg.adapter.kind == "lora":
+            save_adapter(unet, folder, origin, backbone.text_encoders)
+        else:
+            save_other(unet, folder, cfg.adapter, origin)
+        if cfg.conditioning == "source":
+            save_source_input(unet, folder)
+    if trained.enhancement is not None:
+        save_enhancement(trained.enhancement, folder / ENHANCEMENT_FILE)
+    export_beside(trained.run_dir, cfg, backbone.folder.family, backbone.folder.unet_config, backbone.prediction_type)
