@@ -53,7 +53,7 @@ def cells_of(folder: Path, *extra: str) -> list[Wanted]:
 
 def test_studies_are_those_that_the_project_promises() -> None:
     expected = {"rank_x_strength", "mainstream", "enhancement_ablation", "solver_and_steps", "paired_source", "texture",
-                "training_shortcuts", "tuning"}  # fmt: skip
+                "training_shortcuts", "tuning", "enhancement"}  # fmt: skip
     assert {study.name for study in STUDIES} == expected
 
 
@@ -61,9 +61,11 @@ def test_all_comparisons_together_take_ten_hours_at_most() -> None:
     """The headline table has 3 x 342 = 1,026 pictures a cell; what studies share is counted once. Only tuning sees the
     validation split."""
     studies = read_studies(STUDIES, [])
+    (evidence,) = (study for study in studies if study.grid.name == "enhancement")
     (tuning,) = (study for study in studies if study.grid.name == "tuning")
     assert {one.cfg.evaluation.split for one in tuning.cells} == {"val"}
-    studies.remove(tuning)
+    for other in (evidence, tuning):
+        studies.remove(other)
     assert {one.cfg.evaluation.split for study in studies for one in study.cells} == {"test"}
     whole = budget(one for study in studies for one in study.cells)
     alone = [budget(study.cells) for study in studies]
@@ -75,6 +77,29 @@ def test_all_comparisons_together_take_ten_hours_at_most() -> None:
         pictures = {one.cfg.evaluation.num_samples for one in study.cells}
         assert len(pictures) == 1 and pictures.pop() * len(study.grid.seeds) >= (1024 if headline else 96)
         assert [one.seed for one in study.cells[: len(study.grid.cells)]] == [0] * len(study.grid.cells)
+
+
+def test_the_evidence_is_on_guidance_and_settings_that_were_tuned() -> None:
+    """Each row's text guidance is one that tuning tried at strength 0 on its pairs; 513 captions, 3 seeds."""
+    evidence, tuning = (read_comparison(ROOT / "experiments" / name) for name in ("enhancement", "tuning"))
+    tried = wanted_cells(tuning)
+
+    def pairs(one: Wanted) -> tuple[str, str]:
+        return one.cfg.conditioning, one.cfg.data.difficulty
+
+    found = wanted_cells(evidence)
+    assert {one.cfg.evaluation.first_pair for one in found} == {0, 171, 342} and len({o.seed for o in found}) == 3
+    for one in found:
+        known = [other for other in tried if pairs(other) == pairs(one)]
+        if "more" not in one.cell.name:
+            assert one.cfg.sampling.guidance_scale in {other.cfg.sampling.guidance_scale for other in known}
+        if one.cfg.sampling.method != "none":
+            settings = [
+                o.cfg.sampling.method_options for o in known if o.cfg.sampling.method == one.cfg.sampling.method
+            ]
+            assert one.cfg.sampling.method_options in settings
+        if one.cell.row is None and one.cfg.conditioning == "source" and "guidance" not in one.cell.name:
+            assert one.cfg.sampling.guidance_scale == one.cfg.sampling.source_guidance_scale
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)

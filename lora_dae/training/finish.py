@@ -46,6 +46,8 @@ def calibrate(trained: Training) -> None:
     placement = cfg.enhancement.placement
     scheduler = "ddim" if placement == "direction" else SamplingConfig.scheduler
     sampling = SamplingConfig(scheduler, batch_size=cfg.sampling.batch_size)
+    if cfg.conditioning == "none":  # captions alone take more of it: the middle of what the gain was trained with
+        sampling.guidance_scale = sum(cfg.enhancement.guidance_range) / 2
     drawer = replace(trained.drawer(), enhancement=module, placement=placement, cfg=sampling)
     for part, judge in ((module.gain, calibrate_gain), (module.decoder, calibrate_finest)):
         if part is not None:
