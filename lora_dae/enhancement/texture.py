@@ -105,7 +105,7 @@ class SourceTexture(nn.Module):
         b, _, height, width = rest_gap.shape
         sure = rest_gap.new_zeros(b, 1, height, width) if match is None else match.confidence
         far = (rest_gap.square().mean(1, keepdim=True) + _FLOOR).log()
-        energies = torch.cat(local_log_energy(torch.cat([own, carried, gaps], dim=1)).chunk(3), dim=1)
+        energies = torch.cat(local_log_energy(own, carried, gaps).chunk(3), dim=1)
         if self.inputs == "time":
             far, sure = torch.zeros_like(far), torch.zeros_like(sure)
         features = torch.cat([visible(energies, self.levels, self.inputs), far], dim=1)
