@@ -266,3 +266,9 @@ def test_ranks_share_the_validation_data_in_order(tmp_path: Path, monkeypatch: p
         monkeypatch.setattr(data, "_rank", lambda rank=rank: (rank, 3))
         shares.append([int(i) for batch in data.val_dataloader() for i in batch["index"]])
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+    for most, expected in (
+        (7, [0, 1, 2, 3, 4, 5, 6]),
+        (4, [0, 2, 4, 6]),
+        (2, [0, 4]),
+    ):  # from all over it, on each rank
+        assert [int(i) for batch in data.some("val", most) for i in batch["index"]] == expected

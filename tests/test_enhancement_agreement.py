@@ -18,7 +18,7 @@ from lora_dae.config import BackboneConfig, SamplingConfig
 from lora_dae.enhancement import EnhancementModule, load_enhancement, save_enhancement
 from lora_dae.enhancement.agreement import Agreement, facts, words
 from lora_dae.sampling.draw import Drawer
-from lora_dae.training.agreement import LEAST, Pairs, learn_agreement
+from lora_dae.training.agreement import Pairs, learn_agreement
 
 COLORS = torch.randn(12, 4, generator=torch.Generator().manual_seed(3))
 
@@ -29,14 +29,14 @@ def pairs(count: int, seed: int, related: bool = True) -> Pairs:
     named = torch.randint(0, len(COLORS), (count,), generator=generator)
     shown = named if related else torch.randint(0, len(COLORS), (count,), generator=generator)
     text = 40 * torch.nn.functional.one_hot(named, 16).float()[:, None] + 7
-    text = text + torch.randn(count, 5, 16, generator=generator)
+    text = torch.cat([text + torch.randn(count, 5, 16, generator=generator), torch.full((count, 1, 16), 1e3)], dim=1)
     photos = COLORS[shown][:, :, None, None] + 0.1 * torch.randn(count, 4, 16, 16, generator=generator)
     batch = {"text": text, "source": photos}
-    return Pairs.of([(batch, torch.full((5, 16), 7.0))])
+    return Pairs.of([(batch, torch.full((6, 16), 7.0))], 5)
 
 
 def test_right_pairs_are_trusted_and_swapped_ones_doubted() -> None:
-    agreed = learn_agreement(pairs(300, 0), pairs(100, 1), 4, seed=0)
+    agreed = learn_agreement(pairs(300, 0), pairs(100, 1), 4, 5, seed=0)
     agreement, others = agreed.agreement, pairs(100, 2)
     assert agreement is not None and agreed.told > 0.9 and agreed.doubted > 0.7
     trust = agreement.logits(others.words, others.facts).sigmoid()
@@ -44,15 +44,17 @@ def test_right_pairs_are_trusted_and_swapped_ones_doubted() -> None:
     apart = named[:, None] != named[None, :]
     assert (trust.diagonal() > 0.5).float().mean() > 0.9 and (trust[apart] < 0.5).float().mean() > 0.8
     assert (agreement.logits(others.nothing, others.facts).sigmoid() > 0.8).all()  # it says nothing against any photo
-    again = learn_agreement(pairs(300, 0), pairs(100, 1), 4, seed=0).agreement
+    again = learn_agreement(pairs(300, 0), pairs(100, 1), 4, 5, seed=0).agreement
     assert again is not None and torch.equal(again.text.weight, agreement.text.weight)
 
 
 def test_what_cannot_be_told_apart_is_left_out() -> None:
-    unrelated = learn_agreement(pairs(300, 0, related=False), pairs(100, 1, related=False), 4, seed=0)
+    unrelated = learn_agreement(pairs(300, 0, related=False), pairs(100, 1, related=False), 4, 5, seed=0)
     assert unrelated.agreement is None and 0.3 < unrelated.told < 0.7 and "trusted always" in str(unrelated)
-    few = learn_agreement(pairs(300, 0), pairs(LEAST - 1, 1), 4, seed=0)
-    assert few.agreement is None and math.isnan(few.told) and "not judged" in str(few)
+    alike = pairs(1, 1)
+    same = Pairs(alike.words.expand(20, -1), pairs(20, 1).facts, alike.nothing)  # a trigger word and no more
+    one = learn_agreement(pairs(300, 0), same, 4, 5, seed=0)
+    assert one.agreement is None and math.isnan(one.told) and "have one caption" in str(one)
 
 
 def test_photos_of_one_product_are_no_swapped_pairs() -> None:
@@ -63,10 +65,12 @@ def test_photos_of_one_product_are_no_swapped_pairs() -> None:
 
 
 def test_trust_is_by_the_words_and_facts_of_each_pair() -> None:
-    agreement = Agreement(16, 4)
+    agreement = Agreement(16, 4, 5)
     text, source = torch.randn(3, 5, 16), torch.randn(3, 4, 16, 16)
-    expected = agreement.logits(words(text), facts(source)).sigmoid().diagonal()
+    expected = agreement.logits(words(text, 5), facts(source)).sigmoid().diagonal()
     torch.testing.assert_close(agreement(text, source), expected)
+    more = torch.cat([text, torch.randn(3, 1, 16)], dim=1)  # SDXL's pooled text, or a further window
+    assert torch.equal(agreement(more, source), agreement(text, source))
     constant = torch.ones(1, 4, 8, 8) * torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1)
     assert facts(constant)[0, :4].tolist() == facts(constant)[0, 8:12].tolist() == [1, 2, 3, 4]
     torch.testing.assert_close(facts(constant)[0, 16:], torch.full((12,), math.log(1e-4)))
@@ -90,7 +94,7 @@ def test_gates_are_multiplied_by_trust() -> None:
 def distrusting(bias: float, channels: int, width: int) -> EnhancementModule:
     """A module of source texture whose trust in all sources is that of ``bias``."""
     torch.manual_seed(0)
-    module = EnhancementModule(max_log_gain=0.0, source_channels=channels, text_channels=width)
+    module = EnhancementModule(max_log_gain=0.0, source_channels=channels, text_channels=width, text_tokens=5)
     assert module.texture is not None and module.agreement is not None
     opened(module.texture)
     torch.nn.init.zeros_(module.agreement.output.weight)
@@ -141,7 +145,7 @@ def test_the_file_keeps_it_and_files_from_before_are_read(tmp_path: Path) -> Non
     old = save_enhancement(EnhancementModule(source_channels=4), tmp_path / "old.safetensors")
     with safe_open(old, "pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
-    for later in ("text_channels", "finest_log_gain"):
+    for later in ("text_channels", "text_tokens", "finest_log_gain"):
         del metadata[later]
     save_file(tensors, old, {**metadata, "version": "3"})
     assert load_enhancement(old).trust(text, source) is None

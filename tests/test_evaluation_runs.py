@@ -333,6 +333,7 @@ def test_held_out_photos_that_are_trained_on_are_told(monkeypatch: pytest.Monkey
     found = overlap(splits, "test", 3)
     assert found is not None and found.startswith("1 of the test photos are in the training split too")
     assert overlap(splits, "test", 1) is None  # the copy is not among those that are measured
+    assert overlap(splits, "test", 3, first=2) is None and overlap(splits, "test", 1, first=1) is not None
     monkeypatch.setattr("lora_dae.evaluation.heldout.MOST", 3)
     assert "was not checked" in (overlap(splits, "test", 3) or "")
 

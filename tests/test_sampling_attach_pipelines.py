@@ -111,6 +111,7 @@ def test_trust_is_by_each_prompt_and_its_source(case: str, adapters: dict[str, P
     family = case.split("-")[0]
     pipe = lora_dae.attach(build(case, adapters), adapters[family])
     module = pipe._lora_dae.module
+    module.agreement = torch.nn.Identity()
     module.decoder = None  # with no trust it still knows where the source's patches are
     prompts = {"prompt": ["a red dress", "a blue coat"], "num_images_per_prompt": 2}
     usual = {"num_inference_steps": 3, "output_type": "np", **CASES[case][1], "source": [PHOTO, OTHER], **prompts}

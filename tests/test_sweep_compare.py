@@ -165,6 +165,8 @@ def test_seeds_with_pairs_of_their_own(tmp_path: Path) -> None:
     assert {one.seed: one.cfg.evaluation.first_pair for one in found} == {0: 0, 1: 7, 2: 14}
     assert (budget(found).cells, budget(cells_of(shared)).cells) == (3 * 4, 3 * 3 + 1)
     assert {one.training for one in found} == {one.training for one in cells_of(shared)}
+    with pytest.raises(ConfigError, match="own_pairs gives each seed its evaluation.first_pair"):
+        cells_of(folder, "evaluation.first_pair=3")
     for one in found:  # as a process of the comparison composes it
         (again,) = with_seeds(one.cell, [one.seed], one.overrides)
         assert again.digest == one.digest

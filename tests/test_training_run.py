@@ -328,6 +328,12 @@ def test_commands_on_a_finished_run(arguments: tuple[str, ...], made: str, finis
     ("overrides", "message"),
     [
         (("adapter.rank=0",), "adapter.rank=0"),
+        (("evaluation.first_pair=5",), "the test split, to evaluate on, has 1 images from number 5 on"),
+        (("evaluation.split=train",), "evaluation.split=train"),
+        (
+            ("evaluation.wrong_source=true", "conditioning=none", "enhancement=gain"),
+            "shows another pair's source photo",
+        ),
         (("adapter.rank=4096",), "4096"),
         (("enhancement.strength=-1",), "enhancement.strength=-1"),
         (("adapter.targets=[everything]",), "adapter.targets=everything"),

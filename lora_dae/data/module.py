@@ -117,17 +117,18 @@ class PairDataModule(lightning.LightningDataModule):
     def _in_order(self, name: str) -> DataLoader[Batch]:
         """Every sample once, size by size and in order; rank r takes each world_size-th, so ranks may differ by one."""
         rank, world_size = self._rank()
-        return self._by_size(name, len(self.caches[name]), rank, world_size)
+        return self._by_size(name, range(len(self.caches[name])), rank, world_size)
 
-    def first(self, name: str, most: int) -> DataLoader[Batch]:
-        """The first ``most`` samples of a split, each once, size by size; all of them on this process."""
-        return self._by_size(name, min(len(self.caches[name]), most), 0, 1)
+    def some(self, name: str, most: int) -> DataLoader[Batch]:
+        """At most ``most`` samples from all over a split, size by size; all of them on this process."""
+        count = len(self.caches[name])
+        return self._by_size(name, range(0, count, -(-count // most)), 0, 1)
 
-    def _by_size(self, name: str, count: int, rank: int, world_size: int) -> DataLoader[Batch]:
+    def _by_size(self, name: str, numbers: range, rank: int, world_size: int) -> DataLoader[Batch]:
         cache = self.caches[name]
         given = self._sizes(name)
         sizes = np.zeros(len(cache), np.uint8) if given is None else given
-        share = sorted(range(count), key=lambda index: sizes[index])[rank::world_size]
+        share = sorted(numbers, key=lambda index: sizes[index])[rank::world_size]
         batches = [batch for _, part in groupby(share, lambda i: sizes[i]) for batch in _chunks(part, self.batch_size)]
         return DataLoader(cache, batch_sampler=batches, collate_fn=_as_is)
 

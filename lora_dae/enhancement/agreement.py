@@ -5,9 +5,9 @@
 Gates compare the source with the picture that is being drawn, and a network that is steered by a wrong photo draws
 that photo's garment: the two agree, and the gates open. The caption is the one witness that the photo cannot have
 bribed. ``text`` is the mean of the frozen text encoder's tokens, ``source`` the photo's latents by what a caption can
-say of them: color (means) and pattern (spreads and energies of bands), of the whole photo and of its middle. A few
-thousand numbers, trained in seconds on right and swapped pairs (as CLIP is, Radford et al. 2021, but with a yes or no
-for each pair). A caption that says nothing of the garment is trusted.
+say of them: color (means) and pattern (spreads and energies of bands), of the whole photo and of its middle. At most
+35,000 numbers (6,200 on the embedded backbone), trained in seconds on right and swapped pairs (as CLIP is, Radford et
+al. 2021, but with a yes or no for each pair). A caption that says nothing of the garment is trusted.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ _FLOOR = 1e-4
 
 
 class Agreement(nn.Module):
-    """Trust in source photos, from captions' embeddings of ``text_channels`` and latents of ``channels``."""
+    """Trust in source photos, from captions' embeddings of ``text_channels`` and latents of ``channels``.
 
-    def __init__(self, text_channels: int, channels: int, hidden: int = 32, width: int = 16) -> None:
+    ``tokens``: the text encoder's window. What may follow in an embedding, pooled text or further windows, is not read:
+    programs differ in what they hand over.
+    """
+
+    def __init__(self, text_channels: int, channels: int, tokens: int = 77, hidden: int = 32, width: int = 16) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.tokens = width, tokens
         self.text = nn.Linear(text_channels, width)
         self.input = nn.Linear((4 + LEVELS) * channels, hidden)
         self.output = nn.Linear(hidden, width)
@@ -36,7 +40,7 @@ class Agreement(nn.Module):
     def forward(self, text: Tensor, source: Tensor) -> Tensor:
         """Trust (B,) in (0, 1): ``text`` (B, L, D) embeddings of captions, ``source`` (B, C, h, w) latents."""
         with torch.autocast(source.device.type, enabled=False):
-            said, seen = self.read(words(text)), self.look(facts(source))
+            said, seen = self.read(words(text, self.tokens)), self.look(facts(source))
             return ((said * seen).sum(1) / self.width**0.5 + self.bias).sigmoid()
 
     def read(self, words: Tensor) -> Tensor:
@@ -52,9 +56,9 @@ class Agreement(nn.Module):
         return self.read(words) @ self.look(facts).T / self.width**0.5 + self.bias
 
 
-def words(text: Tensor) -> Tensor:
-    """Embeddings of captions (B, L, D) as one vector each, (B, D): the mean of their tokens, padding and all."""
-    return text.float().mean(1)
+def words(text: Tensor, tokens: int) -> Tensor:
+    """Embeddings of captions (B, L, D) as one vector each, (B, D): the mean of the first ``tokens``, with padding."""
+    return text[:, :tokens].float().mean(1)
 
 
 def facts(source: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ def enhance_denoised(
     strength: float = 1.0,
     first_order: float = 1.0,
     source: Tensor | None = None,
+    trust: Tensor | None = None,
 ) -> Tensor:
     """The edited prediction of the clean latents, shape and dtype of ``denoised``.
 
@@ -29,7 +30,7 @@ def enhance_denoised(
     the UNet sees latents; ``sigma`` is the present noise level, ``next_sigma`` the one that the step leads to.
     ``first_order``: 1 for DDIM and Euler, 0 for solvers of higher order or with fresh noise. At strength 0, and at
     noise levels where the module is off, the very same tensor comes back. ``source``: latents of the source photo,
-    scaled likewise, for a module with source texture.
+    scaled likewise, for a module with source texture; ``trust`` in it, as ``module.trust`` gives it.
     """
     if strength == 0 or sigma < 1e-3 or -math.log(sigma) <= WINDOW[0]:
         return denoised
@@ -38,5 +39,5 @@ def enhance_denoised(
     step = math.inf if next_sigma <= 0 else max(0.0, math.log(sigma / next_sigma))  # in lambda = -log(sigma)
     x0 = denoised.float()
     x0_conditional = x0 if conditional is None else conditional.float()
-    delta = module(x0, x0_conditional, sample.float(), 1.0, sigma, step, first_order, source=source)
+    delta = module(x0, x0_conditional, sample.float(), 1.0, sigma, step, first_order, source=source, trust=trust)
     return (x0 + strength * delta).to(denoised.dtype)

@@ -26,6 +26,7 @@ def save_enhancement(module: EnhancementModule, path: str | Path) -> Path:
         "gate_inputs": module.gate_inputs,
         "finest_log_gain": repr(module.finest_log_gain),
         "text_channels": str(0 if module.agreement is None else module.agreement.text.in_features),
+        "text_tokens": str(77 if module.agreement is None else module.agreement.tokens),
     }
     return save_tensors(module.state_dict(), path, metadata)
 
@@ -51,7 +52,7 @@ def load_enhancement(path: str | Path) -> EnhancementModule:
             int(metadata["levels"]), int(metadata["hidden"]), float(metadata["max_log_gain"]),
             int(metadata["source_channels"]), metadata["decoder"] == "1",
             metadata.get("gate_inputs", "energy"), float(metadata.get("finest_log_gain", 0)),  # older files do not say
-            int(metadata.get("text_channels", 0)),
+            int(metadata.get("text_channels", 0)), int(metadata.get("text_tokens", 77)),
         )  # fmt: skip
         module.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError) as error:

@@ -48,7 +48,7 @@ _STOCHASTIC = (DDPMScheduler, EulerAncestralDiscreteScheduler)
 
 @dataclass
 class Enhancement:
-    """What an enhanced scheduler does; ``strength`` and ``source`` may be changed between images."""
+    """What an enhanced scheduler does; ``strength``, ``source`` and its ``trust`` may be changed between images."""
 
     module: EnhancementModule | None
     strength: float

@@ -41,7 +41,8 @@ class EnhancementModule(nn.Module):
 
     ``levels`` bands, ``hidden`` channels, gains within ``exp(+-max_log_gain)`` at strength 1; ``max_log_gain=0``
     leaves the gain out. ``gate_inputs`` as in ``gates.visible``. ``finest_log_gain``: of the decoder stage, what the
-    finest band of all pictures is multiplied by besides. ``text_channels`` of captions' embeddings: where a caption and
+    finest band of all pictures is multiplied by besides. ``text_channels`` of captions' embeddings,
+    whose first ``text_tokens`` are read: where a caption and
     its source photo disagree, the source's bands are kept out (agreement.py); 0 = always trusted. Every last layer
     starts at zero: a new module is the exact identity. Under 60 k parameters. Values that make no sense, or leave
     nothing, raise ConfigError.
@@ -57,6 +58,7 @@ class EnhancementModule(nn.Module):
         gate_inputs: str = "energy",
         finest_log_gain: float = 0.0,
         text_channels: int = 0,
+        text_tokens: int = 77,
     ) -> None:
         super().__init__()
         if not -PIXEL_GAIN <= finest_log_gain <= PIXEL_GAIN:
@@ -79,7 +81,9 @@ class EnhancementModule(nn.Module):
             # One number beside the noise features: how far the solver is of first order.
             conditions = NOISE_FEATURES + 1
             self.texture = SourceTexture(source_channels, levels, 24, conditions, 0.0, _LATENT_SCALES, gate_inputs)
-        self.agreement = Agreement(text_channels, source_channels) if text_channels and source_channels else None
+        self.agreement = None
+        if text_channels and source_channels:
+            self.agreement = Agreement(text_channels, source_channels, text_tokens)
         self.decoder = SourceTexture(3, levels, 24, 0, PIXEL_GAIN, _PIXEL_SCALES, gate_inputs) if decoder else None
 
     @property

@@ -21,7 +21,7 @@ from lora_dae.rules import check, check_evaluation
 from lora_dae.sampling.load import read_config
 
 LONGEST_NAME = 100  # characters of a folder that is named by what differs
-OF_DRAWN = ("num_samples", "clip")
+OF_DRAWN = ("split", "num_samples", "clip")
 OF_SAMPLING = ("scheduler", "sampling_method", "num_inference_steps", "guidance_scale", "source_guidance_scale")
 OF_RUN = ("strength", *OF_SAMPLING, "frozen", "first_pair", "wrong_source", "reconstructions")
 OF_FOLDER = ("reference", "train", "masks", "paired", "resolution")

@@ -105,7 +105,7 @@ def diagnose(
         conditions = Conditions(text[1:], text[0], source)
         slope, missing = _teacher_forced(run, latents, conditions)
         energy, final, steps = _on_policy(run, latents, conditions)
-        maps = _matches(run, final, source)
+        maps = _matches(run, final, conditions)
     output = run_dir / "diagnosis"
     output.mkdir(exist_ok=True)
     found = Diagnosis(list(_TIMES), slope, missing, steps, energy, _confidence(maps, held_out.masks))
@@ -185,15 +185,15 @@ def _on_policy(
     return energy, final, steps
 
 
-def _matches(run: LoadedRun, final: Tensor, source: Tensor | None) -> dict[str, Tensor] | None:
+def _matches(run: LoadedRun, final: Tensor, conditions: Conditions) -> dict[str, Tensor] | None:
     """Maps (N, h, w) of the last step: confidence, displacement in latents, the finest band's gate."""
-    module = run.enhancement
+    module, source = run.enhancement, conditions.source
     if module is None or module.texture is None or source is None:
         return None
     scheduler = build_scheduler(run.cfg.sampling.scheduler, run.backbone.scheduler)
     scheduler.set_timesteps(run.cfg.sampling.num_inference_steps)
     alpha, sigma = current_level(scheduler, scheduler.timesteps[-1])
-    blend = module.blend(final, source, alpha, sigma, 1.0)
+    blend = module.blend(final, source, alpha, sigma, 1.0, trust=module.trust(conditions.text, source))
     assert blend.match is not None and blend.gates is not None
     return {
         "confidence": blend.match.confidence[:, 0],

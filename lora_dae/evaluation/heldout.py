@@ -43,6 +43,15 @@ class HeldOut:
         found = cls.take(splits[asked.split], asked.num_samples, cfg.conditioning, asked.first_pair)
         return replace(found, wrong_source=asked.wrong_source)
 
+    @staticmethod
+    def check(splits: dict[str, PairDataset], cfg: Config) -> None:
+        """Raises ConfigError where ``asked_for`` would find fewer than 2 pairs."""
+        split, first = cfg.evaluation.split, cfg.evaluation.first_pair
+        count = max(len(splits[split]) - first, 0)
+        if count < 2:
+            passed = f" from number {first} on" if first else ""
+            raise ConfigError(f"the {split} split, to evaluate on, has {count} images{passed}: 2 are needed.")
+
     @property
     def captions(self) -> list[str]:
         return [p.caption for p in self.pairs]
@@ -87,13 +96,14 @@ def training_pairs(train: PairDataset, held_out: HeldOut) -> HeldOut | None:
     return None
 
 
-def overlap(splits: dict[str, PairDataset], split: str, count: int) -> str | None:
+def overlap(splits: dict[str, PairDataset], split: str, count: int, first: int = 0) -> str | None:
     """A warning when photos of the evaluated split are trained on as well, told by their content; else None."""
     size = len(splits["train"])
     if size > MOST and not isinstance(getattr(splits["train"], "facts", None), list):
         return f"whether {split} photos are among the {size} training photos was not checked: they are too many"
-    known = set(_contents(splits["train"], size))
-    both = sum(content in known for content in _contents(splits[split], min(count, len(splits[split]))))
+    known = set(_contents(splits["train"], range(size)))
+    numbers = range(first, min(first + count, len(splits[split])))
+    both = sum(content in known for content in _contents(splits[split], numbers))
     if not both:
         return None
     return (
@@ -102,11 +112,11 @@ def overlap(splits: dict[str, PairDataset], split: str, count: int) -> str | Non
     )
 
 
-def _contents(dataset: Any, count: int) -> list[str]:
+def _contents(dataset: Any, numbers: range) -> list[str]:
     """What tells photos apart by content; nothing is decoded."""
     facts = getattr(dataset, "facts", None)  # photos: hashes of their files, the same in buckets and squares
     if callable(facts):  # shards
-        return [facts(i)["image"].digest for i in range(count)]
+        return [facts(i)["image"].digest for i in numbers]
     if facts is not None:
-        return [facts[i]["image"].digest for i in range(count)]
-    return [dataset[i].key("image") or "" for i in range(count)]
+        return [facts[i]["image"].digest for i in numbers]
+    return [dataset[i].key("image") or "" for i in numbers]

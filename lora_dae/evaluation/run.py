@@ -238,7 +238,7 @@ def evaluate_run(
     with console.status("measuring"):
         recon = reconstructed_features(run.backbone, held_out, extractor) if cfg.evaluation.reconstructions else None
         table, real, seen = measure_rows(cfg, rows, held_out, extractor, extras, run, training, mode, recon=recon)
-    if found := overlap(splits, split, cfg.evaluation.first_pair + len(held_out.pairs)):
+    if found := overlap(splits, split, len(held_out.pairs), held_out.first):
         table.protocol.warnings.append(found)
     console.print(table.rich())  # first: whatever becomes of the files, the numbers are there
     grid = write_grid(rows, held_out, output / "samples" / "grid.png")

@@ -152,13 +152,18 @@ class _Trust:
     latents: Tensor | None
     value: Tensor | None = None  # (B,): one per image
 
-    def read(self, text: Tensor, guided: bool) -> Tensor | None:
+    @property
+    def asked(self) -> bool:
+        """Whether there is anything to ask, or it has been answered."""
+        known = self.value is not None or self.module is None or self.latents is None
+        return not known and self.module.agreement is not None  # type: ignore[union-attr]
+
+    def read(self, text: Tensor, guided: bool) -> None:
         """``text`` as pipelines batch it: the unconditional half first where there is guidance."""
-        if self.value is None and self.module is not None and self.latents is not None:
-            shown = text.chunk(2)[-1] if guided else text
-            with torch.no_grad():
-                self.value = self.module.trust(shown, for_images(self.latents, shown))
-        return self.value
+        shown = text.chunk(2)[-1] if guided else text
+        assert self.module is not None
+        with torch.no_grad():
+            self.value = self.module.trust(shown, for_images(self.latents, shown))
 
 
 @contextmanager
@@ -170,8 +175,10 @@ def _enhanced(pipe: Any, state: Attached, strength: float, latents: Tensor | Non
     scheduler = enhance_scheduler(plain, state.module, strength, state.placement, latents)
 
     def after(_unet: Any, inputs: tuple[Any, ...], call: dict[str, Any], output: Any) -> None:
-        text = inputs[2] if len(inputs) > 2 else call["encoder_hidden_states"]
-        scheduler.enhancement.trust = trust.read(text, bool(pipe.do_classifier_free_guidance))
+        if trust.asked:
+            text = inputs[2] if len(inputs) > 2 else call["encoder_hidden_states"]
+            trust.read(text, bool(pipe.do_classifier_free_guidance))
+            scheduler.enhancement.trust = trust.value
         scheduler.set_conditional(output[0])
 
     hook = pipe.unet.register_forward_hook(after, with_kwargs=True)

@@ -85,13 +85,16 @@ class Work:
     def measure(self, one: Wanted) -> MeasuredCell:
         """Train if it has to be, draw, measure."""
         cfg = one.cfg
+        part = training_part(cfg)
+        key = content_hash(
+            [part["data"], cfg.data.test_size, part["backbone"], cfg.conditioning, asdict(cfg.evaluation)]
+        )
+        seen = self._seen.get(key) or _look(cfg)  # first: what cannot be measured is not trained
         trained = None
         if one.cell.row is None:
             trained = train_shared(replace(cfg, store=str(self.store), run_dir=str(self.folder)))
         say(self.folder / "status.json", f"measuring {one.label}")
         started = time.time()
-        key = content_hash([training_part(cfg)["data"], cfg.conditioning, asdict(cfg.evaluation)])
-        seen = self._seen.get(key) or _look(cfg)
         images = self._draw(one, seen.held_out, trained)
         plain = replace(cfg, seed=BOOTSTRAP_SEED, evaluation=replace(cfg.evaluation, controls=False))
         name = one.cell.row or row_name(cfg.enhancement.strength)

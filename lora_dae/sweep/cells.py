@@ -136,6 +136,8 @@ def wanted_cells(grid: Comparison, extra: Sequence[str] = ()) -> list[Wanted]:
         if not grid.own_pairs:
             found.append(with_seeds(cell, grid.seeds, overrides))
             continue
+        if any("evaluation.first_pair" in override for override in overrides):
+            raise ConfigError(f"{cell.name}: own_pairs gives each seed its evaluation.first_pair: leave it out.")
         count = compose_cell(overrides).evaluation.num_samples
         own = [(seed, (*overrides, f"evaluation.first_pair={k * count}")) for k, seed in enumerate(grid.seeds)]
         found.append([one for seed, with_pairs in own for one in with_seeds(cell, [seed], with_pairs)])

@@ -6,6 +6,7 @@ it tells them apart, and set where it begins to doubt: nearly all right pairs ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,7 +16,8 @@ from torch.nn import functional
 
 from lora_dae.enhancement.agreement import Agreement, facts, words
 
-MOST, LEAST = 2560, 16  # training pairs that are looked at; validation pairs without which it is not judged
+MOST, LEAST = 2560, 16  # training pairs that are looked at, a fifth as many of validation; less is not judged
+MOST_LIVE = 512  # where nothing is encoded already
 STEPS, BATCH, LEARNING_RATE = 800, 64, 6e-3
 TRUSTED = 0.02  # share of right pairs that may be doubted
 AT_THRESHOLD = 2.2  # logit of a trust of .9
@@ -30,10 +32,11 @@ class Agreed:
     agreement: Agreement | None
     told: float
     doubted: float
+    lacking: str = ""  # why it cannot be judged
 
     def __str__(self) -> str:
-        if self.told != self.told:
-            return f"whether captions and source photos agree is not judged: {LEAST} validation pairs are needed"
+        if self.lacking:
+            return f"the sources are trusted whatever the captions say: {self.lacking}"
         left = "" if self.agreement is not None else ", so the sources are trusted always"
         return (
             f"captions and source photos: right and swapped validation pairs told apart in {self.told:.0%} of "
@@ -50,9 +53,12 @@ class Pairs:
     nothing: Tensor  # what the empty caption says, (1, D)
 
     @classmethod
-    def of(cls, batches: Iterable[tuple[dict[str, Tensor], Tensor]]) -> Pairs:
+    def of(cls, batches: Iterable[tuple[dict[str, Tensor], Tensor]], tokens: int) -> Pairs:
         """Of batches with ``text`` (B, L, D) and ``source`` (B, C, h, w), each with the empty caption's (L, D)."""
-        seen = [(words(b["text"]).cpu(), facts(b["source"]).cpu(), words(null[None]).cpu()) for b, null in batches]
+        seen = [
+            (words(batch["text"], tokens).cpu(), facts(batch["source"]).cpu(), words(null[None], tokens).cpu())
+            for batch, null in batches
+        ]
         said, shown, nothing = zip(*seen, strict=True)
         return cls(torch.cat(said), torch.cat(shown), nothing[0])
 
@@ -65,23 +71,24 @@ class Pairs:
         return _differ(self.words) & _differ(self.facts)
 
 
-def learn_agreement(train: Pairs, val: Pairs, channels: int, seed: int) -> Agreed:
-    """An ``Agreement`` with latents of ``channels``, on right and swapped ``train`` pairs, judged on ``val``.
+def learn_agreement(train: Pairs, val: Pairs, channels: int, tokens: int, seed: int) -> Agreed:
+    """An ``Agreement`` of captions of ``tokens`` with latents of ``channels``, on right and swapped ``train`` pairs.
 
-    The empty caption goes with every photo. Draws from a generator of its own.
+    Judged on ``val``. The empty caption goes with every photo. Draws from a generator of its own.
     """
-    if len(val) < LEAST or len(train) < LEAST:
-        return Agreed(None, float("nan"), float("nan"))
+    if not bool(val.apart.any()):
+        return Agreed(None, math.nan, math.nan, "all validation pairs have one caption, or one photo")
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        agreement = Agreement(train.words.shape[1], channels)
+        agreement = Agreement(train.words.shape[1], channels, tokens)
         fit(agreement, train)
     with torch.no_grad():
         logits, apart = agreement.logits(val.words, val.facts), val.apart
         right, swapped = logits.diagonal(), logits[apart]
         doubt = right.kthvalue(max(1, round(TRUSTED * len(right)))).values
         agreement.bias.add_(AT_THRESHOLD - doubt)
-        told = float((right[:, None] > swapped[None, :]).float().mean())
+        below = torch.searchsorted(swapped.sort().values, right)  # swapped ones with less trust than each right one
+        told = float(below.double().mean()) / len(swapped)
         doubted = float((swapped < doubt - AT_THRESHOLD).float().mean())
     return Agreed(agreement.requires_grad_(False) if told >= TELLS else None, told, doubted)
 

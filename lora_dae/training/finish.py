@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,10 +16,11 @@ from lora_dae.adapter.source_input import save_source_input
 from lora_dae.adapter.words import save_words
 from lora_dae.config import SamplingConfig
 from lora_dae.enhancement.files import save_enhancement
+from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.export.command import export_beside
 from lora_dae.sampling.load import ENHANCEMENT_FILE
-from lora_dae.training.agreement import MOST, Pairs, learn_agreement
+from lora_dae.training.agreement import LEAST, MOST, MOST_LIVE, Agreed, Pairs, learn_agreement
 from lora_dae.training.calibrate import PAIRS, calibrate_finest, calibrate_gain
 from lora_dae.training.stages import Training
 
@@ -30,16 +32,15 @@ def calibrate(trained: Training) -> None:
     module, cfg, val = trained.enhancement, trained.cfg, trained.splits["val"]
     if module is None:
         return
+    trained.module.to(trained.device)  # Lightning leaves it on the CPU
     if module.texture is not None and cfg.enhancement.agreement:
-        trained.data.setup()
-        right, judged = (Pairs.of(_encoded(trained, name)) for name in ("train", "val"))
-        agreed = learn_agreement(right, judged, module.source_channels, cfg.seed)
-        module.agreement = agreed.agreement
+        agreed = _agree(trained, module)
+        module.agreement = None if agreed.agreement is None else agreed.agreement.to(trained.device)
         console.print(str(agreed), highlight=False, soft_wrap=True)
     if module.gain is None and module.decoder is None:
         return
     if len(val) < 4:
-        console.print("the gain stays as it is: 4 validation pairs are needed to judge it", highlight=False)
+        console.print("gain and finest band stay as they are: 4 validation pairs are needed to judge", highlight=False)
         return
     held_out = HeldOut.take(val, PAIRS, cfg.conditioning)
     # Not with the run's own sampling: trainings are kept by what they depend on, and that is not among it.
@@ -55,10 +56,21 @@ def calibrate(trained: Training) -> None:
             console.print(str(found), highlight=False, soft_wrap=True)
 
 
+def _agree(trained: Training, module: EnhancementModule) -> Agreed:
+    for name in ("train", "val"):
+        if len(trained.splits[name]) < LEAST:
+            return Agreed(None, math.nan, math.nan, f"the {name} split has fewer than {LEAST} pairs")
+    trained.data.setup()
+    most = MOST_LIVE if trained.cfg.data.cache == "off" else MOST
+    tokens = int(trained.backbone.tokenizer.model_max_length)
+    right, judged = (Pairs.of(_encoded(trained, *of), tokens) for of in (("train", most), ("val", most // 5)))
+    return learn_agreement(right, judged, module.source_channels, tokens, trained.cfg.seed)
+
+
 @torch.no_grad()
-def _encoded(trained: Training, name: str) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+def _encoded(trained: Training, name: str, most: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Batches of a split as training sees them, and the empty caption's embedding."""
-    for batch in trained.data.first(name, MOST):
+    for batch in trained.data.some(name, most):
         yield trained.module.with_text({key: value.to(trained.device) for key, value in batch.items()})
 
 

@@ -80,6 +80,7 @@ def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Tr
     splits = load_splits(cfg.data)
     check_source(cfg, splits["train"])
     check_mask(cfg, splits["train"])
+    HeldOut.check(splits, cfg)
     if cfg.conditioning == "none":
         splits = {name: _without_source(split) for name, split in splits.items()}
     console.print(f"run folder {run_dir}", soft_wrap=True, highlight=False)
@@ -105,29 +106,30 @@ def write_config(cfg: Config) -> None:
 
 def measure(cfg: Config, loggers: list[Any], device: torch.device, bf16: bool) -> Result:
     """Measure and report the finished training in the run folder, and tell the loggers."""
-    run_dir = Path(cfg.run_dir)
+    run_dir, split = Path(cfg.run_dir), cfg.evaluation.split
     loaded = load_run(run_dir, device)
     others = tracking.trackers(loggers)
 
     def log_table(held_out: HeldOut, rows: dict[str, np.ndarray]) -> None:
         count = cfg.tracking.num_grid_prompts
-        columns = {} if held_out.sources is None else {"source": held_out.sources}
+        shown = held_out.shown
+        columns = {} if shown is None else {"source": shown}
         columns |= {**rows, "real": np.stack([pair.image for pair in held_out.pairs])}
-        save_pictures(rows.get(row_name(cfg.enhancement.strength), rows[row_name(0.0)]), run_dir / "samples" / "test")
-        tracking.log_samples(others, "test/samples", held_out.captions[:count], columns)
+        save_pictures(rows.get(row_name(cfg.enhancement.strength), rows[row_name(0.0)]), run_dir / "samples" / split)
+        tracking.log_samples(others, f"{split}/samples", held_out.captions[:count], columns)
 
     table, grid = evaluate_run(run_dir, console, run=loaded, bf16=bf16, on_images=log_table)
-    flat = {f"test/{m}/{k}".replace(" ", "_"): v.value for m, row in table.methods.items() for k, v in row.items()}
+    flat = {f"{split}/{m}/{k}".replace(" ", "_"): v.value for m, row in table.methods.items() for k, v in row.items()}
     own = table.methods.get(row_name(cfg.enhancement.strength)) or table.methods.get(row_name(0.0), {})
-    flat |= {f"test/{name}": metric.value for name, metric in own.items()}  # the run's own row, for comparing runs
+    flat |= {f"{split}/{name}": metric.value for name, metric in own.items()}  # the run's own row, for comparing runs
     whole = build_enhancement(cfg.enhancement, loaded.backbone.latent_channels, cfg.conditioning)
     last = sum(steps for _, steps, _ in planned_stages(cfg, whole))
     for logger in others:
         if isinstance(logger, tracking.StagedLogger):
             logger.offset = 0
     tracking.log_metrics(others, flat, last)
-    tracking.log_image(others, "test/grid", grid, last)
-    tracking.log_table(others, "test/table", list(COLUMNS), table_rows(table))
+    tracking.log_image(others, f"{split}/grid", grid, last)
+    tracking.log_table(others, f"{split}/table", list(COLUMNS), table_rows(table))
     tracking.finish(loggers)
     write_card(run_dir, cfg, loaded.backbone.folder.family, run_dir / "adapter")
     return Result(run_dir, table)
