@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.models import arranged, prepared
 from benchmarks.timing import interleaved, show
+from lora_dae.backbone.allocator import keep_freed_memory
 from lora_dae.backbone.load import load_backbone
 from lora_dae.backbone.studio.autoencoder import LATENT_CHANNELS
 from lora_dae.config import BackboneConfig
@@ -34,6 +35,7 @@ def enhancement(repeats: int) -> dict[str, float]:
 
     With guidance a sampling step has two such calls, so its share is half of this.
     """
+    keep_freed_memory()  # as the commands do
     result = {}
     sd15 = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
     cases: dict[str, tuple[UNet2DConditionModel, tuple[int, ...], int]] = {
