@@ -154,7 +154,7 @@ class _Trust:
 
     @property
     def asked(self) -> bool:
-        """Whether there is anything to ask, or it has been answered."""
+        """Whether there is something to ask that has not been answered yet."""
         known = self.value is not None or self.module is None or self.latents is None
         return not known and self.module.agreement is not None  # type: ignore[union-attr]
 
