@@ -54,6 +54,8 @@ def run(cfg: Config) -> Result:
         check(cfg)
         print_plan(cfg, make_plan(cfg), console)
         return Result(Path(cfg.run_dir), None)
+    check(cfg)
+    HeldOut.check(load_splits(cfg.data), cfg)  # what cannot be measured is not trained
     trained = train(cfg)
     if trained.rank != 0:
         return Result(trained.run_dir, None)
@@ -80,7 +82,6 @@ def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Tr
     splits = load_splits(cfg.data)
     check_source(cfg, splits["train"])
     check_mask(cfg, splits["train"])
-    HeldOut.check(splits, cfg)
     if cfg.conditioning == "none":
         splits = {name: _without_source(split) for name, split in splits.items()}
     console.print(f"run folder {run_dir}", soft_wrap=True, highlight=False)
