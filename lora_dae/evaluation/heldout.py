@@ -28,11 +28,7 @@ class HeldOut:
     @classmethod
     def take(cls, dataset: PairDataset, count: int, conditioning: str, first: int = 0) -> HeldOut:
         """``count`` pairs of a split from ``first`` on, without sources where none steer; fewer than 2: ConfigError."""
-        if len(dataset) - first < 2:
-            passed = f" from number {first} on" if first else ""
-            raise ConfigError(
-                f"the split to evaluate on has {max(len(dataset) - first, 0)} images{passed}: 2 are needed."
-            )
+        _enough(len(dataset), first, "the split to evaluate on")
         pairs = [dataset[i] for i in range(first, min(first + count, len(dataset)))]
         return cls(pairs if conditioning == "source" else [replace_pixels(p, source=None) for p in pairs], first)
 
@@ -46,11 +42,8 @@ class HeldOut:
     @staticmethod
     def check(splits: dict[str, PairDataset], cfg: Config) -> None:
         """Raises ConfigError where ``asked_for`` would find fewer than 2 pairs."""
-        split, first = cfg.evaluation.split, cfg.evaluation.first_pair
-        count = max(len(splits[split]) - first, 0)
-        if count < 2:
-            passed = f" from number {first} on" if first else ""
-            raise ConfigError(f"the {split} split, to evaluate on, has {count} images{passed}: 2 are needed.")
+        split = cfg.evaluation.split
+        _enough(len(splits[split]), cfg.evaluation.first_pair, f"the {split} split, to evaluate on,")
 
     @property
     def captions(self) -> list[str]:
@@ -81,6 +74,13 @@ class HeldOut:
     def attributes(self) -> list[dict[str, str]] | None:
         found = [p.attributes for p in self.pairs if p.attributes is not None]
         return found if len(found) == len(self.pairs) else None
+
+
+def _enough(count: int, first: int, name: str) -> None:
+    left = max(count - first, 0)
+    if left < 2:
+        passed = f" from number {first} on" if first else ""
+        raise ConfigError(f"{name} has {left} images{passed}: 2 are needed.")
 
 
 def training_pairs(train: PairDataset, held_out: HeldOut) -> HeldOut | None:

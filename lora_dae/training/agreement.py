@@ -1,7 +1,8 @@
 """How the module learns whether a source photo shows what its caption says: right pairs against swapped ones.
 
-After all stages, from what is encoded already: seconds, on the process that exports. Validation pairs say how well
-it tells them apart, and set where it begins to doubt: nearly all right pairs are trusted, whatever that lets through.
+After all stages, on the process that exports: seconds where everything is encoded already. Validation pairs say how
+well it tells them apart, and set where it begins to doubt: nearly all right pairs are trusted, whatever that lets
+through.
 """
 
 from __future__ import annotations
