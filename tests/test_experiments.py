@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -14,6 +15,16 @@ from lora_dae.config import conf_dir, register
 from lora_dae.rules import check
 
 ROOT = Path(__file__).parent.parent
+README_ROWS = {
+    "frozen backbone": "frozen backbone",
+    "LoRA on attention alone (diffusers' example)": "LoRA attention",
+    "LoRA on cross-attention and convolutions": "LoRA attention + conv",
+    "the same, rsLoRA": "rsLoRA",
+    "the same, DreamBooth": "DreamBooth LoRA",
+    "the same, with FreeU": "LoRA + FreeU",
+    "the same, with an unsharp mask": "LoRA + unsharp mask",
+    "**LoRA-DAE**": "LoRA-DAE",
+}
 BATCH_FILES = sorted((ROOT / "experiments").glob("*.sbatch"))
 
 
@@ -32,3 +43,30 @@ def test_batch_files_call_train_with_overrides_that_compose(path: Path) -> None:
     check(cfg)
     nodes = re.search(r"--nodes=(\d+)", text)
     assert nodes is not None and int(nodes[1]) == cfg.trainer["num_nodes"]
+
+
+def test_the_readmes_numbers_are_those_of_the_study() -> None:
+    text = (ROOT / "README.md").read_text()
+    found = re.findall(r"<!-- numbers of experiments/(\w+) -->\n(.*?)<!-- end of numbers -->", text, re.DOTALL)
+    assert found
+    for study, table in found:
+        cells = json.loads((ROOT / "experiments" / study / "results.json").read_text())["cells"]
+        head, _, *rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines()]
+        metrics = [name.split()[0] for name in head[1:]]
+        for label, *shown in rows:
+            metrics_of_row = cells[README_ROWS[label]]["metrics"]
+            for name, told in zip(metrics, shown, strict=True):
+                measured = metrics_of_row.get(name)
+                assert (measured is None) == (not told)
+                if measured is not None:
+                    digits = len(told.split()[0].partition(".")[2])
+                    value, low, high = (f"{measured[key]:.{digits}f}" for key in ("value", "low", "high"))
+                    assert told == f"{value} [{low}, {high}]", (label, name)
+
+
+def test_the_readme_says_how_many_seeds_the_study_has() -> None:
+    text = (ROOT / "README.md").read_text()
+    results = json.loads((ROOT / "experiments/mainstream/results.json").read_text())
+    seeds = {len(results["cells"][name]["training_seeds"]) for name in README_ROWS.values()}
+    words = {1: "the first of three\ntraining seeds", 3: "three\ntraining seeds"}
+    assert words[min(seeds)] in text
