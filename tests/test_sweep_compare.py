@@ -53,7 +53,7 @@ def cells_of(folder: Path, *extra: str) -> list[Wanted]:
 
 def test_studies_are_those_that_the_project_promises() -> None:
     expected = {"rank_x_strength", "mainstream", "enhancement_ablation", "solver_and_steps", "paired_source", "texture",
-                "training_shortcuts", "tuning", "enhancement"}  # fmt: skip
+                "mainstream_text", "training_shortcuts", "tuning", "enhancement"}  # fmt: skip
     assert {study.name for study in STUDIES} == expected
 
 
