@@ -58,7 +58,11 @@ def test_a_study_runs_from_its_file_to_its_table(
     assert list(results["cells"]) == [cell.name for cell in one.grid.cells]
     assert f"Complete: {len(one.grid.cells)} cells with 1 training seed each." in (folder / "README.md").read_text()
     check_files(folder)
-    assert {"crops.png", "pareto.png"} <= {path.name for path in (folder / "figures").iterdir()}
+    assert {"crops.png", "metrics.png", "pareto.png"} <= {path.name for path in (folder / "figures").iterdir()}
+    crops = (folder / "figures" / "crops.png").read_bytes()
+    shutil.rmtree(next((tmp_path / "multirun" / "cells").glob("*/pictures/*")))  # drawn on another machine
+    write_tables([one], tmp_path / "multirun", QUIET)
+    assert (folder / "figures" / "crops.png").read_bytes() == crops
     assert make_jobs([one], tmp_path / "multirun") == []
 
 

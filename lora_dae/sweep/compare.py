@@ -143,7 +143,9 @@ def write_tables(studies: Sequence[Study], multirun: Path, console: Console) -> 
             results = build_results(study.grid, study.cells, study.results)
             write_results(study.folder, results)
             draw_plots(study.cells, results, study.folder / "figures")
-            draw_crops(study.cells, multirun / "cells", study.folder / "figures" / "crops.png")
+            crops = study.folder / "figures" / "crops.png"
+            if not draw_crops(study.cells, results["cells"], multirun / "cells", crops):
+                words += f", {crops.name} stays: not all pictures are on this machine"
             words += f", table {study.folder / 'README.md'}"
         console.print(words, soft_wrap=True, highlight=False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lora_dae.evaluation.report.table import MetricValue
 from lora_dae.sampling.sheet import image_grid
 from lora_dae.sweep import plots
 from lora_dae.sweep.cells import OFF, Wanted
+from lora_dae.sweep.results import told_apart
 from lora_dae.sweep.table import COSTS, NOT_VARIED, SEED, Row, SweepTable, flatten
 
 CROPS, SIDE, ZOOM = 3, 48, 4  # prompts, pixels of a crop, times enlarged
@@ -45,7 +46,7 @@ def sweep_table(cells: Sequence[Wanted], results: Mapping[str, Any]) -> SweepTab
             name,
             {key: values.get(key) for key in varied},
             {cost: found[name][cost] for cost in COSTS},
-            {m: MetricValue(e["value"], e["low"], e["high"], e["better"]) for m, e in found[name]["metrics"].items()},
+            _metrics(found[name]),
             (),
         )
         for name, values in flat.items()
@@ -54,24 +55,35 @@ def sweep_table(cells: Sequence[Wanted], results: Mapping[str, Any]) -> SweepTab
 
 
 def draw_plots(cells: Sequence[Wanted], results: Mapping[str, Any], folder: Path) -> None:
-    """Heat maps, curves and quality against cost, as far as what varies allows them."""
+    """Every cell's metrics; heat maps, curves and quality against cost, as far as what varies allows them."""
+    shown = {name: _metrics(cell) for name, cell in results["cells"].items()}
+    better = {(n, m): told_apart(e) for n, cell in results["cells"].items() for m, e in cell["metrics"].items()}
+    one = len({cell["against"] for cell in results["cells"].values()}) == 1
+    for old in (*folder.glob("heat_*.png"), folder / "curves.png"):  # of another time, with other rows
+        old.unlink(missing_ok=True)
+    plots.plot_dots(shown, better, results["baseline"] if one else None, folder / "metrics.png")
     table = sweep_table(cells, results)
     if table is None or not table.metrics:
         return
     leading = plots.leading_metrics(table)
     for metric in leading:
         plots.plot_heat_map(table, metric, folder / f"heat_{metric}.png")
-    plots.plot_sweep_curves(table, leading[:3], folder / "curves.png")
+    plots.plot_sweep_curves(table, leading[:3], folder / "curves.png", least=3)
     plots.plot_pareto(table, table.headline(), folder / "pareto.png")
 
 
-def draw_crops(cells: Sequence[Wanted], work: Path, output: Path) -> None:
-    """The middle of the first pictures at 400 %, a column for each cell whose pictures are on this machine."""
+def draw_crops(cells: Sequence[Wanted], measured: Collection[str], work: Path, output: Path) -> bool:
+    """The middle of the first pictures at 400 %, a column for each cell whose pictures are on this machine.
+
+    Returns False, and leaves what is there, where pictures of ``measured`` cells (names) are missing.
+    """
     columns: dict[str, list[np.ndarray]] = {}
     for one in cells:
         files = sorted(work.glob(f"*/pictures/{one.digest}/*.png"))[:CROPS]
         if one.cell.name not in columns and len(files) == CROPS:
             columns[one.cell.name] = [_middle(np.asarray(Image.open(file).convert("RGB"))) for file in files]
+    if output.exists() and not columns.keys() >= set(measured):
+        return False
     names = list(columns)
     strips = []
     for k in range(0, len(names), ABREAST):
@@ -84,6 +96,12 @@ def draw_crops(cells: Sequence[Wanted], work: Path, output: Path) -> None:
             whole.paste(strip, (0, sum(s.height for s in strips[:k])))
         output.parent.mkdir(parents=True, exist_ok=True)
         whole.save(output)
+    return True
+
+
+def _metrics(cell: Mapping[str, Any]) -> dict[str, MetricValue]:
+    found = cell["metrics"].items()
+    return {name: MetricValue(e["value"], e["low"], e["high"], e["better"]) for name, e in found}
 
 
 def _middle(image: np.ndarray) -> np.ndarray:

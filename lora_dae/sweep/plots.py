@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from lora_dae.evaluation.report.plots import INK, PALETTE, STYLE
-from lora_dae.evaluation.report.table import format_name
+from lora_dae.evaluation.report.table import ARROWS, MetricValue, format_name
 from lora_dae.sweep.table import COSTS, Row, SweepTable, badness
 
 PREFERRED = ("enhancement.strength", "adapter.rank")  # x and y of the heat map, where they vary
@@ -33,13 +35,15 @@ def slice_at_best(table: SweepTable, free: list[str], name: str) -> list[Row]:
 
 
 def plot_heat_map(table: SweepTable, name: str, output: Path) -> Path | None:
-    """A metric over the two leading numeric keys, a number in each cell; None where fewer than two vary."""
+    """A metric over the two leading numeric keys, a number in each cell; None where fewer than two vary at the best."""
     axes = axes_of(table)[:2]
     if len(axes) < 2:
         return None
     x_key, y_key = axes
     rows = slice_at_best(table, axes, name)
     xs, ys = (sorted({row.values[key] for row in rows}) for key in axes)
+    if min(len(xs), len(ys)) < 2:
+        return None
     grid = np.full((len(ys), len(xs)), np.nan)
     for row in rows:
         grid[ys.index(row.values[y_key]), xs.index(row.values[x_key])] = row.metrics[name].value
@@ -66,16 +70,24 @@ def plot_heat_map(table: SweepTable, name: str, output: Path) -> Path | None:
         return _save(figure, output)
 
 
-def plot_sweep_curves(table: SweepTable, names: list[str], output: Path) -> Path | None:
-    """Metrics over the leading numeric key with 95 % intervals, a line per value of the second; None without one."""
-    axes = axes_of(table)[:2]
-    if not axes:
+def plot_sweep_curves(table: SweepTable, names: list[str], output: Path, least: int = 2) -> Path | None:
+    """Metrics over a numeric key with 95 % intervals, a line per value of another; None without ``least`` values.
+
+    Over the one with the most values; the leading one of the others says the line. Beside them each metric stays at
+    its best row, which the panel names.
+    """
+    leading = axes_of(table)
+    if not leading:
         return None
-    x_key = axes[0]
+    x_key = max(leading, key=lambda key: len({row.values[key] for row in table.rows}))
+    axes = [x_key, *(key for key in leading if key != x_key)][:2]
+    slices = {name: slice_at_best(table, axes, name) for name in names}
+    slices = {name: rows for name, rows in slices.items() if len({row.values[x_key] for row in rows}) >= least}
+    if not slices:
+        return None
     with matplotlib.rc_context(STYLE):
-        figure = _figure(4.2 * len(names), 3.2)
-        for panel, name in zip(np.ravel(figure.subplots(1, len(names))), names, strict=True):
-            rows = slice_at_best(table, axes, name)
+        figure = _figure(4.2 * len(slices), 3.2)
+        for panel, (name, rows) in zip(np.ravel(figure.subplots(1, len(slices))), slices.items(), strict=True):
             lines = sorted({row.values[axes[1]] for row in rows}) if len(axes) > 1 else [None]
             for number, line in enumerate(lines):
                 points = sorted(
@@ -90,7 +102,9 @@ def plot_sweep_curves(table: SweepTable, names: list[str], output: Path) -> Path
                     panel.fill_between(x, [m.low for m in metrics], [m.high for m in metrics], color=color, alpha=0.15,
                                        linewidth=0)  # fmt: skip
             panel.set_title(format_name(name))
-            panel.set_xlabel(x_key)
+            others = [(key, rows[0].values[key]) for key in table.varied if key not in axes]
+            fixed = ", ".join(_short(key, value) for key, value in others if value not in (None, "none"))
+            panel.set_xlabel(x_key if not fixed or len(fixed) > 60 else f"{x_key}\n({fixed})")
             if len(axes) > 1:
                 panel.legend()
         return _save(figure, output)
@@ -112,10 +126,56 @@ def plot_pareto(table: SweepTable, name: str, output: Path) -> Path:
                        color=PALETTE[1], drawstyle="steps-post")  # fmt: skip
             for row in front:
                 panel.annotate(row.label, (row.costs[cost], row.metrics[name].value), fontsize=7.5, xytext=(5, 4),
-                               textcoords="offset points")  # fmt: skip
+                               textcoords="offset points", zorder=5,
+                               bbox={"facecolor": "white", "alpha": 0.7, "pad": 0.5, "linewidth": 0})  # fmt: skip
             panel.set_xlabel(COSTS[cost])
             panel.set_ylabel(format_name(name))
             panel.set_title(f"{format_name(name)} against {COSTS[cost].split(',')[0]}")
+        return _save(figure, output)
+
+
+def plot_dots(
+    methods: Mapping[str, Mapping[str, MetricValue]],
+    better: Mapping[tuple[str, str], bool | None],
+    baseline: str | None,
+    output: Path,
+) -> Path:
+    """Every method a line, every metric a panel: value and 95 % interval, dashed where the baseline's is.
+
+    ``better``: by method and metric, what a test says; gray where it cannot tell.
+    """
+    names = list(dict.fromkeys(name for metrics in methods.values() for name in metrics))
+    colors = {True: PALETTE[2], False: PALETTE[1], None: INK}
+    across = min(len(names), 5)
+    down = -(-len(names) // across)
+    heights = {label: -number for number, label in enumerate(methods)}
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(2.6 + 1.9 * across, (0.9 + 0.2 * len(methods)) * down)
+        panels = np.ravel(figure.subplots(down, across, sharey=True))
+        for panel, name in zip(panels, names, strict=False):
+            for label, metrics in methods.items():
+                if name not in metrics:
+                    continue
+                found, color = metrics[name], colors[better.get((label, name))]
+                if found.low is not None and found.high is not None:
+                    panel.plot([found.low, found.high], [heights[label]] * 2, color=color, linewidth=1.4)
+                panel.plot(found.value, heights[label], "o", color=color, markersize=4)
+            if baseline is not None and name in methods.get(baseline, {}):
+                panel.axvline(methods[baseline][name].value, color=INK, linewidth=0.8, linestyle="--")
+            panel.set_title(
+                f"{format_name(name)} {ARROWS[next(m[name].better for m in methods.values() if name in m)]}"
+            )
+            panel.set_yticks(list(heights.values()), list(heights), fontsize=8)
+            panel.tick_params(axis="x", labelsize=8)
+            panel.grid(axis="y", visible=False)
+            panel.locator_params(axis="x", nbins=4)
+        for panel in panels[len(names) :]:
+            panel.set_visible(False)
+        marks = [
+            Line2D([], [], color=colors[key], marker="o", linestyle="", label=label)
+            for key, label in ((True, "better than what it is tested against"), (False, "worse"), (None, "cannot tell"))
+        ]
+        figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
         return _save(figure, output)
 
 
@@ -127,6 +187,10 @@ def leading_metrics(table: SweepTable) -> list[str]:
         for name in dict.fromkeys(wanted)
         if name in table.metrics and np.isfinite(badness(table.rows[0].metrics[name]))
     ]
+
+
+def _short(key: str, value: Any) -> str:
+    return f"{key.rsplit('.', 1)[-1]} {value:g}" if _is_number(value) else f"{key.rsplit('.', 1)[-1]} {value}"
 
 
 def _is_number(value: Any) -> bool:

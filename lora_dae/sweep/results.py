@@ -208,13 +208,20 @@ def _how_much(results: Mapping[str, Any]) -> str:
     )
 
 
+def told_apart(entry: Mapping[str, Any]) -> bool | None:
+    """Whether a cell's metric is better than the one that it is tested against, or worse; None: cannot tell."""
+    if entry.get("p_holm", 1.0) >= ALPHA:
+        return None
+    return bool(entry["difference"] < 0 if entry["better"] != "higher" else entry["difference"] > 0)
+
+
 def _cell(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return ""
     value, interval = format_value(MetricValue(entry["value"], entry["low"], entry["high"], entry["better"]))
-    if entry.get("p_holm", 1.0) < ALPHA:
-        improved = entry["difference"] < 0 if entry["better"] != "higher" else entry["difference"] > 0
-        value = f"**{value}**" if improved else f"_{value}_"
+    better = told_apart(entry)
+    if better is not None:
+        value = f"**{value}**" if better else f"_{value}_"
     return f"{value} {interval}".strip()
 
 
