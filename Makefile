@@ -44,7 +44,7 @@ types: $(DEV) ## type hints (mypy)
 	$(BIN)/mypy
 
 .PHONY: backbone
-backbone: $(READY) ## train on from the shipped studio backbone (hours; resumes where it stopped)
+backbone: $(READY) ## train on from the shipped studio backbone, which it writes over (5 hours; resumes)
 	for step in autoencoder denoiser card; do $(BIN)/python -m lora_dae.backbone.studio $$step $(ARGS) || exit; done
 
 .PHONY: classifier

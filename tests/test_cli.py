@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -145,9 +146,12 @@ def test_requests_that_do_not_fit_are_one_sentence(words: tuple[str, ...], messa
 
 
 def test_the_printed_command_makes_the_same_request() -> None:
-    words = ["runs=[runs/a,b=runs/c@0]", "baseline=b", "controls=false", "bootstrap=50"]
-    request = _request("runs=[runs/a,'b=runs/c@0']", *words[1:])
-    assert command_of(request) == "python evaluate.py 'runs=[runs/a,b=runs/c@0]' baseline=b bootstrap=50 controls=false"
+    request = _request("runs=[runs/a,'b=runs/c@0']", "baseline=b", "controls=false", "bootstrap=50")
+    program, file, *printed = shlex.split(command_of(request))
+    assert (program, file) == ("python", "evaluate.py") and sorted(printed)[1:] == [
+        "bootstrap=50", "controls=false", "runs=[runs/a,'b=runs/c@0']",
+    ]  # fmt: skip
+    assert _request(*printed) == request
 
 
 def test_the_door_opens_quickly() -> None:

@@ -203,6 +203,9 @@ def command_of(request: EvaluateRequest) -> str:
         value = asdict(request)[field.name]
         if field.name == "tracking" or value is None or value == defaults.get(field.name):
             continue
-        text = f"[{','.join(value)}]" if isinstance(value, list) else str(value)
+        if isinstance(value, list):  # an = means something in Hydra's grammar, unless quoted
+            text = f"[{','.join(repr(one) if '=' in one else one for one in value)}]"
+        else:
+            text = str(value)
         words.append(shlex.quote(f"{field.name}={text.lower() if isinstance(value, bool) else text}"))
     return " ".join(["python evaluate.py", *words])

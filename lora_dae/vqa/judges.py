@@ -22,7 +22,7 @@ KINDS = ("endpoint", "transformers", "classifier")
 
 @dataclass(frozen=True)
 class JudgeConfig:
-    """One entry of ``judges`` in conf/vqa.yaml; which fields count depends on ``kind``."""
+    """One file of conf/judge/; which fields count depends on ``kind``."""
 
     kind: str
     model: str | None = None  # endpoint: the served name; transformers: a folder or hub name

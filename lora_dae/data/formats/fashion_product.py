@@ -4,7 +4,7 @@
     styles.csv    id,gender,masterCategory,subCategory,articleType,baseColour,season,year,usage,productDisplayName
 
 The last column may hold commas without quotes. It is the caption; the others are attributes for
-``data.captions.template="a photo of a {baseColour} {articleType} for {gender}"``.
+``'data.captions.template="a photo of a {baseColour} {articleType} for {gender}"'``.
 """
 
 from __future__ import annotations
