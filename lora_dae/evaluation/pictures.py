@@ -104,7 +104,9 @@ def find_methods(specs: Sequence[str], split: str, mode: PhotoMode | None = None
     parsed = [parse_spec(spec) for spec in specs]
     names = [name for name, _, _ in parsed]
     if len(set(names)) < len(names):
-        raise ConfigError(f"two methods have one name ({', '.join(names)}): tell them apart by names: "runs=['a=runs/x',runs/y]".")
+        raise ConfigError(
+            f"two methods have one name ({', '.join(names)}): tell them apart by names, \"runs=['a=runs/x',runs/y]\"."
+        )
     return [_folder(path, strength, split, mode) for _, path, strength in parsed]
 
 
