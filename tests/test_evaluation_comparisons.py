@@ -154,6 +154,17 @@ def test_a_verdict_on_votes_counts_prompts_and_raters_and_not_clicks() -> None:
     assert both["q"][0]["p_holm"] == pytest.approx(2 * 2 / 2**12)  # two tests
 
 
+def test_a_verdict_points_where_its_test_does() -> None:
+    """A hundred clicks on one prompt outnumber thirty prompts, and do not outweigh them."""
+    votes = [Vote("r", "loud", "a", "b", "a")] * 100 + [Vote("r", p, "a", "b", "b") for p in range(30)]
+    (row,) = judged_win_rates({"q": votes}, ["a", "b"])["q"]
+    assert row["share"] > 0.7 and row["verdict"] == "worse"
+    by_rater = [Vote(r, "same", "a", "b", "a") for r in range(9)] * 3  # raters for a, the other prompts for b
+    by_prompt = [Vote("s", p, "a", "b", "b") for p in range(20)]
+    (row,) = judged_win_rates({"q": by_rater + by_prompt}, ["a", "b"])["q"]
+    assert row["verdict"] == "cannot tell"
+
+
 def test_verdicts_on_votes_hold_their_level() -> None:
     """Raters with opinions of their own on each prompt, none on the whole: at most about 5 % are told apart."""
     rng = np.random.default_rng(0)

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from lora_dae.cli import typed
 from lora_dae.config import ConfigError, conf_dir, register
 from lora_dae.evaluation.report.table import MetricValue, Protocol
 from lora_dae.sweep.budget import budget
-from lora_dae.sweep.cell_files import MeasuredCell, cell_file, read_cell, write_cell
+from lora_dae.sweep.cell_files import MeasuredCell, cell_file, known_cells, read_cell, write_cell
 from lora_dae.sweep.cells import Wanted, compose_cell, distinct, read_comparison, wanted_cells, with_seeds
 from lora_dae.sweep.compare import Study, main, make_jobs, read_studies
 from lora_dae.sweep.results import BEGIN, END, NOT_RUN, build_results, csv_lines, read_results, render, write_results
@@ -304,7 +305,7 @@ def fake(value: float, seed: int) -> MeasuredCell:
     """A measured cell; the images of one seed are drawn as in another cell of that seed."""
     noise = torch.randn(200, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     metrics = {
-        "fd_effnet": MetricValue(value, value - 1, value + 1, "lower", value + 0.05 * noise),
+        "fd_effnet": MetricValue(value, value - 0.1, value + 0.1, "lower", value + 0.05 * noise),
         "attr_color": MetricValue(0.5, 0.4, 0.6, "higher", 0.5 + 0.01 * noise),
     }
     return MeasuredCell({}, metrics, PROTOCOL, 1.5, 24.0, 3.0)
@@ -373,6 +374,55 @@ def test_files_are_written_from_the_same_numbers(measured: Files) -> None:
     (folder / "README.md").write_text("no markers")
     with pytest.raises(ConfigError, match="lacks the markers"):
         write_results(folder, read_results(folder))
+    with pytest.raises(ConfigError, match="lacks the markers"):  # before anything is measured
+        read_studies([folder], [])
+
+
+def test_the_table_says_what_makes_it_another_one(measured: Files) -> None:
+    """Overrides of the command line, warnings, precisions that differ, one seed."""
+    folder, found, files = measured
+    grid = read_comparison(folder)
+    text = render(build_results(grid, found, files, ["trainer.max_steps=5"]))
+    assert "**Not the study as it stands:** every cell with `trainer.max_steps=5`." in text
+    assert "Mean over training seeds" in text and "Warning" not in text
+    for one, kind in zip(found[:2], ("bf16-mixed", "32-true"), strict=True):
+        own = fake(5.0, one.seed)
+        warned = replace(own.protocol, warnings=["few images", "fewer than 3 seeds: so much"])
+        write_cell(files, one.digest, "test", replace(own, precision=kind, protocol=warned))
+    text = render(build_results(grid, found, files))
+    assert "Warning: few images; cells were measured in 32-true and bf16-mixed: give trainer.precision" in text
+    assert "fewer than 3 seeds: so much" not in text and "Not the study" not in text
+    alone = render(build_results(grid, [one for one in found if one.seed == 0], files))
+    assert "One training seed, with 95 % intervals over images." in alone
+
+
+def test_a_damaged_measurement_is_made_again(measured: Files, tmp_path: Path) -> None:
+    folder, found, files = measured
+    study = Study(folder, read_comparison(folder), found)
+    whole = len(known_cells(files))
+    victim = next(iter(sorted(files.glob("*.json"))))
+    before = {job.digest for job in make_jobs([study], tmp_path / "multirun")}
+    path = study.results / victim.name
+    path.write_text(path.read_text()[:100])
+    assert len(known_cells(files)) == whole - 1
+    assert {job.digest for job in make_jobs([study], tmp_path / "multirun")} != before
+
+
+@pytest.mark.parametrize("metrics", ["[]", "fd_effnet", "[[a]]"])
+def test_metrics_are_a_list_of_names(tmp_path: Path, metrics: str) -> None:
+    folder = write_study(tmp_path / "s", STUDY.replace("[fd_effnet, attr_color, power_high]", metrics))
+    with pytest.raises(ConfigError, match="give a list of at least one name"):
+        read_comparison(folder)
+
+
+def test_a_file_counts_by_what_it_holds(tmp_path: Path) -> None:
+    """A cell's captions: another text in the same place is another measurement, the same elsewhere is not."""
+    digests = []
+    for name, text in (("a", "one"), ("a", "two"), ("b", "two")):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+        extra = f"data.captions.file={tmp_path / name}.jsonl"
+        digests.append(cells_of(write_study(tmp_path / "s"), "data=folder", "data.root=x", extra)[0].digest)
+    assert digests[0] != digests[1] == digests[2]
 
 
 def test_a_cell_comes_back_from_its_file(tmp_path: Path) -> None:

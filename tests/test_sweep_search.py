@@ -13,7 +13,16 @@ import pytest
 from rich.console import Console
 
 from lora_dae.config import ConfigError
-from lora_dae.sweep.search import SearchRequest, check_request, read_objectives, search, suggest, train_command
+from lora_dae.sweep.search import (
+    SearchRequest,
+    _failures_in_a_row,
+    _take_up,
+    check_request,
+    read_objectives,
+    search,
+    suggest,
+    train_command,
+)
 
 optuna = pytest.importorskip("optuna")
 ROOT = Path(__file__).parent.parent
@@ -103,6 +112,18 @@ search(replace(REQUEST, trials=3, overrides=["stop_at=2"]), Console(quiet=True),
     ran = [float(x) for x in (tmp_path / "ran.txt").read_text().split()]
     assert len(ran) == 4 and ran[1] == ran[2]
     assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_what_was_cut_off_is_no_failure() -> None:
+    """Two stops and one failure are not three failures in a row, which would end the search."""
+    states = optuna.trial.TrialState
+    study = optuna.create_study()
+    for _ in range(2):
+        study.enqueue_trial({"x": 1.0})
+        study.ask()
+        _take_up(study, optuna.create_study(), states)
+    study.tell(study.ask(), state=states.FAIL)
+    assert [t.state.name for t in study.trials].count("FAIL") == 3 and _failures_in_a_row(study, states) == 1
 
 
 def test_a_mistake_stops_the_search_with_its_sentence() -> None:

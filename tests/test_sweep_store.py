@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from compose import config
+from filelock import SoftFileLock
 from safetensors.torch import load_file
 
 from lora_dae.config import Config, ConfigError, DataConfig, EnhancementConfig, TrackingConfig
@@ -246,6 +247,14 @@ def test_waits_for_a_training_that_runs_elsewhere(
     store.train_once(make("run"), folder, tmp_path / "decision.json")
     assert len(waited) == 1 and waited[0].startswith("waits for process")
     assert not trainings
+
+
+def test_a_disk_without_flock_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """There filelock would take a file that outlives a crash."""
+    monkeypatch.setattr("lora_dae.sweep.locks.FileLock", SoftFileLock)
+    with pytest.raises(ConfigError, match="no flock"):
+        try_lock(tmp_path / "x.lock")
+    assert not (tmp_path / "x.lock").exists()
 
 
 def test_a_checkpoint_path_and_a_store_exclude_each_other(make: Make) -> None:

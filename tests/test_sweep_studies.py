@@ -18,6 +18,7 @@ from rich.console import Console
 from test_sweep_compare import ROOT, STUDIES, STUDY, fake, write_study
 from test_sweep_compare import test_tables_and_files_of_every_study_agree as check_files
 
+from lora_dae.config import ConfigError
 from lora_dae.sweep import store
 from lora_dae.sweep.cell_files import read_cell, write_cell
 from lora_dae.sweep.cell_worker import Work, measure_cells
@@ -143,6 +144,19 @@ def test_what_evaluation_asks_for_is_drawn(tiny_backbone: Path, tmp_path: Path) 
     (whole,) = with_seeds(whole.cell, [0], (*longer, "evaluation.num_samples=4"))
     work.measure(whole)
     assert (drawn["plain"][2:] == drawn["first_pair=2"]).all()
+
+
+def test_a_cell_that_cannot_be_measured_stops_no_other(tiny_backbone: Path, tmp_path: Path) -> None:
+    """More pictures than there are pairs, and a metric that was asked for and is not to be had: neither gets a file."""
+    text = STUDY.replace("[0, 1, 2]", "[0]").partition("cells:")[0]
+    text += "cells:\n  many: [enhancement=none, evaluation.num_samples=9]\n"
+    text += f"  lacking: [enhancement=none, evaluation.dinov2={tmp_path / 'none'}]\n  plain: [enhancement=none]\n"
+    folder = write_study(tmp_path / "experiments" / "some", text.replace("baseline: plain", "baseline: many"))
+    (study,) = read_studies([folder], shortened(tiny_backbone, tmp_path / "cache"))
+    (job,) = make_jobs([study], tmp_path / "multirun")
+    with pytest.raises(ConfigError, match="9 are asked for.*fd_dinov2 was asked for and is not to be had"):
+        measure_cells(list_file(job), QUIET)
+    assert [one.cell.name for one in study.cells if read_cell(study.results, one.digest)] == ["plain"]
 
 
 def compare(tmp_path: Path, *words: str) -> subprocess.Popen[str]:

@@ -26,9 +26,9 @@ class HeldOut:
     wrong_source: bool = False
 
     @classmethod
-    def take(cls, dataset: PairDataset, count: int, conditioning: str, first: int = 0) -> HeldOut:
-        """``count`` pairs of a split from ``first`` on, without sources where none steer; fewer than 2: ConfigError."""
-        _enough(len(dataset), first, "the split to evaluate on")
+    def take(cls, dataset: PairDataset, count: int, conditioning: str, first: int = 0, least: int = 2) -> HeldOut:
+        """``count`` pairs of a split from ``first`` on, without sources if none steer; ConfigError below ``least``."""
+        _enough(len(dataset), first, "the split to evaluate on", least)
         pairs = [dataset[i] for i in range(first, min(first + count, len(dataset)))]
         return cls(pairs if conditioning == "source" else [replace_pixels(p, source=None) for p in pairs], first)
 
@@ -76,11 +76,11 @@ class HeldOut:
         return found if len(found) == len(self.pairs) else None
 
 
-def _enough(count: int, first: int, name: str) -> None:
+def _enough(count: int, first: int, name: str, least: int = 2) -> None:
     left = max(count - first, 0)
-    if left < 2:
+    if left < least:
         passed = f" from number {first} on" if first else ""
-        raise ConfigError(f"{name} has {left} images{passed}: 2 are needed.")
+        raise ConfigError(f"{name} has {left} images{passed}: {least} are needed.")
 
 
 def training_pairs(train: PairDataset, held_out: HeldOut) -> HeldOut | None:

@@ -26,7 +26,7 @@ KEPT = 200  # of a standard deviation it says 5 %
 
 @dataclass(frozen=True)
 class MeasuredCell:
-    """What a file says; ``seconds`` of drawing and measuring."""
+    """What a file says; ``seconds`` of drawing and measuring, ``precision`` in which it was drawn ("" of old files)."""
 
     what: dict[str, Any]
     metrics: dict[str, MetricValue]
@@ -34,6 +34,7 @@ class MeasuredCell:
     adapter_mb: float
     network_calls: float
     seconds: float
+    precision: str = ""
 
 
 def cell_file(results: Path, digest: str) -> Path:
@@ -46,6 +47,7 @@ def write_cell(results: Path, digest: str, by: str, cell: MeasuredCell) -> None:
     told = {
         "what": cell.what, "by": by, "metrics": metrics, "protocol": asdict(cell.protocol),
         "adapter_mb": cell.adapter_mb, "network_calls": cell.network_calls, "seconds": cell.seconds,
+        "precision": cell.precision,
     }  # fmt: skip
     write_json(cell_file(results, digest), told)
 
@@ -60,13 +62,14 @@ def read_cell(results: Path, digest: str) -> MeasuredCell | None:
         value = np.nan if found["value"] is None else found["value"]
         metrics[name] = MetricValue(value, found["low"], found["high"], found["better"], unpack(value, found))
     return MeasuredCell(
-        told["what"], metrics, Protocol(**told["protocol"]), told["adapter_mb"], told["network_calls"], told["seconds"]
-    )
+        told["what"], metrics, Protocol(**told["protocol"]), told["adapter_mb"], told["network_calls"],
+        told["seconds"], told.get("precision", ""),
+    )  # fmt: skip
 
 
 def known_cells(results: Path) -> set[str]:
-    """The digests of all files."""
-    return {path.stem for path in results.glob("*.json")}
+    """The digests of all whole files; a damaged one is measured again."""
+    return {path.stem for path in results.glob("*.json") if read_json(path)}
 
 
 def pack(metric: MetricValue) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ from lora_dae.evaluation.references import CEILING, CONTROLS, reconstructed, rec
 from lora_dae.evaluation.run import FROZEN, measure_rows, row_name
 from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet
-from lora_dae.sweep.cell_files import MeasuredCell, cell_file, write_cell
+from lora_dae.sweep.cell_files import MeasuredCell, read_cell, write_cell
 from lora_dae.sweep.cells import Cell, Wanted, with_seeds
 from lora_dae.sweep.files import read_json, write_json
 from lora_dae.sweep.identity import content_hash, training_part
@@ -37,6 +37,7 @@ from lora_dae.sweep.store import train_shared
 from lora_dae.sweep.table import adapter_megabytes, network_calls
 
 PICTURES = 3  # of every cell are kept, for crops
+NOT_ASKED_FOR = ("ms_ssim", "lpips_alex")  # told of whenever they are not there; bad LPIPS weights are refused
 BOOTSTRAP_SEED = 0  # the same for all training seeds: all cells resample the same images
 
 
@@ -50,17 +51,26 @@ def write_list(file: Path, cells: Sequence[Wanted], results: Path, store: Path) 
 
 
 def measure_cells(file: Path, console: Console) -> None:
-    """Measure every cell of a list that has no file yet. Raises ConfigError if one is no longer what was listed."""
+    """Measure every cell of a list that has no whole file yet.
+
+    Raises ConfigError if one is no longer what was listed, and, after all others, if one cannot be measured.
+    """
     told = read_json(file)
     results, work = Path(told["results"]), Work(file.parent, Path(told["store"]))
+    failed: list[str] = []
     for entry in told["cells"]:
         overrides = tuple(entry["overrides"])
         (one,) = with_seeds(Cell(entry["name"], overrides, entry["row"]), [entry["seed"]], overrides)
         if one.digest != entry["digest"]:
             raise ConfigError(f"{one.label} is not what it was when its process started: give the command again.")
-        if not cell_file(results, one.digest).is_file():
+        if read_cell(results, one.digest) is None:
             console.print(one.label, highlight=False)
-            write_cell(results, one.digest, f"{one.label}: {' '.join(overrides)}", work.measure(one))
+            try:
+                write_cell(results, one.digest, f"{one.label}: {' '.join(overrides)}", work.measure(one))
+            except ConfigError as error:
+                failed.append(f"{one.label}: {error}")
+    if failed:
+        raise ConfigError("; ".join(failed))
 
 
 @dataclass(frozen=True)
@@ -107,13 +117,13 @@ class Work:
             one.matters, table.methods[name], table.protocol,
             0.0 if trained is None else adapter_megabytes(trained),
             network_calls(cfg) if one.cell.row in (None, FROZEN) else 0.0, round(time.time() - started, 1),
+            _precision(cfg),
         )  # fmt: skip
 
     def _draw(self, one: Wanted, held_out: HeldOut, trained: Path | None) -> np.ndarray:
         """uint8 (N, H, W, 3)."""
         cfg, row = one.cfg, one.cell.row
-        device = torch.device("cpu") if cfg.trainer.get("accelerator") == "cpu" else best_device()
-        bf16 = choose_precision(str(cfg.trainer.get("precision", "auto")), device).startswith("bf16")
+        device, bf16 = _device(cfg), _precision(cfg).startswith("bf16")
         originals = [pair.image for pair in held_out.pairs]
         if row in CONTROLS:
             return np.stack([CONTROLS[row](image) for image in originals])
@@ -129,6 +139,21 @@ class Work:
         return drawer.images(held_out.captions, held_out.shown, cfg.enhancement.strength, held_out.numbers)
 
 
+def _device(cfg: Config) -> torch.device:
+    return torch.device("cpu") if cfg.trainer.get("accelerator") == "cpu" else best_device()
+
+
+_precisions: dict[tuple[str, str], str] = {}
+
+
+def _precision(cfg: Config) -> str:
+    """What ``trainer.precision`` is here; ``auto`` measures, once per process."""
+    key = str(cfg.trainer.get("precision", "auto")), str(_device(cfg))
+    if key not in _precisions:
+        _precisions[key] = choose_precision(key[0], _device(cfg))
+    return _precisions[key]
+
+
 def _look(cfg: Config) -> Seen:
     asked = cfg.evaluation
     held_out = HeldOut.asked_for(load_splits(cfg.data), cfg)
@@ -137,10 +162,16 @@ def _look(cfg: Config) -> Seen:
             f"the {asked.split} split has {len(held_out.pairs)} pairs from number {asked.first_pair} on, and "
             f"evaluation.num_samples={asked.num_samples} are asked for: raise data.{asked.split}_size."
         )
+    extras = load_extras(asked, cfg.data.resolution, held_out.captions)
+    lacking = {k: v for k, v in extras.not_available.items() if k not in NOT_ASKED_FOR}
+    if lacking:  # a file without them would count as the whole measurement
+        raise ConfigError(
+            "; ".join(f"{name} was asked for and is not to be had: {why}" for name, why in lacking.items())
+        )
     extractor, recon = load_features(asked.features).to(best_device()), None
     if asked.reconstructions:
         recon = reconstructed_features(load_backbone(cfg.backbone, best_device()), held_out, extractor)
-    return Seen(held_out, load_extras(asked, cfg.data.resolution, held_out.captions), extractor, None, recon)
+    return Seen(held_out, extras, extractor, None, recon)
 
 
 def _frozen(cfg: Config, device: torch.device, bf16: bool) -> Drawer:

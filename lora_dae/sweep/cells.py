@@ -7,6 +7,7 @@ multirun/store/                  trainings, shared with all sweeps
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -93,11 +94,14 @@ def read_comparison(folder: Path) -> Comparison:
     for baseline in (values["baseline"], *(cell.against for cell in cells if cell.against is not None)):
         if baseline not in names:
             raise ConfigError(f"{path}: the baseline '{baseline}' is none of its cells.")
+    metrics = values["metrics"]
+    if not isinstance(metrics, list) or not metrics or not all(isinstance(name, str) for name in metrics):
+        raise ConfigError(f"{path}: metrics is {metrics}: give a list of at least one name.")
     seeds = values["seeds"]
     if not isinstance(seeds, list) or not seeds or len({*map(str, seeds)}) < len(seeds):
         raise ConfigError(f"{path}: seeds is {seeds}: give a list of at least one, each once.")
     return Comparison(
-        folder.resolve().name, values["title"], tuple(seeds), values["baseline"], tuple(values["metrics"]),
+        folder.resolve().name, values["title"], tuple(seeds), values["baseline"], tuple(metrics),
         tuple(map(str, values["common"])), tuple(cells), bool(values.get("own_pairs", False)),
     )  # fmt: skip
 
@@ -169,11 +173,15 @@ def with_seeds(cell: Cell, seeds: Sequence[int], overrides: tuple[str, ...]) -> 
 def what_matters(cfg: Config, row: str | None) -> dict[str, Any]:
     """What a cell's numbers depend on, as plain data: training, sampling, pictures, frozen weights, renderer.
 
-    Photos under ``data.root`` count by their folder's name. How many images are drawn at once does not matter.
+    Single files count by what they hold, photos and networks in folders by the path that is given. How many images are
+    drawn at once does not matter.
     """
     training = training_part(cfg)
+    training["adapter"]["init_from"] = _content(cfg.adapter.init_from)
+    training["data"]["captions"] = {**training["data"]["captions"], "file": _content(cfg.data.captions.file)}
     del training["backbone"]["path"]  # what lies there counts
     asked = {k: v for k, v in to_dict(cfg.evaluation).items() if k not in ("frozen", "controls")}
+    asked["lpips"] = _content(cfg.evaluation.lpips)
     if row is not None:
         asked["wrong_source"] = False  # they see none
     found = {
@@ -191,6 +199,13 @@ def what_matters(cfg: Config, row: str | None) -> dict[str, Any]:
     if row == FROZEN:  # it is drawn, in the precision that the others are trained and drawn in
         seen |= {"sampling": sampling, "precision": str(cfg.trainer.get("precision", "auto"))}
     return {**found, **seen}
+
+
+def _content(path: str | None) -> str | None:
+    """A file by what it holds; what is no file as it is."""
+    if path is None or not Path(path).is_file():
+        return path
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 _fingerprints: dict[str, str] = {}

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from lora_dae.config import ConfigError
 from lora_dae.sweep.budget import budget
-from lora_dae.sweep.cell_files import cell_file, known_cells
+from lora_dae.sweep.cell_files import known_cells, read_cell
 from lora_dae.sweep.cell_worker import write_list
 from lora_dae.sweep.cells import FILE, Comparison, Wanted, distinct, read_comparison, wanted_cells
 from lora_dae.sweep.devices import Devices, visible_gpus
@@ -26,7 +26,7 @@ from lora_dae.sweep.figures import draw_crops, draw_plots
 from lora_dae.sweep.identity import content_hash
 from lora_dae.sweep.jobs import DONE, Job
 from lora_dae.sweep.launcher import InterruptedSweepError, run_jobs
-from lora_dae.sweep.results import build_results, write_results
+from lora_dae.sweep.results import build_results, check_readme, write_results
 
 MULTIRUN = Path("multirun")
 CAPTION = (
@@ -42,6 +42,7 @@ class Study:
     folder: Path
     grid: Comparison
     cells: list[Wanted]
+    extra: tuple[str, ...] = ()  # overrides of every cell that the study itself has not
 
     @property
     def results(self) -> Path:
@@ -54,7 +55,9 @@ def read_studies(folders: Sequence[Path], extra: Sequence[str]) -> list[Study]:
     if len({folder.resolve().parent for folder in folders}) > 1:
         raise ConfigError("these studies lie in several folders, and share their cells in none: run them one by one.")
     grids = [read_comparison(folder) for folder in folders]
-    return [Study(f, grid, wanted_cells(grid, extra)) for f, grid in zip(folders, grids, strict=True)]
+    for folder in folders:
+        check_readme(folder)
+    return [Study(f, grid, wanted_cells(grid, extra), tuple(extra)) for f, grid in zip(folders, grids, strict=True)]
 
 
 def plan_table(studies: Sequence[Study]) -> Table:
@@ -86,7 +89,7 @@ def make_jobs(studies: Sequence[Study], multirun: Path) -> list[Job]:
     results = studies[0].results
     missing: dict[str, list[Wanted]] = {}
     for one in distinct(w for study in studies for w in study.cells):
-        if not cell_file(results, one.digest).is_file():
+        if read_cell(results, one.digest) is None:
             missing.setdefault(one.adapter or "untrained", []).append(one)
     jobs: list[Job] = []
     for name, cells in missing.items():
@@ -140,13 +143,17 @@ def write_tables(studies: Sequence[Study], multirun: Path, console: Console) -> 
         have = sum(one.digest in known for one in study.cells)
         words = f"{study.grid.name}: {have} of {len(study.cells)} measurements"
         if have:
-            results = build_results(study.grid, study.cells, study.results)
+            results = build_results(study.grid, study.cells, study.results, study.extra)
             write_results(study.folder, results)
             draw_plots(study.cells, results, study.folder / "figures")
             crops = study.folder / "figures" / "crops.png"
             if not draw_crops(study.cells, results["cells"], multirun / "cells", crops):
                 words += f", {crops.name} stays: not all pictures are on this machine"
             words += f", table {study.folder / 'README.md'}"
+            known_metrics = {name for cell in results["cells"].values() for name in cell["metrics"]}
+            lacking = [name for name in study.grid.metrics if name not in known_metrics]
+            if lacking:
+                words += f"; no cell has {', '.join(lacking)}"
         console.print(words, soft_wrap=True, highlight=False)
 
 

@@ -57,9 +57,14 @@ def sweep_table(cells: Sequence[Wanted], results: Mapping[str, Any]) -> SweepTab
 def draw_plots(cells: Sequence[Wanted], results: Mapping[str, Any], folder: Path) -> None:
     """Every cell's metrics; heat maps, curves and quality against cost, as far as what varies allows them."""
     shown = {name: _metrics(cell) for name, cell in results["cells"].items()}
-    better = {(n, m): told_apart(e) for n, cell in results["cells"].items() for m, e in cell["metrics"].items()}
+    every = [(n, m, e) for n, cell in results["cells"].items() for m, e in cell["metrics"].items()]
+    better = {(n, m): told_apart(e) for n, m, e in every if "p_holm" in e}
     one = len({cell["against"] for cell in results["cells"].values()}) == 1
-    for old in (*folder.glob("heat_*.png"), folder / "curves.png"):  # of another time, with other rows
+    for old in (
+        *folder.glob("heat_*.png"),
+        folder / "curves.png",
+        folder / "pareto.png",
+    ):  # of another time, with other rows
         old.unlink(missing_ok=True)
     plots.plot_dots(shown, better, results["baseline"] if one else None, folder / "metrics.png")
     table = sweep_table(cells, results)
@@ -78,10 +83,11 @@ def draw_crops(cells: Sequence[Wanted], measured: Collection[str], work: Path, o
     Returns False, and leaves what is there, where pictures of ``measured`` cells (names) are missing.
     """
     columns: dict[str, list[np.ndarray]] = {}
-    for one in cells:
-        files = sorted(work.glob(f"*/pictures/{one.digest}/*.png"))[:CROPS]
-        if one.cell.name not in columns and len(files) == CROPS:
-            columns[one.cell.name] = [_middle(np.asarray(Image.open(file).convert("RGB"))) for file in files]
+    for seed in dict.fromkeys(one.seed for one in cells):  # all cells of one: other seeds may be of other pairs
+        files = {one.cell.name: _pictures(work, one.digest) for one in cells if one.seed == seed}
+        here = {name: some for name, some in files.items() if len(some) == CROPS}
+        if len(here) > len(columns):
+            columns = {name: [_middle(np.asarray(Image.open(f).convert("RGB"))) for f in s] for name, s in here.items()}
     if output.exists() and not columns.keys() >= set(measured):
         return False
     names = list(columns)
@@ -97,6 +103,10 @@ def draw_crops(cells: Sequence[Wanted], measured: Collection[str], work: Path, o
         output.parent.mkdir(parents=True, exist_ok=True)
         whole.save(output)
     return True
+
+
+def _pictures(work: Path, digest: str) -> list[Path]:
+    return sorted(work.glob(f"*/pictures/{digest}/*.png"))[:CROPS]
 
 
 def _metrics(cell: Mapping[str, Any]) -> dict[str, MetricValue]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from lora_dae.config import ConfigError
 
@@ -24,6 +24,9 @@ def try_lock(path: Path) -> FileLock | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
         lock.acquire(timeout=0)
+        if isinstance(lock, SoftFileLock):  # filelock takes a file that a crash leaves behind where flock is missing
+            lock.release()
+            raise NotImplementedError("it has no flock")
     except Timeout:
         return None
     except (NotImplementedError, OSError) as error:

@@ -74,7 +74,7 @@ def plot_sweep_curves(table: SweepTable, names: list[str], output: Path, least: 
     """Metrics over a numeric key with 95 % intervals, a line per value of another; None without ``least`` values.
 
     Over the one with the most values; the leading one of the others says the line. Beside them each metric stays at
-    its best row, which the panel names.
+    its best row, which the panel names where there is room.
     """
     leading = axes_of(table)
     if not leading:
@@ -139,12 +139,15 @@ def plot_dots(
     better: Mapping[tuple[str, str], bool | None],
     baseline: str | None,
     output: Path,
-) -> Path:
+) -> Path | None:
     """Every method a line, every metric a panel: value and 95 % interval, dashed where the baseline's is.
 
-    ``better``: by method and metric, what a test says; gray where it cannot tell.
+    ``better``: by method and metric, what a test says: gray where it cannot tell, hollow where there was none. None
+    without a metric.
     """
     names = list(dict.fromkeys(name for metrics in methods.values() for name in metrics))
+    if not names:
+        return None
     colors = {True: PALETTE[2], False: PALETTE[1], None: INK}
     across = min(len(names), 5)
     down = -(-len(names) // across)
@@ -159,7 +162,8 @@ def plot_dots(
                 found, color = metrics[name], colors[better.get((label, name))]
                 if found.low is not None and found.high is not None:
                     panel.plot([found.low, found.high], [heights[label]] * 2, color=color, linewidth=1.4)
-                panel.plot(found.value, heights[label], "o", color=color, markersize=4)
+                inside = color if (label, name) in better else "white"
+                panel.plot(found.value, heights[label], "o", color=color, markerfacecolor=inside, markersize=4)
             if baseline is not None and name in methods.get(baseline, {}):
                 panel.axvline(methods[baseline][name].value, color=INK, linewidth=0.8, linestyle="--")
             panel.set_title(
@@ -175,7 +179,8 @@ def plot_dots(
             Line2D([], [], color=colors[key], marker="o", linestyle="", label=label)
             for key, label in ((True, "better than what it is tested against"), (False, "worse"), (None, "cannot tell"))
         ]
-        figure.legend(handles=marks, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        marks.append(Line2D([], [], color=INK, markerfacecolor="white", marker="o", linestyle="", label="not tested"))
+        figure.legend(handles=marks, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
         return _save(figure, output)
 
 

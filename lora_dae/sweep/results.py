@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import stats
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from lora_dae.adapter.atomic import atomic
 from lora_dae.config import ConfigError
 from lora_dae.evaluation.report.table import ARROWS, MetricValue, format_name, format_value
 from lora_dae.evaluation.statistics.compare import holm
-from lora_dae.sweep.cell_files import MeasuredCell, read_cell
+from lora_dae.sweep.cell_files import KEPT, MeasuredCell, read_cell
 from lora_dae.sweep.cells import Comparison, Wanted
 from lora_dae.sweep.files import read_json, write_json
 
@@ -39,6 +40,7 @@ class Measured:
     replicates: tuple[Tensor, ...]
     better: str | None  # lower, higher, None: closer to 1
     own_pairs: bool = False  # each seed was measured on other pairs
+    halves: tuple[tuple[float, float], ...] = ()  # per seed, how far its own interval reaches down and up
 
 
 def standard_error(
@@ -49,23 +51,52 @@ def standard_error(
     Two sources add up: which images were drawn (the bootstrap's variance; the seeds share their prompts, so their mean
     is over it, or have ``own_pairs``, and it falls with their number) and which weights training found (the seeds'
     variance over their number; with ``own_pairs`` it has the images in it once more: intervals are rather too wide).
-    Welch and Satterthwaite's degrees of freedom, the first source's being taken as infinite.
+    Welch and Satterthwaite's degrees of freedom. Replicates that caught no image with a value (NaN) do not count.
     """
-    images = float(np.mean([float(r.var()) for r in replicates])) if replicates else 0.0
+    finite = [r[torch.isfinite(r)] for r in replicates]
+    images = float(np.mean([float(r.var()) for r in finite])) if finite else 0.0
+    return _combined(values, images, _freedom(finite), own_pairs)
+
+
+def _freedom(replicates: Sequence[Tensor]) -> float:
+    """Of the images' variance: few replicates, as of a jackknife over groups, say it less surely."""
+    return max(min((len(r) for r in replicates), default=2) - 1, 1)
+
+
+def _combined(values: Sequence[float], images: float, freedom: float, own_pairs: bool) -> tuple[float, float]:
     images /= len(values) if own_pairs else 1
     seeds = float(np.var(values, ddof=1)) / len(values) if len(values) > 1 else 0.0
-    freedom = math.inf if seeds == 0 else (images + seeds) ** 2 / (seeds**2 / (len(values) - 1))
-    return math.sqrt(images + seeds), freedom
+    parts = images**2 / freedom + (seeds**2 / (len(values) - 1) if seeds else 0.0)
+    return math.sqrt(images + seeds), (images + seeds) ** 2 / parts if parts else math.inf
 
 
-def summary(measured: Measured) -> MetricValue:
-    """Mean and 95 % interval; without one where neither seeds nor replicates say how far it varies."""
+def summary(measured: Measured, name: str = "") -> MetricValue:
+    """Mean and 95 % interval, within what ``name`` can be; without one where neither seeds nor replicates say it.
+
+    What each seed's own interval says of the images counts, by side: that of a share is Wilson's, which is not 0 for
+    all of n.
+    """
     mean = float(np.mean(measured.values))
     if len(measured.values) == 1 and not measured.replicates:
         return MetricValue(mean, None, None, measured.better)  # type: ignore[arg-type]
-    error, freedom = standard_error(measured.values, measured.replicates, measured.own_pairs)
-    half = float(stats.t.ppf(1 - ALPHA / 2, freedom)) * error
-    return MetricValue(mean, mean - half, mean + half, measured.better)  # type: ignore[arg-type]
+    ends = []
+    for side, sign in ((0, -1), (1, 1)):
+        error, freedom = standard_error(measured.values, measured.replicates, measured.own_pairs)
+        if measured.halves:
+            of_images = _freedom([r[torch.isfinite(r)] for r in measured.replicates])
+            wide = float(stats.t.ppf(1 - ALPHA / 2, of_images))
+            images = float(np.mean([(half[side] / wide) ** 2 for half in measured.halves]))
+            error, freedom = _combined(measured.values, images, of_images, measured.own_pairs)
+        ends.append(mean + sign * float(stats.t.ppf(1 - ALPHA / 2, freedom)) * error)
+    least, most = _range(name)
+    return MetricValue(mean, max(ends[0], least), min(ends[1], most), measured.better)  # type: ignore[arg-type]
+
+
+def _range(name: str) -> tuple[float, float]:
+    """The least and the most that a metric can be."""
+    kind = name.split("_")[0]
+    least = {"": -math.inf, "kd": -math.inf, "kid": -math.inf, "clip": -math.inf, "is": 1.0}.get(kind, 0.0)
+    return least, 1.0 if kind in ("attr", "ssim", "edge") else math.inf
 
 
 def difference(cell: Measured, baseline: Measured) -> tuple[float, float]:
@@ -91,11 +122,13 @@ def _distance(measured: Measured) -> Measured:
     return Measured(values, logs, "lower", measured.own_pairs)
 
 
-def build_results(grid: Comparison, wanted: Sequence[Wanted], results: Path) -> dict[str, Any]:
+def build_results(
+    grid: Comparison, wanted: Sequence[Wanted], results: Path, extra: Sequence[str] = ()
+) -> dict[str, Any]:
     """The content of results.json, of the cells and training seeds that are measured.
 
-    ``wanted`` are all cells of ``grid`` with every seed, ``results`` the folder of measured cells. Raises ConfigError
-    where nothing is measured.
+    ``wanted`` are all cells of ``grid`` with every seed, composed with the overrides ``extra``, ``results`` the folder
+    of measured cells. Raises ConfigError where nothing is measured.
     """
     found: dict[str, dict[int, MeasuredCell]] = {cell.name: {} for cell in grid.cells}
     for one in wanted:
@@ -118,7 +151,7 @@ def build_results(grid: Comparison, wanted: Sequence[Wanted], results: Path) -> 
             measured_metric = _measured(found[cell.name], metric, grid.own_pairs)
             if measured_metric is None:
                 continue
-            entries[metric] = {**summary(measured_metric).as_dict(), "seeds": list(measured_metric.values)}
+            entries[metric] = {**summary(measured_metric, metric).as_dict(), "seeds": list(measured_metric.values)}
             if (cell.name, metric) in tests:
                 change, p = tests[cell.name, metric]
                 entries[metric] |= {"difference": change, "p": p, "p_holm": corrected[cell.name, metric]}
@@ -136,8 +169,19 @@ def build_results(grid: Comparison, wanted: Sequence[Wanted], results: Path) -> 
     return {
         "study": grid.name, "baseline": grid.baseline, "training_seeds": list(grid.seeds), "common": list(grid.common),
         "protocol": next(iter(shown.values())).protocol.line(), "planned": [cell.name for cell in grid.cells],
-        "cells": cells, **({"own_pairs": True} if grid.own_pairs else {}),
+        "warnings": _warnings(found), "cells": cells, **({"own_pairs": True} if grid.own_pairs else {}),
+        **({"overrides": list(extra)} if extra else {}),
     }  # fmt: skip
+
+
+def _warnings(found: Mapping[str, Mapping[int, MeasuredCell]]) -> list[str]:
+    """What makes the numbers say less than they seem to; how many seeds there are is told elsewhere."""
+    every = [cell for seeds in found.values() for cell in seeds.values()]
+    told = dict.fromkeys(words for cell in every for words in cell.protocol.warnings if "seeds:" not in words)
+    kinds = sorted({cell.precision for cell in every if cell.precision})
+    if len(kinds) > 1:
+        told[f"cells were measured in {' and '.join(kinds)}: give trainer.precision to compare like with like"] = None
+    return list(told)
 
 
 def _tests(
@@ -164,7 +208,13 @@ def _measured(cells: Mapping[int, MeasuredCell], metric: str, own_pairs: bool) -
         return None
     kept = [row.replicates for row in known if row.replicates is not None]
     values = tuple(row.value for row in known)
-    return Measured(values, tuple(kept) if len(kept) == len(known) else (), known[0].better, own_pairs)
+    halves = tuple(
+        (row.value - row.low, row.high - row.value) for row in known if row.low is not None and row.high is not None
+    )
+    return Measured(
+        values, tuple(kept) if len(kept) == len(known) else (), known[0].better, own_pairs,
+        halves if len(halves) == len(known) else (),
+    )  # fmt: skip
 
 
 def render(results: Mapping[str, Any] | None) -> str:
@@ -184,12 +234,21 @@ def render(results: Mapping[str, Any] | None) -> str:
     count = sum("p_holm" in entry for cell in cells.values() for entry in cell["metrics"].values())
     one = len({cell["against"] for cell in cells.values()}) == 1
     than = f"'{results['baseline']}'" if one else "the cell that each is tested against (results.json)"
+    alone = max(len(cell["training_seeds"]) for cell in cells.values()) == 1
+    over = "One training seed, with 95 % intervals over images." if alone else (
+        "Mean over training seeds with 95 % intervals (images and seeds)."
+    )  # fmt: skip
     words = [
-        "Mean over training seeds with 95 % intervals (images and seeds). "
-        f"**Better** and _worse_ than {than}: paired test, p < {ALPHA} after Holm's correction for {count} "
-        "comparisons; not marked: cannot tell.",
+        f"{over} **Better** and _worse_ than {than}: paired test, p < {ALPHA} after Holm's correction for {count} "
+        f"comparisons (the first {KEPT} bootstrap samples); not marked: cannot tell.",
         f"Protocol: {results['protocol']}."
         + (" Each training seed is measured on pairs of its own." if results.get("own_pairs") else ""),
+        *([f"Warning: {'; '.join(results['warnings'])}."] if results.get("warnings") else []),
+        *(
+            [f"**Not the study as it stands:** every cell with `{' '.join(results['overrides'])}`."]
+            if results.get("overrides")
+            else []
+        ),
         _how_much(results),
     ]
     return "\n".join([*lines, "", *words])
@@ -225,13 +284,19 @@ def _cell(entry: Mapping[str, Any] | None) -> str:
     return f"{value} {interval}".strip()
 
 
-def write_results(folder: Path, results: Mapping[str, Any]) -> None:
-    """results.json, results.csv and README's block, all from the same numbers."""
+def check_readme(folder: Path) -> tuple[str, str]:
+    """README's text before and after the table. Raises ConfigError where it has no place for one."""
     path = folder / "README.md"
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     head, _, rest = text.partition(BEGIN)
     if END not in rest:
         raise ConfigError(f"{path} lacks the markers '{BEGIN}' and '{END}', between which the table goes.")
+    return head, rest.partition(END)[2]
+
+
+def write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    """results.json, results.csv and README's block, all from the same numbers."""
+    path, (head, rest) = folder / "README.md", check_readme(folder)
     write_json(folder / "results.json", results)
     with atomic(folder / "results.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -239,7 +304,7 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
         for line in csv_lines(results):
             writer.writerow(line)
     with atomic(path) as partial:
-        partial.write_text(f"{head}{BEGIN}\n{render(results)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        partial.write_text(f"{head}{BEGIN}\n{render(results)}\n{END}{rest}", encoding="utf-8")
 
 
 def csv_lines(results: Mapping[str, Any]) -> list[list[Any]]:

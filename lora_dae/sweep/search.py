@@ -29,6 +29,7 @@ from lora_dae.sweep.launcher import InterruptedSweepError, die_with_parent, quot
 from lora_dae.sweep.locks import held, try_lock
 
 POLL = 0.2  # seconds
+AGAIN = "again"  # user attribute of a trial: the number of the one that was stopped
 STARTUP_TRIALS = 3  # that the median needs before it prunes
 DIRECTIONS = ("minimize", "maximize")
 
@@ -133,7 +134,7 @@ def _take_up(study: Any, validation: Any, states: Any) -> None:
     """Trials that a killed search left running end as failed and are asked for again."""
     for trial in study.get_trials(states=(states.RUNNING,)):
         study.tell(trial.number, state=states.FAIL)
-        study.enqueue_trial(trial.params)
+        study.enqueue_trial(trial.params, user_attrs={AGAIN: trial.number})
     for trial in validation.get_trials(states=(states.RUNNING,)):
         validation.tell(trial.number, state=states.FAIL)
 
@@ -220,11 +221,12 @@ def _last_reported(validation: Any, number: int) -> float | None:
 
 
 def _failures_in_a_row(study: Any, states: Any) -> int:
+    stopped = {trial.user_attrs.get(AGAIN) for trial in study.trials}  # with the search, not by themselves
     count = 0
     for trial in reversed(study.trials):
         if trial.state not in (states.FAIL, states.WAITING):
             break
-        count += trial.state == states.FAIL
+        count += trial.state == states.FAIL and trial.number not in stopped
     return count
 
 

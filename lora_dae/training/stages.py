@@ -280,7 +280,7 @@ class Training:
     def _grid(self, ema: EMACallback, step: int) -> None:
         """A picture of the fixed validation prompts; each process draws its share."""
         cfg = self.cfg
-        held_out = HeldOut.take(self.splits["val"], cfg.tracking.num_grid_prompts, cfg.conditioning)
+        held_out = HeldOut.take(self.splits["val"], cfg.tracking.num_grid_prompts, cfg.conditioning, least=1)
         drawn = self._drawn(ema, held_out)
         images = together.collect(torch.from_numpy(drawn).to(self.device), len(held_out.pairs)).cpu().numpy()
         if self.rank != 0:

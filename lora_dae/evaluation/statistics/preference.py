@@ -73,28 +73,34 @@ def judged_win_rates(
     """Win rates of each question as dictionaries, with ``p_holm`` and ``verdict`` (of a against b).
 
     Wilson's interval takes every vote for a draw of its own; the verdict does not: it is that of a sign-flip test on
-    the mean vote of each prompt, and of each rater (the larger p counts, where there are several of both), corrected
-    by Holm's method for all questions and pairs together.
+    the mean vote of each prompt, and of each rater (the larger p counts, where there are several of both; where they
+    point to different sides it cannot tell), corrected by Holm's method for all questions and pairs together.
     """
     rows = [(question, row) for question, some in votes.items() for row in win_rates(some, methods)]
-    corrected = holm([_vote_p(votes[question], row) for question, row in rows])
+    tests = [_vote_test(votes[question], row) for question, row in rows]
+    corrected = holm([p for p, _ in tests])
     result: dict[str, list[dict[str, Any]]] = {question: [] for question in votes}
-    for (question, row), p in zip(rows, corrected, strict=True):
-        said = "cannot tell" if p > alpha or row.share == 0.5 else ("better" if row.share > 0.5 else "worse")
+    for (question, row), (_, side), p in zip(rows, tests, corrected, strict=True):
+        said = "cannot tell" if p > alpha or side == 0 else ("better" if side > 0 else "worse")
         result[question].append({**asdict(row), "p_holm": p, "verdict": said})
     return result
 
 
-def _vote_p(votes: Sequence[Vote], row: WinRate) -> float:
+def _vote_test(votes: Sequence[Vote], row: WinRate) -> tuple[float, float]:
+    """(p, side of the mean that was tested: 1 for a, -1 for b, 0 where prompts and raters do not agree)."""
     own = [v for v in votes if {v.a, v.b} == {row.a, row.b}]
     signs = np.array([0.0 if v.winner is None else 1.0 if v.winner == row.a else -1.0 for v in own])
-    found = []
+    found, sides = [], []
     for keys in ([v.prompt for v in own], [v.rater for v in own]):
         distinct = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         if len(distinct) > 1:
             index = np.array([distinct[key] for key in keys])
-            found.append(sign_flip_p(np.bincount(index, signs) / np.bincount(index)))
-    return max(found, default=1.0)
+            means = np.bincount(index, signs) / np.bincount(index)
+            found.append(sign_flip_p(means))
+            sides.append(float(np.sign(means.mean())))
+    if len(set(sides)) > 1:
+        return 1.0, 0.0
+    return max(found, default=1.0), sides[0] if sides else 0.0
 
 
 def davidson(wins: np.ndarray, ties: np.ndarray) -> tuple[np.ndarray, float]:
