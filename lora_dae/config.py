@@ -57,7 +57,7 @@ class BackboneConfig:
     name: str = "studio"  # studio | folder | file | sd15 | sd21 | sdxl
     path: str | None = None  # a diffusers folder or a .safetensors checkpoint; None = shipped, or from the hub
     repo: str | None = None  # a hub id; None = that of `name`
-    revision: str | None = None  # of `repo`; None = pinned for sd15, sd21 and sdxl
+    revision: str | None = None  # of `repo`; None = pinned for sd15 and sdxl
     configs: str | None = None  # of a checkpoint: folder of configs; None = those of its family
     vae_path: str | None = None  # another VAE (SDXL's fp16-fix, TAESD); None = the backbone's own
     prediction_type: str = "auto"  # auto (as the backbone says) | epsilon | v_prediction
@@ -161,6 +161,9 @@ class EnhancementConfig:
     batch_size: int = 8  # of decoder and gain
     learning_rate: float = 2e-2  # of texture and gain
     guidance_range: list[float] = field(default_factory=lambda: [1.0, 5.0])
+    judged_guidance: list[float] = field(
+        default_factory=list
+    )  # [text, source] at which it is calibrated; [] = studio's
     steps_range: list[int] = field(default_factory=lambda: [8, 20])
 
 

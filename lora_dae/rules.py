@@ -122,6 +122,14 @@ def check(cfg: Config) -> None:
             raise ConfigError(f"{name}={share} is not in [0, 1): give a share such as 0.1.")
     if not 0 < cfg.objective.token_share <= 1:
         raise ConfigError(f"objective.token_share={cfg.objective.token_share} is not in (0, 1]: 1 is all tokens.")
+    judged = cfg.enhancement.judged_guidance
+    if judged and (len(judged) != 2 or min(judged) < 0):
+        raise ConfigError(f"enhancement.judged_guidance={judged}: give two scales >= 0, of text and source, or [].")
+    if _swaps_nothing(cfg):
+        raise ConfigError(
+            "enhancement.batch_size=1 on one process has no second sample whose source photo could be the wrong one: "
+            "use 2, or enhancement.wrong_source=0."
+        )
     options = {**METHODS[cfg.sampling.method], **cfg.sampling.method_options}
     if not all(math.isfinite(value) for value in options.values()) or options.get("start", 0) >= options.get("end", 1):
         raise ConfigError(
@@ -195,3 +203,12 @@ def check_evaluation(cfg: EvaluationConfig) -> None:
 def _one_of(name: str, value: object, options: tuple[object, ...]) -> None:
     if value not in options:
         raise ConfigError(f"{name}={value} is unknown: use one of {', '.join(str(option) for option in options)}.")
+
+
+def _swaps_nothing(cfg: Config) -> bool:
+    """Whether gates are to learn from wrong sources, and each step sees one sample alone."""
+    e = cfg.enhancement
+    learns = e.enabled and e.placement != "none" and cfg.conditioning == "source" and e.wrong_source > 0
+    sizes = [e.batch_size] * e.decoder + [e.texture_batch_size] * (e.texture and not e.joint)
+    alone = cfg.trainer.get("devices", 1) == 1 and cfg.trainer.get("num_nodes", 1) == 1
+    return learns and alone and 1 in sizes

@@ -18,7 +18,7 @@ from test_evaluation_measure import TinyFeatures
 
 from lora_dae.adapter.words import FILE_NAME as WORDS_FILE
 from lora_dae.adapter.words import TOKEN
-from lora_dae.config import AdapterConfig, Config, ConfigError, DataConfig, conf_dir, to_dict
+from lora_dae.config import AdapterConfig, BackboneConfig, Config, ConfigError, DataConfig, conf_dir, to_dict
 from lora_dae.data.formats import shards
 from lora_dae.data.pair import Pair
 from lora_dae.data.sources import load_photos, load_splits
@@ -190,13 +190,30 @@ def test_what_cannot_be_had_stops_an_evaluation_before_anything_is_drawn(
 
 def test_the_page_says_how_to_draw_with_the_files_that_the_run_has() -> None:
     def usage(**adapter: Any) -> str:
-        return run.usage(Config(run_dir="x", adapter=AdapterConfig(**adapter)))
+        return run.usage(Config(run_dir="x", adapter=AdapterConfig(**adapter)), "sd1")
 
     words = usage(kind="textual_inversion")
     assert f'pipe.load_textual_inversion("adapter/{WORDS_FILE}", token="{TOKEN}")' in words
     assert f'pipe("{TOKEN} a woman' in words and "attach" not in words
     assert 'lora_dae.attach(pipe, "adapter"' in usage() and TOKEN not in usage()
     assert "sample.py" in usage(kind="lokr") and "attach" not in usage(kind="loha")
+    assert 'StableDiffusionPipeline.from_pretrained(lora_dae.__path__[0] + "/backbone/studio/weights")' in usage()
+    for backbone, loads in (
+        (
+            BackboneConfig("sdxl"),
+            'StableDiffusionXLPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0"',
+        ),
+        (BackboneConfig("file", path="/m/any.safetensors"), 'Pipeline.from_single_file("/m/any.safetensors")'),
+        (BackboneConfig("folder", path="/m/sd", prediction_type="v_prediction"), "prediction_type='v_prediction'"),
+    ):
+        assert loads in run.usage(Config(run_dir="x", backbone=backbone), "sdxl")
+
+
+def test_a_grid_while_it_trains_needs_one_pair_a_table_two() -> None:
+    one = [Pair("a", "a", "a shirt", np.zeros((8, 8, 3), np.uint8))]
+    assert len(HeldOut.take(one, 4, "none", least=1).pairs) == 1  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="has 1 images: 2 are needed"):
+        HeldOut.take(one, 4, "none")  # type: ignore[arg-type]
 
 
 def _items(n: int = 6, size: int = 24) -> list[Item]:

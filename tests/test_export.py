@@ -252,7 +252,7 @@ def test_command(finished: Path, tmp_path: Path) -> None:
 
 
 def test_merged_folder_of_a_paired_run_takes_the_source(tiny_backbone: Path, tmp_path: Path) -> None:
-    """Its UNet equals the run's on [noisy latents, source]."""
+    """Its UNet equals the run's on [noisy latents, source], the source as the pipeline shows it: not scaled."""
     run_dir = tmp_path / "run"
     training.run(
         config(
@@ -263,14 +263,17 @@ def test_merged_folder_of_a_paired_run_takes_the_source(tiny_backbone: Path, tmp
     export_run(request(run_dir, tmp_path / "out", format="merged"), Console())
     index = json.loads((tmp_path / "out" / "merged" / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionInstructPix2PixPipeline"
-    merged = load_run(run_dir).backbone.unet
+    backbone = load_run(run_dir).backbone
+    merged, scale = backbone.unet, float(backbone.vae.config.scaling_factor)
+    assert scale != 1
     sample, text = torch.randn(1, 16, 16, 16), torch.randn(1, 16, 32)
     with torch.no_grad():
         expected = merged(sample, 500, text).sample
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
         plain = UNet2DConditionModel.from_pretrained(tmp_path / "out" / "merged" / "unet")
-        torch.testing.assert_close(plain(sample, 500, text).sample, expected, rtol=0, atol=1e-4)
+        shown = torch.cat([sample[:, :8], sample[:, 8:] / scale], dim=1)
+        torch.testing.assert_close(plain(shown, 500, text).sample, expected, rtol=0, atol=1e-4)
     with pytest.raises(ConfigError, match="source photo's channels"):
         export_run(request(run_dir, tmp_path / "out", format="merged_file"), Console())
 

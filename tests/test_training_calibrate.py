@@ -9,16 +9,45 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from lora_dae.config import SamplingConfig
+from lora_dae.cli import typed
+from lora_dae.config import Config, ConfigError, SamplingConfig, conf_dir, register
 from lora_dae.data.pair import Pair
 from lora_dae.enhancement.bands import split_bands
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.evaluation.heldout import HeldOut
+from lora_dae.rules import check
 from lora_dae.training.calibrate import calibrate_finest, calibrate_gain, finest_energy, keep_share, with_share
+from lora_dae.training.finish import judging
 
 CAP = math.log(1.5)
+
+
+def test_it_is_judged_at_the_guidance_that_it_will_be_drawn_with() -> None:
+    """The shipped experiments on SD name that of their own sampling; one sample alone cannot swap sources."""
+
+    def composed(*words: str) -> Config:
+        register()
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return typed(compose("train", [*words, "run_dir=x", "data.root=x"]))
+
+    for name in ("sd15_rank16", "sd15_rank16_paired", "sd21_rank16", "sdxl_rank16"):
+        cfg = composed(f"experiment={name}")
+        found = judging(cfg)
+        assert found.guidance_scale == cfg.sampling.guidance_scale
+        assert found.source_guidance_scale == cfg.sampling.source_guidance_scale
+        check(composed(f"experiment={name}", "conditioning=source"))
+    assert judging(Config(conditioning="source")).guidance_scale == SamplingConfig.guidance_scale
+    assert judging(Config(conditioning="none")).guidance_scale == 3.0
+    alone = ("experiment=sd15_rank16", "conditioning=source", "enhancement.batch_size=1")
+    with pytest.raises(ConfigError, match="no second sample"):
+        check(composed(*alone))
+    check(composed(*alone, "enhancement.wrong_source=0"))
+    check(composed(*alone, "trainer=ddp", "trainer.devices=2"))
+    with pytest.raises(ConfigError, match="two scales"):
+        check(composed("experiment=sd15_rank16", "enhancement.judged_guidance=[3]"))
 
 
 def module(**parts: int | bool) -> EnhancementModule:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from lora_dae.backbone.int8 import is_int8
@@ -185,7 +186,8 @@ class Frozen:
         self._there: PackedConv | None = None
         self._back: PackedConv | None = None
         self.bias = _bias(base, dtype)
-        packs = isinstance(base, nn.Conv2d) and dtype == torch.bfloat16
+        # A plan counts with fake tensors, which have no oneDNN order; the copy below is as large.
+        packs = isinstance(base, nn.Conv2d) and dtype == torch.bfloat16 and not isinstance(base.weight, FakeTensor)
         if not packs or not PackedConv.suits(base.weight.device, dtype):
             self._weight = base.weight.detach().to(dtype)
             return

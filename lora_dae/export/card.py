@@ -12,13 +12,13 @@ from lora_dae.adapter.words import FILE_NAME as WORDS_FILE
 from lora_dae.adapter.words import TOKEN
 from lora_dae.backbone.family import FAMILIES
 from lora_dae.backbone.hub import repository
+from lora_dae.backbone.usage import PIPELINES, own_scheduler, plain_pipeline
 from lora_dae.config import Config
 from lora_dae.data.sources import licence_notice
 from lora_dae.export.merged import FILE as MERGED_FILE
 from lora_dae.export.merged import FOLDER as MERGED_FOLDER
 
 KOHYA_FILE = "adapter_kohya.safetensors"
-_PIPELINES = {"sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 
 
 def base_model(cfg: Config) -> str:
@@ -107,36 +107,8 @@ def _metrics(table: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _load(cfg: Config, family: str) -> str:
-    """The expression that loads the plain pipeline."""
-    pipeline, path, named = _PIPELINES[family], cfg.backbone.path, repository(cfg.backbone)
-    if named is not None:
-        revision = "" if named[1] is None else f', revision="{named[1]}"'
-        return f'{pipeline}.from_pretrained("{named[0]}"{revision})'
-    if path is None:
-        return f'{pipeline}.from_pretrained(lora_dae.__path__[0] + "/backbone/studio/weights")'
-    how = "from_single_file" if path.endswith(".safetensors") else "from_pretrained"
-    return f'{pipeline}.{how}("path/to/{Path(path).name}")'
-
-
-def _scheduler(cfg: Config) -> list[str]:
-    """Lines that tell a loaded pipeline what the backbone's own files do not say."""
-    told: dict[str, Any] = {}
-    if cfg.backbone.prediction_type != "auto":
-        told["prediction_type"] = cfg.backbone.prediction_type
-    if cfg.backbone.zero_terminal_snr:
-        told |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    if not told:
-        return []
-    arguments = ", ".join(f"{name}={value!r}" for name, value in told.items())
-    return [
-        "from diffusers import DDIMScheduler",
-        f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {arguments})",
-    ]
-
-
 def _use(cfg: Config, family: str, files: list[str]) -> list[str]:
-    pipeline, guidance = _PIPELINES[family], cfg.sampling.guidance_scale
+    pipeline, guidance = PIPELINES[family], cfg.sampling.guidance_scale
     trigger = "" if cfg.data.captions.trigger is None else f"{cfg.data.captions.trigger} "
     prompt = f"{trigger}a woman wearing a red plaid shirt"
     lines: list[str] = []
@@ -151,8 +123,8 @@ def _use(cfg: Config, family: str, files: list[str]) -> list[str]:
             "import lora_dae",
             *(["from PIL import Image"] if source else []),
             "",
-            f"pipe = {_load(cfg, family)}",
-            *_scheduler(cfg),
+            f"pipe = {plain_pipeline(cfg.backbone, family)}",
+            *own_scheduler(cfg.backbone),
             f'lora_dae.attach(pipe, ".", strength={strength:g}{placement})',
             f'image = pipe("{prompt}", guidance_scale={guidance:g}{source}).images[0]',
             "```", "",
@@ -189,8 +161,8 @@ def _use(cfg: Config, family: str, files: list[str]) -> list[str]:
             "```python",
             f"from diffusers import {pipeline}",
             "import lora_dae", "",
-            f"pipe = {_load(cfg, family)}",
-            *_scheduler(cfg),
+            f"pipe = {plain_pipeline(cfg.backbone, family)}",
+            *own_scheduler(cfg.backbone),
             f'pipe.load_textual_inversion("{WORDS_FILE}")',
             f'image = pipe("{TOKEN} {prompt}", guidance_scale={guidance:g}).images[0]',
             "```", "",

@@ -26,13 +26,17 @@ def write_merged_folder(run: LoadedRun, folder: Path, dtype: str) -> Path:
     """``merged/``: the backbone's pipeline folder with the adapter in its weights. Merges ``run``'s models in place.
 
     With a source input the UNet takes twice the channels, as InstructPix2Pix' does, and the index names that
-    pipeline.
+    pipeline. It shows the source's latents as the VAE gives them; ours are scaled, so the scale goes into the weights.
     """
     backbone = run.backbone
     # Full fine-tuning has the channels in the UNet itself.
     doubled = backbone.unet.config["in_channels"] == 2 * backbone.latent_channels
     has_source = doubled or get_source_input(backbone.unet) is not None
     merge_in_place(backbone.unet, backbone.text_encoders)
+    if has_source:
+        with torch.no_grad():
+            scale = float(backbone.vae.config["scaling_factor"])
+            backbone.unet.conv_in.weight[:, backbone.latent_channels :].mul_(scale)
     parts: dict[str, Any] = {
         "unet": backbone.unet,
         "vae": backbone.vae,

@@ -69,7 +69,7 @@ def draw_samples(request: SampleRequest, console: Console) -> Path:
         labels = ["source", *labels]
     captions = [""] * (request.num_images - 1) + [prompt]
     path = output / f"{stem}.png"
-    image_grid(flat, request.num_images, len(labels), labels, captions, zoom=2).save(path)
+    image_grid(flat, request.num_images, len(labels), labels, captions, zoom=max(1, 256 // flat[0].shape[1])).save(path)
     return path
 
 

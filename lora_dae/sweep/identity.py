@@ -31,7 +31,7 @@ NOT_TRAINING_IN = {
 # Options that came later: at the value that does nothing they are left out, and what was trained before is found.
 LATER: dict[str, dict[str, Any]] = {
     "objective": {"low_resolution_share": 0.0, "token_share": 1.0},
-    "enhancement": {"gate_inputs": "energy", "losses": list(LOSSES), "joint": False},
+    "enhancement": {"gate_inputs": "energy", "losses": list(LOSSES), "joint": False, "judged_guidance": []},
 }
 NOT_DRAWING = ("batch_size", "method", "method_options", "tiled_decode")
 

@@ -167,4 +167,5 @@ class StepProgress(RichProgressBar):
         return f"training {self.title}"
 
     def get_metrics(self, trainer: Trainer, pl_module: Any) -> dict[str, Any]:  # type: ignore[override]
-        return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+        found = {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+        return found if pl_module.last_loss is None else {"train/loss": pl_module.last_loss, **found}

@@ -14,7 +14,7 @@ from lora_dae.adapter.files import save_adapter, save_merged
 from lora_dae.adapter.other import save_other
 from lora_dae.adapter.source_input import save_source_input
 from lora_dae.adapter.words import save_words
-from lora_dae.config import SamplingConfig
+from lora_dae.config import Config, SamplingConfig
 from lora_dae.enhancement.files import save_enhancement
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.evaluation.heldout import HeldOut
@@ -43,17 +43,25 @@ def calibrate(trained: Training) -> None:
         console.print("gain and finest band stay as they are: 4 validation pairs are needed to judge", highlight=False)
         return
     held_out = HeldOut.take(val, PAIRS, cfg.conditioning)
-    # Not with the run's own sampling: trainings are kept by what they depend on, and that is not among it.
-    placement = cfg.enhancement.placement
-    scheduler = "ddim" if placement == "direction" else SamplingConfig.scheduler
-    sampling = SamplingConfig(scheduler, batch_size=cfg.sampling.batch_size)
-    if cfg.conditioning == "none":  # captions alone take more of it: the middle of what the gain was trained with
-        sampling.guidance_scale = sum(cfg.enhancement.guidance_range) / 2
-    drawer = replace(trained.drawer(), enhancement=module, placement=placement, cfg=sampling)
+    drawer = replace(trained.drawer(), enhancement=module, placement=cfg.enhancement.placement, cfg=judging(cfg))
     for part, judge in ((module.gain, calibrate_gain), (module.decoder, calibrate_finest)):
         if part is not None:
             found = judge(drawer, held_out, trained.prompts(held_out))
             console.print(str(found), highlight=False, soft_wrap=True)
+
+
+def judging(cfg: Config) -> SamplingConfig:
+    """How validation pairs are drawn to judge gain and finest band.
+
+    Not with the run's own sampling: trainings are kept by what they depend on, and that is not among it.
+    """
+    scheduler = "ddim" if cfg.enhancement.placement == "direction" else SamplingConfig.scheduler
+    sampling = SamplingConfig(scheduler, batch_size=cfg.sampling.batch_size)
+    if cfg.enhancement.judged_guidance:
+        sampling.guidance_scale, sampling.source_guidance_scale = cfg.enhancement.judged_guidance
+    elif cfg.conditioning == "none":  # captions alone take more of it: the middle of what the gain was trained with
+        sampling.guidance_scale = sum(cfg.enhancement.guidance_range) / 2
+    return sampling
 
 
 def _agree(trained: Training, module: EnhancementModule) -> Agreed:

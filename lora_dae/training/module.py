@@ -97,6 +97,7 @@ class LoraDae(lightning.LightningModule):
         self.prior: Prior | None = None
         self._joint = cfg.enhancement.joint and enhancement is not None and enhancement.texture is not None
         self._unchecked: list[Seen] = []
+        self.last_loss: float | None = None  # the last that was looked at
         self.strict_loading = False  # checkpoints leave the frozen weights out
         self._kept = set(trainable_parameters(self))
         self.set_stage(stage)
@@ -160,13 +161,17 @@ class LoraDae(lightning.LightningModule):
         self._unchecked.append(Seen(self.global_step, mean, loss.detach(), batch["index"]))
         if len(self._unchecked) >= check_every(mean.device):
             self.check_losses()
-        self.log("train/loss", mean, prog_bar=True)
+        self.log("train/loss", mean)  # not for the bar, which would wait for a GPU in every step: see check_losses
         return loss * scale
 
     def check_losses(self) -> None:
         """Raises NonFiniteLossError, on every rank, if a loss since the last call was NaN or infinite."""
         seen, self._unchecked = self._unchecked, []
-        if not seen or bool(torch.stack([one.mean for one in seen]).isfinite().all()):
+        if not seen:
+            return
+        means = torch.stack([one.mean for one in seen]).tolist()
+        self.last_loss = means[-1]
+        if all(map(math.isfinite, means)):
             return
         first = next(one for one in seen if not math.isfinite(one.mean.item()))
         samples = who(not math.isfinite(first.loss.item()), first.index.tolist())

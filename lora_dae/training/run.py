@@ -95,6 +95,7 @@ def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Tr
         calibrate(trained)
         export(trained)
     del trained.module
+    trained.leave_device()
     return trained
 
 

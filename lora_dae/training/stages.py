@@ -77,6 +77,9 @@ class Training:
         if precision == "auto" and self.device.type == "cpu" and self.processes > 1:
             precision = "32-true"  # each process would measure for itself, and might decide otherwise
         self.precision = choose_precision(precision, self.device)
+        if self.device.type == "cuda" and self.precision.startswith("bf16"):
+            if not torch.cuda.is_bf16_supported(including_emulation=False) and probe.global_rank == 0:
+                console.print("this GPU only emulates bfloat16, slowly: trainer.precision=16-mixed", highlight=False)
         if cfg.backbone.weights != "fp32" and self.precision == "32-true":
             raise ConfigError(
                 f"backbone.weights={cfg.backbone.weights} needs mixed precision, but trainer.precision is 32-true "
@@ -246,6 +249,12 @@ class Training:
             console.print(self.stopped_early, highlight=False, soft_wrap=True)
         if ema.ema is not None:
             ema.ema.swap_in(trainable_parameters(self.module))
+
+    def leave_device(self) -> None:
+        """Frozen and trained weights go to the host: whoever draws with the run next loads it from its files."""
+        self.backbone.unet.to("cpu")
+        self.backbone.vae.to("cpu")
+        self.backbone.text_encoders_to(torch.device("cpu"))
 
     def drawer(self) -> Drawer:
         """What draws with the weights as they stand, without enhancement."""

@@ -34,6 +34,9 @@ _CROSSOVER = 0.15  # octaves on each side of an edge: soft, so that a band does 
 _LUMA = (0.299, 0.587, 0.114)
 
 
+PIXELS = 2**21  # looked at at once: their bands are 40 numbers each on the way
+
+
 @dataclass(frozen=True)
 class BandPower:
     """Power of a set of images: per-image sums (N, bands) over ``area`` (N,) mask pixels. float64.
@@ -57,8 +60,9 @@ def band_power(
     """Power of every band, per image, inside the masks (or on the whole picture).
 
     ``images`` float NCHW in [0, 1]; ``masks`` (N, H, W) of 0 and 1. Raises ConfigError when all are empty, unless
-    ``allow_empty`` (they are a part of a larger set).
+    ``allow_empty`` (they are a part of a larger set). Of large pictures fewer are looked at at once.
     """
+    batch_size = max(1, min(batch_size, PIXELS // (images.shape[2] * images.shape[3])))
     sums, areas = [], []
     for start in range(0, len(images), batch_size):
         piece = images[start : start + batch_size]
