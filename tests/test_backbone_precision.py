@@ -14,10 +14,20 @@ from torch import Tensor, nn
 
 from lora_dae.adapter.inject import inject, trainable_parameters
 from lora_dae.backbone.group_norm import NarrowGroupNorm, quicken_group_norms
-from lora_dae.backbone.precision import round_frozen
+from lora_dae.backbone.precision import half_type, round_frozen
 from lora_dae.config import AdapterConfig
 
 SHAPES = [(3, 64, 16, 16), (1, 96, 5, 7), (2, 32, 32, 32), (1, 320, 40, 32)]  # few pixels; one sample; many pixels
+
+
+def test_emulated_bfloat16_is_not_drawn_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4 says that it has bfloat16, unless it is asked for its own."""
+    for own in (True, False):
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, own=own: including_emulation or own
+        )
+        assert half_type(torch.device("cuda")) == (torch.bfloat16 if own else torch.float16)
+    assert half_type(torch.device("cpu")) == torch.bfloat16
 
 
 def norms(channels: int) -> tuple[nn.GroupNorm, nn.GroupNorm]:

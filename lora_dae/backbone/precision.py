@@ -24,6 +24,13 @@ def choose_precision(setting: str, device: torch.device) -> str:
     return "bf16-mixed" if _time(torch.float32) > CLEAR_WIN * _time(torch.bfloat16) else "32-true"
 
 
+def half_type(device: torch.device) -> torch.dtype:
+    """bfloat16; float16 on GPUs that only emulate it, many times slower."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
 def round_frozen(model: nn.Module, precision: str) -> int:
     """Hold weights that never change in the type to which autocast rounds them in every call; returns how many layers.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_dae.adapter.fused import merged_once
 from lora_dae.backbone.load import Backbone
+from lora_dae.backbone.precision import half_type
 from lora_dae.config import ConfigError, SamplingConfig
 from lora_dae.enhancement.hook import enhance_scheduler
 from lora_dae.enhancement.module import EnhancementModule
@@ -150,7 +151,8 @@ class Drawer:
     def _precision(self) -> AbstractContextManager:
         # A layer with an adapter keeps its own precision, whatever the others are held in.
         half = self.bf16 or any(p.dtype != torch.float32 for p in self.backbone.unet.parameters())
-        return torch.autocast(self.backbone.device.type, torch.bfloat16) if half else nullcontext()
+        device = self.backbone.device
+        return torch.autocast(device.type, half_type(device)) if half else nullcontext()
 
 
 def _bytes(images: Tensor) -> np.ndarray:
