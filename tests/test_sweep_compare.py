@@ -19,7 +19,7 @@ from lora_dae.cli import typed
 from lora_dae.config import ConfigError, conf_dir, register
 from lora_dae.evaluation.report.table import MetricValue, Protocol
 from lora_dae.sweep.budget import budget
-from lora_dae.sweep.cell_files import MeasuredCell, cell_file, known_cells, read_cell, write_cell
+from lora_dae.sweep.cell_files import MeasuredCell, cell_file, is_measured, known_cells, read_cell, write_cell
 from lora_dae.sweep.cells import Wanted, compose_cell, distinct, read_comparison, wanted_cells, with_seeds
 from lora_dae.sweep.compare import Study, main, make_jobs, read_studies
 from lora_dae.sweep.results import BEGIN, END, NOT_RUN, build_results, csv_lines, read_results, render, write_results
@@ -341,6 +341,37 @@ def test_results_hold_what_was_measured(measured: Files) -> None:
     text = render(results)
     assert "**4.01" in text and "_9.0" in text
     assert "9 of 12 measurements are there. Fewer than 3 training seeds have: half (0)." in text
+
+
+def test_ours_is_held_against_every_other_cell_of_its_baseline(measured: Files) -> None:
+    folder, found, files = measured
+    (folder / "study.yaml").write_text(STUDY + "ours: [ours]\n")
+    results = build_results(read_comparison(folder), found, files)
+    assert list(results["ours"]) == ["plain"]  # half is not measured, theirs has another baseline
+    entry = results["ours"]["plain"]["metrics"]["fd_effnet"]
+    assert entry["difference"] == pytest.approx(-1.0) and entry["difference_low"] < -1 < entry["difference_high"] < 0
+    assert "| plain | **-1** [" in render(results) and "ours minus each of the others" in render(results)
+    for bad in ("[nobody]", "ours", "[ours, half]"):
+        (folder / "study.yaml").write_text(STUDY + f"ours: {bad}\n")
+        with pytest.raises(ConfigError, match="one for each baseline"):
+            read_comparison(folder)
+
+
+def test_lpips_adds_to_a_cell_and_changes_none(measured: Files, tmp_path: Path) -> None:
+    """Its weights are a file that few have: a study is read without; a paired cell that lacks it is measured again."""
+    folder, found, files = measured
+    (tmp_path / "alex.safetensors").write_text("")
+    (study,) = read_studies([folder], [f"evaluation.lpips={tmp_path / 'alex.safetensors'}"])
+    assert [one.digest for one in study.cells] == [one.digest for one in found] and study.extra == ()
+    (other,) = read_studies([folder], ["trainer.max_steps=3"])
+    assert other.extra == ("trainer.max_steps=3",)
+    digest = next(one.digest for one in found if one.cell.name == "plain")
+    assert is_measured(files, digest, lpips=False) and is_measured(files, digest, lpips=True)  # it is not paired
+    own = fake(5.0, 0)
+    for names, whole in ((("psnr",), False), (("psnr", "lpips_alex"), True)):
+        more = {name: MetricValue(1.0, 0.9, 1.1, "lower") for name in names}
+        write_cell(files, digest, "test", replace(own, metrics={**own.metrics, **more}))
+        assert is_measured(files, digest, lpips=True) == whole and is_measured(files, digest, lpips=False)
 
 
 def test_a_table_of_what_is_there_compares_the_seeds_that_both_have(measured: Files) -> None:

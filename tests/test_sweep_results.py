@@ -11,16 +11,17 @@ import torch
 from scipy import stats
 
 from lora_dae.evaluation.statistics.bootstrap import wilson_interval
-from lora_dae.sweep.results import Measured, difference, standard_error, summary
+from lora_dae.sweep.numbers import Measured, difference, standard_error, summary
 
 
 def test_seeds_alone_are_students_paired_test() -> None:
     """Without variation over images: scipy's paired t test and interval."""
     a, b = [3.1, 2.9, 3.4, 3.0], [3.6, 3.3, 3.5, 3.9]
     still = tuple(torch.zeros(50) for _ in a)
-    change, p = difference(Measured(tuple(a), still, "lower"), Measured(tuple(b), still, "lower"))
+    change, low, high, p = difference(Measured(tuple(a), still, "lower"), Measured(tuple(b), still, "lower"))
     expected = stats.ttest_rel(a, b)
     assert p == pytest.approx(expected.pvalue) and change == pytest.approx(np.mean(a) - np.mean(b))
+    assert (low, high) == pytest.approx(tuple(expected.confidence_interval()))
     found = summary(Measured(tuple(a), still, "lower"))
     assert (found.low, found.high) == pytest.approx(tuple(stats.ttest_1samp(a, 0).confidence_interval()))
 
@@ -29,7 +30,7 @@ def test_images_alone_are_a_normal_test() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(4000, generator=generator, dtype=torch.float64)
     one, other = Measured((2.0,), (2.0 + 0.5 * noise,), "higher"), Measured((1.0,), (1.0 + 0.1 * noise,), "higher")
-    change, p = difference(one, other)
+    change, _, _, p = difference(one, other)
     spread = float((0.4 * noise).std())  # paired: what both share takes no part
     assert change == 1.0 and p == pytest.approx(2 * stats.t.sf(1.0 / spread, 3999))
     assert standard_error([1.0, 1.0], [0.5 * noise, 0.5 * noise])[0] == pytest.approx(float((0.5 * noise).std()))
@@ -44,9 +45,7 @@ def test_what_caught_no_image_does_not_count_and_few_groups_say_it_less_surely()
     assert error == pytest.approx(float(groups.std())) and freedom == pytest.approx(19)
     found = summary(Measured((1.0,), (with_gap,), "lower"), "fd_effnet")
     assert found.high == pytest.approx(1 + stats.t.ppf(0.975, 19) * error)
-    assert math.isfinite(
-        difference(Measured((1.0,), (with_gap,), "lower"), Measured((0.0,), (groups * 0,), "lower"))[1]
-    )
+    assert math.isfinite(difference(Measured((1.0,), (with_gap,), "lower"), Measured((0.0,), (groups * 0,), "lower")).p)
 
 
 def test_a_seeds_own_interval_is_that_of_its_images() -> None:
@@ -70,7 +69,7 @@ def test_no_interval_leaves_what_the_metric_can_be() -> None:
 
 def test_one_seed_without_bootstrap_tells_nothing() -> None:
     one, other = Measured((2.0,), (), "higher"), Measured((1.0,), (), "higher")
-    assert difference(one, other) == (1.0, 1.0)
+    assert difference(one, other) == (1.0, None, None, 1.0)
     assert summary(one).low is None
 
 

@@ -67,6 +67,12 @@ def read_cell(results: Path, digest: str) -> MeasuredCell | None:
     )  # fmt: skip
 
 
+def is_measured(results: Path, digest: str, lpips: bool) -> bool:
+    """Whether there is a whole file, with ``lpips`` if that is asked for and the pictures have photos to be held to."""
+    cell = read_cell(results, digest)
+    return cell is not None and not (lpips and "psnr" in cell.metrics and "lpips_alex" not in cell.metrics)
+
+
 def known_cells(results: Path) -> set[str]:
     """The digests of all whole files; a damaged one is measured again."""
     return {path.stem for path in results.glob("*.json") if read_json(path)}

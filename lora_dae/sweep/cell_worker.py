@@ -28,7 +28,7 @@ from lora_dae.evaluation.references import CEILING, CONTROLS, reconstructed, rec
 from lora_dae.evaluation.run import FROZEN, measure_rows, row_name
 from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet
-from lora_dae.sweep.cell_files import MeasuredCell, read_cell, write_cell
+from lora_dae.sweep.cell_files import MeasuredCell, is_measured, write_cell
 from lora_dae.sweep.cells import Cell, Wanted, with_seeds
 from lora_dae.sweep.files import read_json, write_json
 from lora_dae.sweep.identity import content_hash, training_part
@@ -63,7 +63,7 @@ def measure_cells(file: Path, console: Console) -> None:
         (one,) = with_seeds(Cell(entry["name"], overrides, entry["row"]), [entry["seed"]], overrides)
         if one.digest != entry["digest"]:
             raise ConfigError(f"{one.label} is not what it was when its process started: give the command again.")
-        if read_cell(results, one.digest) is None:
+        if not is_measured(results, one.digest, one.cfg.evaluation.lpips is not None):
             console.print(one.label, highlight=False)
             try:
                 write_cell(results, one.digest, f"{one.label}: {' '.join(overrides)}", work.measure(one))

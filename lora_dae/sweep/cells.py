@@ -56,7 +56,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """study.yaml. ``own_pairs``: each training seed is measured on pairs of its own, the second on the next
+    """study.yaml. ``ours``: cells that are also compared with all others of their baseline, one for each baseline.
+
+    ``own_pairs``: each training seed is measured on pairs of its own, the second on the next
     ``evaluation.num_samples`` of the split and so on; else all on the same."""
 
     name: str
@@ -67,6 +69,7 @@ class Comparison:
     common: tuple[str, ...]
     cells: tuple[Cell, ...]
     own_pairs: bool = False
+    ours: tuple[str, ...] = ()
 
 
 def read_comparison(folder: Path) -> Comparison:
@@ -79,7 +82,11 @@ def read_comparison(folder: Path) -> Comparison:
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} is no YAML: {str(error).splitlines()[0]}.") from error
     expected = {"title", "seeds", "baseline", "metrics", "common", "cells"}
-    if not isinstance(values, dict) or set(values) - {"own_pairs"} != expected or not isinstance(values["cells"], dict):
+    if (
+        not isinstance(values, dict)
+        or set(values) - {"own_pairs", "ours"} != expected
+        or not isinstance(values["cells"], dict)
+    ):
         keys = ", ".join(map(str, values)) or "no keys"
         raise ConfigError(f"{path} has {keys}: give {', '.join(sorted(expected))}, cells by name.")
     cells = []
@@ -94,6 +101,10 @@ def read_comparison(folder: Path) -> Comparison:
     for baseline in (values["baseline"], *(cell.against for cell in cells if cell.against is not None)):
         if baseline not in names:
             raise ConfigError(f"{path}: the baseline '{baseline}' is none of its cells.")
+    ours = values.get("ours", [])
+    bases = {cell.name: cell.against or values["baseline"] for cell in cells}
+    if not isinstance(ours, list) or not set(ours) <= names or len({bases[name] for name in ours}) < len(ours):
+        raise ConfigError(f"{path}: ours is {ours}: give a list of its cells, one for each baseline.")
     metrics = values["metrics"]
     if not isinstance(metrics, list) or not metrics or not all(isinstance(name, str) for name in metrics):
         raise ConfigError(f"{path}: metrics is {metrics}: give a list of at least one name.")
@@ -102,7 +113,7 @@ def read_comparison(folder: Path) -> Comparison:
         raise ConfigError(f"{path}: seeds is {seeds}: give a list of at least one, each once.")
     return Comparison(
         folder.resolve().name, values["title"], tuple(seeds), values["baseline"], tuple(metrics),
-        tuple(map(str, values["common"])), tuple(cells), bool(values.get("own_pairs", False)),
+        tuple(map(str, values["common"])), tuple(cells), bool(values.get("own_pairs", False)), tuple(ours),
     )  # fmt: skip
 
 
@@ -181,7 +192,7 @@ def what_matters(cfg: Config, row: str | None) -> dict[str, Any]:
     training["data"]["captions"] = {**training["data"]["captions"], "file": _content(cfg.data.captions.file)}
     del training["backbone"]["path"]  # what lies there counts
     asked = {k: v for k, v in to_dict(cfg.evaluation).items() if k not in ("frozen", "controls")}
-    asked["lpips"] = _content(cfg.evaluation.lpips)
+    asked["lpips"] = None  # adds a metric and changes none: ``is_measured`` asks whether a file has it
     if row is not None:
         asked["wrong_source"] = False  # they see none
     found = {

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from lora_dae.config import ConfigError
 from lora_dae.sweep.budget import budget
-from lora_dae.sweep.cell_files import known_cells, read_cell
+from lora_dae.sweep.cell_files import is_measured, known_cells
 from lora_dae.sweep.cell_worker import write_list
 from lora_dae.sweep.cells import FILE, Comparison, Wanted, distinct, read_comparison, wanted_cells
 from lora_dae.sweep.devices import Devices, visible_gpus
@@ -42,7 +42,7 @@ class Study:
     folder: Path
     grid: Comparison
     cells: list[Wanted]
-    extra: tuple[str, ...] = ()  # overrides of every cell that the study itself has not
+    extra: tuple[str, ...] = ()  # overrides that make other cells of the study's
 
     @property
     def results(self) -> Path:
@@ -57,7 +57,13 @@ def read_studies(folders: Sequence[Path], extra: Sequence[str]) -> list[Study]:
     grids = [read_comparison(folder) for folder in folders]
     for folder in folders:
         check_readme(folder)
-    return [Study(f, grid, wanted_cells(grid, extra), tuple(extra)) for f, grid in zip(folders, grids, strict=True)]
+    return [_study(folder, grid, extra) for folder, grid in zip(folders, grids, strict=True)]
+
+
+def _study(folder: Path, grid: Comparison, extra: Sequence[str]) -> Study:
+    cells = wanted_cells(grid, extra)
+    same = not extra or [one.digest for one in cells] == [one.digest for one in wanted_cells(grid)]
+    return Study(folder, grid, cells, () if same else tuple(extra))
 
 
 def plan_table(studies: Sequence[Study]) -> Table:
@@ -89,7 +95,7 @@ def make_jobs(studies: Sequence[Study], multirun: Path) -> list[Job]:
     results = studies[0].results
     missing: dict[str, list[Wanted]] = {}
     for one in distinct(w for study in studies for w in study.cells):
-        if read_cell(results, one.digest) is None:
+        if not is_measured(results, one.digest, one.cfg.evaluation.lpips is not None):
             missing.setdefault(one.adapter or "untrained", []).append(one)
     jobs: list[Job] = []
     for name, cells in missing.items():

@@ -1,4 +1,4 @@
-"""The results of a comparison: means over training seeds, paired tests against the baseline, files, README's table.
+"""The results of a comparison: every cell's numbers, paired tests against the baseline and against ours, files, tables.
 
 experiments/<name>/results.json   everything: values, intervals, tests, what was run
 experiments/<name>/results.csv    a line per cell and metric
@@ -10,14 +10,8 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
-from scipy import stats
-from torch import Tensor
 
 from lora_dae.adapter.atomic import atomic
 from lora_dae.config import ConfigError
@@ -26,100 +20,10 @@ from lora_dae.evaluation.statistics.compare import holm
 from lora_dae.sweep.cell_files import KEPT, MeasuredCell, read_cell
 from lora_dae.sweep.cells import Comparison, Wanted
 from lora_dae.sweep.files import read_json, write_json
+from lora_dae.sweep.numbers import ALPHA, Difference, Measured, difference, summary
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 NOT_RUN = "*Not run yet: there are no results.*"
-ALPHA = 0.05
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One metric of one cell: a value per training seed, and its bootstrap replicates (R,) per seed."""
-
-    values: tuple[float, ...]
-    replicates: tuple[Tensor, ...]
-    better: str | None  # lower, higher, None: closer to 1
-    own_pairs: bool = False  # each seed was measured on other pairs
-    halves: tuple[tuple[float, float], ...] = ()  # per seed, how far its own interval reaches down and up
-
-
-def standard_error(
-    values: Sequence[float], replicates: Sequence[Tensor], own_pairs: bool = False
-) -> tuple[float, float]:
-    """(standard error, degrees of freedom) of the mean over training seeds.
-
-    Two sources add up: which images were drawn (the bootstrap's variance; the seeds share their prompts, so their mean
-    is over it, or have ``own_pairs``, and it falls with their number) and which weights training found (the seeds'
-    variance over their number; with ``own_pairs`` it has the images in it once more: intervals are rather too wide).
-    Welch and Satterthwaite's degrees of freedom. Replicates that caught no image with a value (NaN) do not count.
-    """
-    finite = [r[torch.isfinite(r)] for r in replicates]
-    images = float(np.mean([float(r.var()) for r in finite])) if finite else 0.0
-    return _combined(values, images, _freedom(finite), own_pairs)
-
-
-def _freedom(replicates: Sequence[Tensor]) -> float:
-    """Of the images' variance: few replicates, as of a jackknife over groups, say it less surely."""
-    return max(min((len(r) for r in replicates), default=2) - 1, 1)
-
-
-def _combined(values: Sequence[float], images: float, freedom: float, own_pairs: bool) -> tuple[float, float]:
-    images /= len(values) if own_pairs else 1
-    seeds = float(np.var(values, ddof=1)) / len(values) if len(values) > 1 else 0.0
-    parts = images**2 / freedom + (seeds**2 / (len(values) - 1) if seeds else 0.0)
-    return math.sqrt(images + seeds), (images + seeds) ** 2 / parts if parts else math.inf
-
-
-def summary(measured: Measured, name: str = "") -> MetricValue:
-    """Mean and 95 % interval, within what ``name`` can be; without one where neither seeds nor replicates say it.
-
-    What each seed's own interval says of the images counts, by side: that of a share is Wilson's, which is not 0 for
-    all of n.
-    """
-    mean = float(np.mean(measured.values))
-    if len(measured.values) == 1 and not measured.replicates:
-        return MetricValue(mean, None, None, measured.better)  # type: ignore[arg-type]
-    ends = []
-    for side, sign in ((0, -1), (1, 1)):
-        error, freedom = standard_error(measured.values, measured.replicates, measured.own_pairs)
-        if measured.halves:
-            of_images = _freedom([r[torch.isfinite(r)] for r in measured.replicates])
-            wide = float(stats.t.ppf(1 - ALPHA / 2, of_images))
-            images = float(np.mean([(half[side] / wide) ** 2 for half in measured.halves]))
-            error, freedom = _combined(measured.values, images, of_images, measured.own_pairs)
-        ends.append(mean + sign * float(stats.t.ppf(1 - ALPHA / 2, freedom)) * error)
-    least, most = _range(name)
-    return MetricValue(mean, max(ends[0], least), min(ends[1], most), measured.better)  # type: ignore[arg-type]
-
-
-def _range(name: str) -> tuple[float, float]:
-    """The least and the most that a metric can be."""
-    kind = name.split("_")[0]
-    least = {"": -math.inf, "kd": -math.inf, "kid": -math.inf, "clip": -math.inf, "is": 1.0}.get(kind, 0.0)
-    return least, 1.0 if kind in ("attr", "ssim", "edge") else math.inf
-
-
-def difference(cell: Measured, baseline: Measured) -> tuple[float, float]:
-    """(mean difference, two-sided p), paired by seed and by image; of |log value| where 1 is best."""
-    a, b = _distance(cell), _distance(baseline)
-    values = [x - y for x, y in zip(a.values, b.values, strict=True)]
-    both = zip(a.replicates, b.replicates, strict=True) if len(a.replicates) == len(b.replicates) else ()
-    replicates = [x - y for x, y in both if x.shape == y.shape]
-    mean = float(np.mean(values))
-    if len(values) == 1 and not replicates:
-        return mean, 1.0
-    error, freedom = standard_error(values, replicates, cell.own_pairs)
-    if mean == 0 or error == 0:
-        return mean, 1.0 if mean == 0 else 0.0
-    return mean, float(2 * stats.t.sf(abs(mean) / error, freedom))
-
-
-def _distance(measured: Measured) -> Measured:
-    if measured.better is not None:
-        return measured
-    values = tuple(abs(math.log(max(value, 1e-9))) for value in measured.values)
-    logs = tuple(r.clamp_min(1e-9).log().abs() for r in measured.replicates)
-    return Measured(values, logs, "lower", measured.own_pairs)
 
 
 def build_results(
@@ -140,8 +44,7 @@ def build_results(
     if not found:
         raise ConfigError(f"{results} has no measured cell of {grid.name}: run the study first.")
     against = {cell.name: cell.against or grid.baseline for cell in grid.cells}
-    tests = _tests(found, against, grid)
-    corrected = dict(zip(tests, holm([p for _, p in tests.values()]), strict=True))
+    tests = _tested(_tests(found, against, grid))
     cells = {}
     for cell in grid.cells:
         if cell.name not in found:
@@ -152,9 +55,7 @@ def build_results(
             if measured_metric is None:
                 continue
             entries[metric] = {**summary(measured_metric, metric).as_dict(), "seeds": list(measured_metric.values)}
-            if (cell.name, metric) in tests:
-                change, p = tests[cell.name, metric]
-                entries[metric] |= {"difference": change, "p": p, "p_holm": corrected[cell.name, metric]}
+            entries[metric] |= tests.get((cell.name, metric), {})
         first = next(iter(found[cell.name].values()))
         cells[cell.name] = {
             "overrides": list(cell.overrides),
@@ -169,8 +70,8 @@ def build_results(
     return {
         "study": grid.name, "baseline": grid.baseline, "training_seeds": list(grid.seeds), "common": list(grid.common),
         "protocol": next(iter(shown.values())).protocol.line(), "planned": [cell.name for cell in grid.cells],
-        "warnings": _warnings(found), "cells": cells, **({"own_pairs": True} if grid.own_pairs else {}),
-        **({"overrides": list(extra)} if extra else {}),
+        "warnings": _warnings(found), "cells": cells, **_against_ours(found, against, grid),
+        **({"own_pairs": True} if grid.own_pairs else {}), **({"overrides": list(extra)} if extra else {}),
     }  # fmt: skip
 
 
@@ -184,19 +85,46 @@ def _warnings(found: Mapping[str, Mapping[int, MeasuredCell]]) -> list[str]:
     return list(told)
 
 
-def _tests(
+def _against_ours(
     found: Mapping[str, Mapping[int, MeasuredCell]], against: Mapping[str, str], grid: Comparison
-) -> dict[tuple[str, str], tuple[float, float]]:
-    """(cell, metric) -> (difference, p) of the training seeds that both have."""
+) -> dict[str, Any]:
+    """``ours``: that cell minus every other one that is tested against the same baseline, by cell and metric."""
+    mine = {against[name]: name for name in grid.ours}
+    others = {name: mine[base] for name, base in against.items() if base in mine and mine[base] != name}
+    tests = _tested({key: value for key, value in _tests(found, others, grid, ours=True).items()})
+    rows: dict[str, Any] = {}
+    for (name, metric), entry in tests.items():
+        rows.setdefault(name, {"ours": others[name], "metrics": {}})["metrics"][metric] = entry
+    return {"ours": rows} if grid.ours else {}
+
+
+def _tested(tests: Mapping[tuple[str, str], tuple[Difference, str | None]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """As entries of results.json, corrected by Holm over all of them."""
+    corrected = holm([found.p for found, _ in tests.values()])
+    return {
+        key: {
+            "difference": found.value, "difference_low": found.low, "difference_high": found.high, "p": found.p,
+            "p_holm": p, "better": better,
+        }
+        for (key, (found, better)), p in zip(tests.items(), corrected, strict=True)
+    }  # fmt: skip
+
+
+def _tests(
+    found: Mapping[str, Mapping[int, MeasuredCell]], against: Mapping[str, str], grid: Comparison, ours: bool = False
+) -> dict[tuple[str, str], tuple[Difference, str | None]]:
+    """(cell, metric) -> (difference, what is better) of the training seeds that both have; ``ours``: the other way."""
     tests = {}
     for name, cells in found.items():
+        if name not in against:
+            continue
         others = found.get(against[name], {})
         both = sorted(cells.keys() & others.keys())
         for metric in grid.metrics if name != against[name] and both else ():
             one = _measured({seed: cells[seed] for seed in both}, metric, grid.own_pairs)
             other = _measured({seed: others[seed] for seed in both}, metric, grid.own_pairs)
             if one is not None and other is not None:
-                tests[name, metric] = difference(one, other)
+                tests[name, metric] = difference(other, one) if ours else difference(one, other), one.better
     return tests
 
 
@@ -251,7 +179,32 @@ def render(results: Mapping[str, Any] | None) -> str:
         ),
         _how_much(results),
     ]
-    return "\n".join([*lines, "", *words])
+    return "\n".join([*lines, "", *words, *_ours_table(results, metrics, kinds)])
+
+
+def _ours_table(results: Mapping[str, Any], metrics: Sequence[str], kinds: Mapping[str, str | None]) -> list[str]:
+    """Ours minus each of the others."""
+    rows = results.get("ours")
+    if not rows:
+        return []
+    signs = {"lower": "< 0", "higher": "> 0", None: "< 0, of abs(log)"}
+    lines = ["", "| ours minus | " + " | ".join(f"{format_name(m)} {signs[kinds[m]]}" for m in metrics) + " |"]
+    lines.append("|---|" + "---:|" * len(metrics))
+    for name, row in rows.items():
+        lines.append(f"| {name} | " + " | ".join(_change(row["metrics"].get(metric)) for metric in metrics) + " |")
+    count = sum(len(row["metrics"]) for row in rows.values())
+    mine = ", ".join(dict.fromkeys(row["ours"] for row in rows.values()))
+    return [*lines, "", f"{mine} minus each of the others, **better** or _worse_; Holm over these {count} comparisons."]
+
+
+def _change(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return ""
+    low, high = entry["difference_low"], entry["difference_high"]
+    interval = "" if low is None else f" [{low:.3g}, {high:.3g}]"
+    better = told_apart(entry)
+    value = f"{entry['difference']:.3g}"
+    return (value if better is None else f"**{value}**" if better else f"_{value}_") + interval
 
 
 def _how_much(results: Mapping[str, Any]) -> str:
@@ -300,7 +253,9 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     write_json(folder / "results.json", results)
     with atomic(folder / "results.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["cell", "metric", "value", "low", "high", "difference", "p_holm"])
+        writer.writerow(
+            ["cell", "metric", "value", "low", "high", "difference", "difference_low", "difference_high", "p_holm"]
+        )
         for line in csv_lines(results):
             writer.writerow(line)
     with atomic(path) as partial:
@@ -309,7 +264,7 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
 
 def csv_lines(results: Mapping[str, Any]) -> list[list[Any]]:
     """A line per cell and metric."""
-    keys = ("value", "low", "high", "difference", "p_holm")
+    keys = ("value", "low", "high", "difference", "difference_low", "difference_high", "p_holm")
     return [
         [name, metric, *(entry.get(key) for key in keys)]
         for name, cell in results["cells"].items()
