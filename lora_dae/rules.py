@@ -88,6 +88,7 @@ def check(cfg: Config) -> None:
         "enhancement.texture_steps": (cfg.enhancement.texture_steps, 1),
         "enhancement.texture_batch_size": (cfg.enhancement.texture_batch_size, 1),
         "enhancement.decoder_steps": (cfg.enhancement.decoder_steps, 1),
+        "enhancement.judged_steps": (cfg.enhancement.judged_steps, 0),
         "data.batch_size": (cfg.data.batch_size, 1),
         "data.captions.shuffles": (cfg.data.captions.shuffles, 0),
         "data.captions.keep_tags": (cfg.data.captions.keep_tags, 0),
@@ -127,8 +128,8 @@ def check(cfg: Config) -> None:
         raise ConfigError(f"enhancement.judged_guidance={judged}: give two scales >= 0, of text and source, or [].")
     if _swaps_nothing(cfg):
         raise ConfigError(
-            "enhancement.batch_size=1 on one process has no second sample whose source photo could be the wrong one: "
-            "use 2, or enhancement.wrong_source=0."
+            "a step of one sample has no second one whose source photo could be the wrong one: give "
+            "enhancement.batch_size and texture_batch_size (joint: data.batch_size) 2, or enhancement.wrong_source=0."
         )
     options = {**METHODS[cfg.sampling.method], **cfg.sampling.method_options}
     if not all(math.isfinite(value) for value in options.values()) or options.get("start", 0) >= options.get("end", 1):
@@ -209,6 +210,6 @@ def _swaps_nothing(cfg: Config) -> bool:
     """Whether gates are to learn from wrong sources, and each step sees one sample alone."""
     e = cfg.enhancement
     learns = e.enabled and e.placement != "none" and cfg.conditioning == "source" and e.wrong_source > 0
-    sizes = [e.batch_size] * e.decoder + [e.texture_batch_size] * (e.texture and not e.joint)
+    sizes = [e.batch_size] * e.decoder + [cfg.data.batch_size if e.joint else e.texture_batch_size] * e.texture
     alone = cfg.trainer.get("devices", 1) == 1 and cfg.trainer.get("num_nodes", 1) == 1
     return learns and alone and 1 in sizes

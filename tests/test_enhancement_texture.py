@@ -202,6 +202,14 @@ def test_refining_in_pixels_brings_back_the_sources_fine_band_by_strength():
     assert module.refine(blurred, real, 0.0) is blurred
 
 
+def test_the_finest_band_stays_where_captions_alone_were_drawn() -> None:
+    """A run that learned with sources learned what is lost with them."""
+    module, images = EnhancementModule(source_channels=4, decoder=True, finest_log_gain=0.1), torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(module.refine(images, None), images)
+    assert not torch.allclose(module.refine(images, images), images)
+    assert not torch.allclose(EnhancementModule(decoder=True, finest_log_gain=0.1).refine(images, None), images)
+
+
 def test_the_finest_band_of_pictures_is_multiplied_by_strength():
     module = EnhancementModule(decoder=True, finest_log_gain=0.1)
     picture = smooth(8, 64, 3).sigmoid() / 2 + 0.25

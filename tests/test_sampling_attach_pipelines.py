@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
@@ -66,6 +67,18 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         save_source_input(unet, found[family])
         save_enhancement(module, found[family] / "enhancement.safetensors")
     return found
+
+
+def test_a_source_is_refused_with_perturbed_attention(adapters: dict[str, Path]) -> None:
+    """Its third branch has no place for one; without the photo, and without that guidance, it draws."""
+    base, quick = adapters["sd15"].parent / "sd15_base", {**SQUARE, "num_inference_steps": 2, "output_type": "np"}
+    pipe = StableDiffusionPAGPipeline.from_pretrained(base, safety_checker=None, pag_applied_layers=["mid"])
+    pipe.set_progress_bar_config(disable=True)
+    lora_dae.attach(pipe, adapters["sd15"])
+    with pytest.raises(ConfigError, match="give pag_scale=0, or no source"):
+        pipe("a shirt", source=PHOTO, **quick)
+    pipe("a shirt", **quick)
+    pipe("a shirt", source=PHOTO, pag_scale=0.0, **quick)
 
 
 def build(case: str, adapters: dict[str, Path]) -> Any:

@@ -68,6 +68,13 @@ def test_no_more_network_calls_than_the_formula_needs() -> None:
     assert Guidance(1).branches(False) == ("full",)
 
 
+def test_a_number_of_steps_that_diffusers_rounds_to_one_more_is_refused() -> None:
+    """Its last timestep is -1, which DDIM takes for the noisiest level."""
+    scheduler = DDIMScheduler(timestep_spacing="trailing")
+    with pytest.raises(ConfigError, match="no 61 steps.*use 60 or 62"):
+        sample_latents(torch.nn.Identity(), scheduler, torch.zeros(1, 4, 8, 8), None, Guidance(), 61)  # type: ignore[arg-type]
+
+
 def test_noise_belongs_to_seed_and_index() -> None:
     a = initial_noise(5, [3, 9], (2, 4, 4))
     assert torch.equal(a[1], initial_noise(5, [9], (2, 4, 4))[0])

@@ -36,15 +36,18 @@ def test_it_is_judged_at_the_guidance_that_it_will_be_drawn_with() -> None:
     for name in ("sd15_rank16", "sd15_rank16_paired", "sd21_rank16", "sdxl_rank16"):
         cfg = composed(f"experiment={name}")
         found = judging(cfg)
+        assert found.num_inference_steps == cfg.sampling.num_inference_steps
         assert found.guidance_scale == cfg.sampling.guidance_scale
         assert found.source_guidance_scale == cfg.sampling.source_guidance_scale
         check(composed(f"experiment={name}", "conditioning=source"))
     assert judging(Config(conditioning="source")).guidance_scale == SamplingConfig.guidance_scale
     assert judging(Config(conditioning="none")).guidance_scale == 3.0
     alone = ("experiment=sd15_rank16", "conditioning=source", "enhancement.batch_size=1")
-    with pytest.raises(ConfigError, match="no second sample"):
+    with pytest.raises(ConfigError, match="no second one"):
         check(composed(*alone))
     check(composed(*alone, "enhancement.wrong_source=0"))
+    with pytest.raises(ConfigError, match="no second one"):
+        check(composed("experiment=sd15_rank16", "conditioning=source", "enhancement.joint=true", "data.batch_size=1"))
     check(composed(*alone, "trainer=ddp", "trainer.devices=2"))
     with pytest.raises(ConfigError, match="two scales"):
         check(composed("experiment=sd15_rank16", "enhancement.judged_guidance=[3]"))
@@ -72,6 +75,7 @@ class Chain:
 
     enhancement: EnhancementModule | None
     deficit: float
+    placement: str = "prediction"
     cfg: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(batch_size=3)
     )  # 8 pairs: the last batch is short
@@ -133,6 +137,13 @@ def test_what_is_missing_decides(deficit: float, kept: float) -> None:
     assert found.share == kept
     assert made.max_log_gain == pytest.approx(kept * CAP)
     assert (made.gain is None) == (kept == 0)
+
+
+def test_a_direction_term_keeps_its_gain() -> None:
+    """Also where other parts would be left without it: the edit that drawing asks for needs one."""
+    made, x = module(decoder=True), torch.randn(2, 4, 16, 16)
+    keep_share(made, 0.0, needed=True)
+    assert made.gain is not None and made.evaluate(x, x, x, 0.9, 0.4, 0.2, direction=True).delta.abs().max() == 0
 
 
 def test_half_of_the_gain_halves_the_log_gain_everywhere() -> None:

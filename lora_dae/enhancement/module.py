@@ -164,7 +164,8 @@ class EnhancementModule(nn.Module):
             self.to(images.device)
         x = images.float() * 2 - 1
         delta = self.decoder(x, None if source is None else source.to(images).float() * 2 - 1, trust=trust).delta
-        if self.finest_log_gain != 0:
+        # What it makes good, carrying and decoding of sources, captions alone have not lost.
+        if self.finest_log_gain != 0 and (source is not None or self.source_channels == 0):
             delta = delta + math.expm1(self.finest_log_gain) * split_bands(x + delta, 1)[0][0]
         return (images.float() + 0.5 * strength * delta).clamp(0, 1).to(images.dtype)
 

@@ -133,6 +133,9 @@ def _attached_class(plain: Any) -> type:
         strength = state.strength if enhancement_strength is None else enhancement_strength
         once = merged_once(self.unet) if state.merged else nullcontext()
         given = signature.bind_partial(self, *args, **kwargs).arguments
+        perturbed = signature.parameters.get("pag_scale")
+        if source is not None and perturbed is not None and given.get("pag_scale", perturbed.default) > 0:
+            raise ConfigError("source does not go with perturbed-attention guidance: give pag_scale=0, or no source.")
         photos = _photos(self, state, source, given)
         latents = None if photos is None else _encode(self, photos)
         trust = _Trust(state.module, latents)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lora_dae.config import ConfigError
 from lora_dae.diffusion import current_level, is_sigma_space, next_level, predict_x0, x0_delta_to_output_delta
 from lora_dae.sampling.keep import Kept
 from lora_dae.sampling.method import Method, Step
@@ -137,6 +138,11 @@ def sample_latents(
     """
     method = method or Method()
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    if scheduler.timesteps[-1] < 0:  # diffusers' trailing spacing by np.arange: rounding gives it one step too many
+        raise ConfigError(
+            f"{type(scheduler).__name__} has no {num_inference_steps} steps in its trailing spacing: use "
+            f"{num_inference_steps - 1} or {num_inference_steps + 1}."
+        )
     first, sample = 0, noise * scheduler.init_noise_sigma
     if start is not None:
         first, sample = start.begin(scheduler, noise, num_inference_steps)

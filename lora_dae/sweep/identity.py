@@ -31,7 +31,13 @@ NOT_TRAINING_IN = {
 # Options that came later: at the value that does nothing they are left out, and what was trained before is found.
 LATER: dict[str, dict[str, Any]] = {
     "objective": {"low_resolution_share": 0.0, "token_share": 1.0},
-    "enhancement": {"gate_inputs": "energy", "losses": list(LOSSES), "joint": False, "judged_guidance": []},
+    "enhancement": {
+        "gate_inputs": "energy",
+        "losses": list(LOSSES),
+        "joint": False,
+        "judged_guidance": [],
+        "judged_steps": 0,
+    },
 }
 NOT_DRAWING = ("batch_size", "method", "method_options", "tiled_decode")
 
@@ -56,6 +62,8 @@ def training_part(cfg: Config) -> dict[str, Any]:
         values["enhancement"] = None  # there is no module to train
     else:
         values["enhancement"]["version"] = ENHANCEMENT_VERSION
+        if cfg.enhancement.placement == "direction":  # its gain learned on the other placement before
+            values["enhancement"]["direction"] = 1
     return values
 
 

@@ -53,15 +53,15 @@ def calibrate_gain(drawer: Drawer, held_out: HeldOut, captions: Sequence[str]) -
     module = drawer.enhancement
     assert module is not None and module.gain is not None
     real = drawer.backbone.encode_images(np.stack([pair.image for pair in held_out.pairs]))[0]
-    gaps, size = {}, drawer.cfg.batch_size
+    gaps, size, needed = {}, drawer.cfg.batch_size, drawer.placement == "direction"
     with merged_once(drawer.backbone.unet):
         for share in SHARES:
-            trial = replace(drawer, enhancement=with_share(module, share))
+            trial = replace(drawer, enhancement=with_share(module, share, needed))
             drawn = torch.cat([_drawn(trial, held_out, captions, k, size) for k in range(0, len(real), size)])
             gaps[share] = (_gap(drawn[0::2], real[0::2], module.levels), _gap(drawn[1::2], real[1::2], module.levels))
     better = [s for s in SHARES if s > 0 and all(g < g0 for g, g0 in zip(gaps[s], gaps[0.0], strict=True))]
     share = min(better, key=lambda s: sum(gaps[s]), default=0.0)
-    keep_share(module, share)
+    keep_share(module, share, needed)
     return Calibration(share, gaps)
 
 
@@ -79,17 +79,18 @@ class Finest:
         )
 
 
-def calibrate_finest(drawer: Drawer, held_out: HeldOut, captions: Sequence[str]) -> Finest:
+def calibrate_finest(drawer: Drawer, held_out: HeldOut, captions: Sequence[str], placed: bool = True) -> Finest:
     """Set ``drawer.enhancement.finest_log_gain``, in place; it draws as the drawer is set.
 
-    On the garments where pairs have masks and sources, else on whole pictures. What one half of the pairs asks for has
+    On the garments where pairs have masks and sources and drawn garments lie where the photos' do (``placed``), else
+    on whole pictures. What one half of the pairs asks for has
     to bring the other half nearer to its photos as well, else it is 0.
     """
     module = drawer.enhancement
     assert module is not None
     module.finest_log_gain = 0.0
     drawn = drawer.images(captions, held_out.sources, 1.0)
-    masks = held_out.masks if held_out.sources is not None else None
+    masks = held_out.masks if placed and held_out.sources is not None else None
     photos = np.stack([pair.image for pair in held_out.pairs])
     energies = finest_energy(photos, masks), finest_energy(drawn, masks)
 
@@ -109,20 +110,23 @@ def finest_energy(images: np.ndarray, masks: Tensor | None) -> Tensor:
     return (bands if masks is None else bands * (masks > 127)).sum((1, 2))
 
 
-def with_share(module: EnhancementModule, share: float) -> EnhancementModule:
+def with_share(module: EnhancementModule, share: float, needed: bool = False) -> EnhancementModule:
     """A copy of the module with ``share`` of its gain."""
     copied = copy.deepcopy(module)
-    keep_share(copied, share)
+    keep_share(copied, share, needed)
     return copied
 
 
 @torch.no_grad()
-def keep_share(module: EnhancementModule, share: float) -> None:
-    """Scale the gain's log gains by ``share`` in [0, 1], in place; at 0 it is gone, or the identity if all there is."""
+def keep_share(module: EnhancementModule, share: float, needed: bool = False) -> None:
+    """Scale the gain's log gains by ``share`` in [0, 1], in place.
+
+    At 0 it is gone, or the identity if it is all there is or ``needed``, as by ``placement=direction``.
+    """
     assert module.gain is not None
     if share > 0:
         module.max_log_gain = module.gain.max_log_gain = share * module.max_log_gain
-    elif module.texture is not None or module.decoder is not None:
+    elif not needed and (module.texture is not None or module.decoder is not None):
         module.max_log_gain, module.gain = 0.0, None
     else:
         module.gain.output.weight.zero_()

@@ -44,10 +44,12 @@ def calibrate(trained: Training) -> None:
         return
     held_out = HeldOut.take(val, PAIRS, cfg.conditioning)
     drawer = replace(trained.drawer(), enhancement=module, placement=cfg.enhancement.placement, cfg=judging(cfg))
-    for part, judge in ((module.gain, calibrate_gain), (module.decoder, calibrate_finest)):
-        if part is not None:
-            found = judge(drawer, held_out, trained.prompts(held_out))
-            console.print(str(found), highlight=False, soft_wrap=True)
+    prompts = trained.prompts(held_out)
+    if module.gain is not None:
+        console.print(str(calibrate_gain(drawer, held_out, prompts)), highlight=False, soft_wrap=True)
+    if module.decoder is not None:  # where other photos' garments come to lie, no source says
+        found = calibrate_finest(drawer, held_out, prompts, placed=cfg.data.name == "studio")
+        console.print(str(found), highlight=False, soft_wrap=True)
 
 
 def judging(cfg: Config) -> SamplingConfig:
@@ -57,6 +59,8 @@ def judging(cfg: Config) -> SamplingConfig:
     """
     scheduler = "ddim" if cfg.enhancement.placement == "direction" else SamplingConfig.scheduler
     sampling = SamplingConfig(scheduler, batch_size=cfg.sampling.batch_size)
+    if cfg.enhancement.judged_steps:
+        sampling.num_inference_steps = cfg.enhancement.judged_steps
     if cfg.enhancement.judged_guidance:
         sampling.guidance_scale, sampling.source_guidance_scale = cfg.enhancement.judged_guidance
     elif cfg.conditioning == "none":  # captions alone take more of it: the middle of what the gain was trained with

@@ -150,7 +150,7 @@ class LoraDae(lightning.LightningModule):
             unet: Any = self.unet
             loss, parts = chain_loss(
                 unet, self.noise_scheduler, self.enhancement, batch, null_text, chain, global_batch,
-                self.cfg.enhancement.losses,
+                self.cfg.enhancement.losses, self.cfg.enhancement.placement,
             )  # fmt: skip
             scale = self.trainer.world_size
             self.log("enhancement/power_gap", parts.power)

@@ -74,13 +74,17 @@ def chain_loss(
     chain: Chain,
     gather: Callable[[Tensor], Tensor] = lambda own: own,
     losses: Collection[str] = LOSSES,
+    placement: str = "prediction",
 ) -> tuple[Tensor, OnPolicyLoss]:
     """Mean loss along one chain (with gradient into the module only), and its parts at the last state.
+
+    ``placement=direction``: the chain is DDIM's, and its direction term is edited, as in drawing.
 
     ``gather`` makes what the loss compares, statistics of a batch, those of all processes' batches. ``losses``: as
     ``on_policy_loss``.
     """
-    scheduler = build_scheduler(chain.solver, base_scheduler)
+    direction = placement == "direction"
+    scheduler = build_scheduler("ddim" if direction else chain.solver, base_scheduler)
     scheduler.set_timesteps(chain.num_inference_steps, device=chain.noise.device)
     conditions = Conditions(batch["text"], null_text, batch.get("source"))
     prediction_type, sigma_space = base_scheduler.config.prediction_type, is_sigma_space(scheduler)
@@ -94,10 +98,13 @@ def chain_loss(
         alpha, sigma = current_level(scheduler, t)
         reached = next_level(scheduler, t)
         inputs = gate_inputs(scheduler, guided, t, sample, conditional)
-        change = module.evaluate(*inputs, source=batch.get("source"))
+        change = module.evaluate(*inputs, direction=direction, source=batch.get("source"))
         assert change.log_gain is not None
-        edit = x0_delta_to_output_delta(change.delta, alpha, sigma, prediction_type, sigma_space)
-        sample = scheduler.step(guided + edit, t, sample).prev_sample
+        if direction:
+            sample = scheduler.step(guided, t, sample).prev_sample + change.delta * reached[1]
+        else:
+            edit = x0_delta_to_output_delta(change.delta, alpha, sigma, prediction_type, sigma_space)
+            sample = scheduler.step(guided + edit, t, sample).prev_sample
         if alpha > sigma * math.exp(WINDOW[0]):  # elsewhere the module is off
             there = add_noise(real, reference_noise, *reached)
             parts = on_policy_loss(gather(sample), there, gather(change.log_gain), losses=losses)
