@@ -148,14 +148,14 @@ def test_what_evaluation_asks_for_is_drawn(tiny_backbone: Path, tmp_path: Path) 
 
 
 def test_a_cell_that_cannot_be_measured_stops_no_other(tiny_backbone: Path, tmp_path: Path) -> None:
-    """More pictures than there are pairs, and a metric that was asked for and is not to be had: neither gets a file."""
+    """Pairs that are not there, and a metric that was asked for and is not to be had: neither gets a file."""
     text = STUDY.replace("[0, 1, 2]", "[0]").partition("cells:")[0]
-    text += "cells:\n  many: [enhancement=none, evaluation.num_samples=9]\n"
+    text += "cells:\n  gone: [enhancement=none, evaluation.first_pair=9]\n"
     text += f"  lacking: [enhancement=none, evaluation.dinov2={tmp_path / 'none'}]\n  plain: [enhancement=none]\n"
-    folder = write_study(tmp_path / "experiments" / "some", text.replace("baseline: plain", "baseline: many"))
+    folder = write_study(tmp_path / "experiments" / "some", text.replace("baseline: plain", "baseline: gone"))
     (study,) = read_studies([folder], shortened(tiny_backbone, tmp_path / "cache"))
     (job,) = make_jobs([study], tmp_path / "multirun")
-    with pytest.raises(ConfigError, match="9 are asked for.*fd_dinov2 was asked for and is not to be had"):
+    with pytest.raises(ConfigError, match="from number 9 on.*fd_dinov2 was asked for and is not to be had"):
         measure_cells(list_file(job), QUIET)
     assert [one.cell.name for one in study.cells if read_cell(study.results, one.digest)] == ["plain"]
 
