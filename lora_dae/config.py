@@ -161,11 +161,10 @@ class EnhancementConfig:
     batch_size: int = 8  # of decoder and gain
     learning_rate: float = 2e-2  # of texture and gain
     guidance_range: list[float] = field(default_factory=lambda: [1.0, 5.0])
-    judged_steps: int = 0  # in which it is calibrated; 0 = the studio's
-    judged_guidance: list[float] = field(
-        default_factory=list
-    )  # [text, source] at which it is calibrated; [] = studio's
     steps_range: list[int] = field(default_factory=lambda: [8, 20])
+    # How validation pairs are drawn to calibrate it; 0 and []: as the studio's are.
+    judged_steps: int = 0
+    judged_guidance: list[float] = field(default_factory=list)  # of text and source
 
 
 @dataclass

@@ -81,7 +81,7 @@ def _range(name: str) -> tuple[float, float]:
     """The least and the most that a metric can be."""
     kind = name.split("_")[0]
     least = {"": -math.inf, "kd": -math.inf, "kid": -math.inf, "clip": -math.inf, "is": 1.0}.get(kind, 0.0)
-    return least, 1.0 if kind in ("attr", "ssim", "edge") else math.inf
+    return least, 1.0 if kind in ("attr", "ssim", "ms", "edge") else math.inf
 
 
 class Difference(NamedTuple):

@@ -91,7 +91,7 @@ def _against_ours(
     """``ours``: that cell minus every other one that is tested against the same baseline, by cell and metric."""
     mine = {against[name]: name for name in grid.ours}
     others = {name: mine[base] for name, base in against.items() if base in mine and mine[base] != name}
-    tests = _tested({key: value for key, value in _tests(found, others, grid, ours=True).items()})
+    tests = _tested(_tests(found, others, grid, ours=True))
     rows: dict[str, Any] = {}
     for (name, metric), entry in tests.items():
         rows.setdefault(name, {"ours": others[name], "metrics": {}})["metrics"][metric] = entry
