@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from comparisons import ROOT, STUDIES, STUDY, check_files, fake, write_study
 from compose import SHORT
 from rich.console import Console
-from test_sweep_compare import ROOT, STUDIES, STUDY, fake, write_study
-from test_sweep_compare import test_tables_and_files_of_every_study_agree as check_files
 
 from lora_dae.config import ConfigError
 from lora_dae.sweep import store
