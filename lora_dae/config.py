@@ -160,8 +160,8 @@ class EnhancementConfig:
     max_steps: int = 10  # of the gain's training; each is one whole sampling chain
     batch_size: int = 8  # of decoder and gain
     learning_rate: float = 2e-2  # of texture and gain
-    guidance_range: list[float] = field(default_factory=lambda: [1.0, 5.0])
-    steps_range: list[int] = field(default_factory=lambda: [8, 20])
+    guidance_range: list[float] = field(default_factory=lambda: [1.0, 8.0])
+    steps_range: list[int] = field(default_factory=lambda: [8, 50])
     # How validation pairs are drawn to calibrate it; 0 and []: as the studio's are.
     judged_steps: int = 0
     judged_guidance: list[float] = field(default_factory=list)  # of text and source

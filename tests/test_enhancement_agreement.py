@@ -91,6 +91,21 @@ def test_gates_are_multiplied_by_trust() -> None:
     assert torch.equal(one, module.refine(picture, photo)) and not torch.equal(one, none)
 
 
+def test_a_source_without_trust_counts_as_none() -> None:
+    """In pixels too, where a gain sees the source, and the finest band is made louder."""
+    torch.manual_seed(0)
+    module = EnhancementModule(source_channels=4, decoder=True, finest_log_gain=0.1)
+    assert module.texture is not None and module.decoder is not None
+    for layer in (module.texture.output, module.decoder.output):
+        torch.nn.init.normal_(layer.weight, std=0.5)
+    x0, cond, source, picture, photo = smooth(3), smooth(7), smooth(4), *(smooth(k, 32, 3).sigmoid() for k in (5, 6))
+    nothing = torch.zeros(2)
+    alone, shown = module.evaluate(x0, cond, x0, *LEVEL), module.evaluate(x0, cond, x0, *LEVEL, source=source)
+    torch.testing.assert_close(module.evaluate(x0, cond, x0, *LEVEL, source=source, trust=nothing).delta, alone.delta)
+    torch.testing.assert_close(module.refine(picture, photo, trust=nothing), module.refine(picture, None))
+    assert not torch.allclose(shown.delta, alone.delta) and module.refine(picture, photo).ne(picture).any()
+
+
 def distrusting(bias: float, channels: int, width: int) -> EnhancementModule:
     """A module of source texture whose trust in all sources is that of ``bias``."""
     torch.manual_seed(0)
@@ -142,13 +157,24 @@ def test_the_file_keeps_it_and_files_from_before_are_read(tmp_path: Path) -> Non
 
     assert torch.equal(trust(again), trust(module))
     assert module.trust(None, source) is None and module.trust(text, None) is None
-    old = save_enhancement(EnhancementModule(source_channels=4), tmp_path / "old.safetensors")
+    torch.manual_seed(0)
+    before = EnhancementModule(source_channels=4)
+    assert before.texture is not None
+    with torch.no_grad():
+        torch.nn.init.normal_(before.texture.output.weight)
+        before.texture.input.weight[:, 9:12] = 0  # what gates did not see then: guidance
+    old = save_enhancement(before, tmp_path / "old.safetensors")
     with safe_open(old, "pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
     for later in ("text_channels", "text_tokens", "finest_log_gain"):
         del metadata[later]
+    weight = tensors["texture.input.weight"]
+    tensors["texture.input.weight"] = torch.cat([weight[:, :9], weight[:, 12:]], dim=1)
     save_file(tensors, old, {**metadata, "version": "3"})
-    assert load_enhancement(old).trust(text, source) is None
+    read, x0 = load_enhancement(old), smooth(3)
+    assert read.trust(text, source) is None
+    inputs = x0, 0.5 * x0, x0, *LEVEL
+    assert torch.equal(read.evaluate(*inputs, source=source).delta, before.evaluate(*inputs, source=source).delta)
 
 
 def test_agreement_is_small_on_every_family() -> None:

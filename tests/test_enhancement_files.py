@@ -42,7 +42,7 @@ def test_missing_foreign_and_broken_files_are_refused(saved, tmp_path):
 @pytest.mark.parametrize("change", [{"version": "99"}, {"levels": "3"}, {"hidden": "many"}])
 def test_files_that_do_not_fit_their_description_are_refused(saved, tmp_path, change):
     _, path = saved
-    metadata = {"format": "lora-dae-enhancement", "version": "3", "levels": "2", "hidden": "8"}
+    metadata = {"format": "lora-dae-enhancement", "version": "5", "levels": "2", "hidden": "8"}
     metadata |= {"max_log_gain": "0.3", "source_channels": "0", "decoder": "0"} | change
     other = tmp_path / "other.safetensors"
     save_file(load_file(path), other, metadata=metadata)

@@ -94,6 +94,22 @@ def test_the_window_shuts_source_texture_at_high_noise_as_well():
     assert torch.count_nonzero(module(x0, x0, x0, 0.1, 0.995, 0.2, source=smooth(4))) == 0
 
 
+def test_gates_of_source_texture_see_the_whole_step():
+    """Noise, step size, order of the solver, and what guidance has amplified: the gates are others for each."""
+    torch.manual_seed(0)
+    module = EnhancementModule(max_log_gain=0.0, source_channels=4)
+    for parameter in module.texture.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x0, source = smooth(3), smooth(4)
+
+    def gates(cond=x0, alpha=0.8, sigma=0.6, h=0.2, first_order=1.0):
+        return module.evaluate(x0, cond, x0, alpha, sigma, h, first_order, source=source).gates.detach()
+
+    others = [gates(sigma=0.4), gates(h=0.9), gates(first_order=0.0), gates(cond=0.5 * x0)]
+    assert all((other - gates()).abs().max() > 0.01 for other in others)
+    torch.testing.assert_close(gates(cond=x0.clone()), gates())  # a guidance that changes nothing is none
+
+
 def test_the_whole_module_is_small():
     config = EnhancementConfig()
     for channels in (4, 16):

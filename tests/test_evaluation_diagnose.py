@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from compose import config
+from scipy import stats
+from test_training_on_policy import VARIANCE, ExactDenoiser, scheduler
 
-from lora_dae.evaluation.diagnose import Diagnosis, calibration_slope, missing_energy
+from lora_dae.evaluation.diagnose import Diagnosis, Watch, calibration_slope, missing_energy, told_apart
+from lora_dae.sampling.loop import Conditions, Guidance, sample_latents
+from lora_dae.sampling.schedulers import build_scheduler
 from lora_dae.training import run as training
 
 ROOT = Path(__file__).parent.parent
@@ -29,9 +33,49 @@ def test_a_posterior_mean_is_calibrated_and_misses_nothing_and_a_shrunk_one_show
 
 def test_the_verdict_names_what_is_missing_and_what_is_too_much():
     def said(*final):
-        return Diagnosis([50], [[1, 1, 1]], [[0, 0, 0]], [50], {"strength 0": [list(final)]}, None).verdict()[0]
+        return Diagnosis([50], [[1, 1, 1]], [[0, 0, 0]], [50], {"strength 0": [list(final)]}, None, None).verdict()[0]
 
     assert "lacks texture" in said(0.7, 1, 1) and "too much" in said(1, 1.3, 1) and "is right" in said(1, 1, 1.05)
+
+
+def test_the_verdict_says_whether_pairs_match():
+    def said(own, other):
+        gates = told_apart(*(torch.full((20, 4, 4), value) + spread for value in (own, other)))
+        return Diagnosis([], [], [], [], {}, {"garment": 0.4, "beside": 0.2}, gates).verdict()
+
+    spread = torch.linspace(-0.1, 0.1, 20).view(20, 1, 1)
+    assert "0.40 on the garment, 0.20 beside" in said(0.5, 0.1)[0]
+    assert (
+        "0.50 open with a pair's own source, 0.10 with another one's: the module tells them apart" in said(0.5, 0.1)[1]
+    )
+    assert "do the pairs match?" in said(0.3, 0.3)[1]
+    own, other = torch.randn(2, 30, 4, 4, generator=torch.Generator().manual_seed(0))
+    found, more = told_apart(own, other), (own - other).mean((1, 2))
+    half = float(stats.norm.ppf(0.975) * stats.sem(more))
+    assert (found["low"], found["high"]) == pytest.approx(
+        (float(more.mean()) - half, float(more.mean()) + half), rel=1e-3
+    )
+
+
+def test_energies_along_a_chain_are_the_closed_form():
+    """White latents, the exact denoiser, DDIM: each step multiplies their standard deviation by a cosine."""
+    base, noise = scheduler(), torch.randn(2, 8, 4, 32, 32, generator=torch.Generator().manual_seed(1))
+    watch = Watch(VARIANCE**0.5 * noise[0], noise[1])
+    plain = build_scheduler("ddim", base)
+    start = torch.randn(8, 4, 32, 32, generator=torch.Generator().manual_seed(2))
+    conditions = Conditions(torch.zeros(8, 2, 3), torch.zeros(2, 3))
+    sample_latents(ExactDenoiser(base.alphas_cumprod), plain, start, conditions, Guidance(), 10, watch)
+    found = [(energies[:, 0] / energies[:, 1]).tolist() for energies in watch.energies]
+    expected = 1.0
+    for k, t in enumerate(plain.timesteps):
+        following = plain.timesteps[k + 1] if k + 1 < len(plain.timesteps) else None
+        a2 = base.alphas_cumprod[t]
+        b2 = plain.final_alpha_cumprod if following is None else base.alphas_cumprod[following]
+        states = [(VARIANCE * x + 1 - x) ** 0.5 for x in (a2, b2)]
+        expected *= float((VARIANCE * (a2 * b2) ** 0.5 + ((1 - a2) * (1 - b2)) ** 0.5) / (states[0] * states[1])) ** 2
+        for ratio, within in zip(found[k], (0.02, 0.06, 0.15), strict=True):  # coarse bands have fewer numbers
+            assert ratio == pytest.approx(expected, rel=within)
+    assert expected < 0.7
 
 
 def test_the_command_diagnoses_a_finished_run(tiny_backbone: Path, tmp_path: Path) -> None:
@@ -45,7 +89,8 @@ def test_the_command_diagnoses_a_finished_run(tiny_backbone: Path, tmp_path: Pat
     folder = tmp_path / "run" / "diagnosis"
     found = json.loads((folder / "diagnosis.json").read_text())
     assert len(found["slope"]) == len(found["timesteps"]) and set(found["energy"]) == {"strength 0", "strength 1"}
-    assert 0 < found["confidence"]["garment"] <= 1
+    assert 0 < found["confidence"]["garment"] <= 1 and found["gates"]["low"] <= found["gates"]["high"]
+    assert "with another one's" in done.stdout
     assert (folder / "energy.png").stat().st_size > 0 and (folder / "matches.png").stat().st_size > 0
     missing = subprocess.run(
         [sys.executable, "-m", "lora_dae.enhancement", "diagnose", f"run={tmp_path / 'none'}"],

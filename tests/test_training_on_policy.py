@@ -10,6 +10,7 @@ from lora_dae.config import EnhancementConfig
 from lora_dae.enhancement.hook import enhance_scheduler
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.sampling.loop import Conditions, Guidance, sample_latents
+from lora_dae.sampling.schedulers import build_scheduler
 from lora_dae.training.objective import seeded
 from lora_dae.training.on_policy import Chain, chain_loss, draw_chain
 
@@ -68,7 +69,7 @@ def test_training_gives_back_what_ddim_loses(placement: str) -> None:
     assert before < 0.85  # ten first-order steps lose this much, by the product of cosines
     for k in range(40):
         noise, reference = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(k))
-        chain = Chain("ddim", 10, Guidance(), noise, reference)
+        chain = Chain("ddim", 10, Guidance(), False, noise, reference)
         loss, _ = chain_loss(unet, base, module, batch(k), torch.zeros(2, 3), chain, placement=placement)
         optimizer.zero_grad()
         loss.backward()
@@ -94,9 +95,68 @@ def test_gradients_reach_the_module_alone() -> None:
     assert module.gain.output.bias.grad is not None and module.gain.output.bias.grad.abs().sum() > 0
 
 
+def draw_chains(data: dict[str, torch.Tensor], cfg: EnhancementConfig, count: int) -> list[Chain]:
+    return [draw_chain(data, cfg, seeded(0, k), [seeded(1, i) for i in range(8)]) for k in range(count)]
+
+
 def test_chains_are_drawn_within_their_ranges() -> None:
-    cfg = EnhancementConfig(steps_range=[5, 7], guidance_range=[1.5, 2.0])
-    chains = [draw_chain(batch(0), cfg, seeded(0, k), [seeded(1, i) for i in range(8)]) for k in range(40)]
+    chains = draw_chains(batch(0), EnhancementConfig(steps_range=[5, 7], guidance_range=[1.5, 2.0]), 40)
     assert {c.num_inference_steps for c in chains} == {5, 6, 7}
     assert all(1.5 <= c.guidance.text <= 2.0 for c in chains)
-    assert {c.solver for c in chains} == {"ddim", "dpm++"}
+    assert {c.solver for c in chains} == {"ddim", "dpm++", "euler", "unipc"}
+    usual = draw_chains(batch(0), EnhancementConfig(), 300)
+    steps, text = (
+        torch.tensor([f(c) for c in usual]) for f in (lambda c: c.num_inference_steps, lambda c: c.guidance.text)
+    )
+    assert (steps.min(), steps.max()) == (8, 50) and 0.35 < (steps < 20).float().mean() < 0.65
+    assert text.min() < 1.5 and text.max() > 7.5
+
+
+def test_sources_are_dropped_and_guided_by_their_own_scale() -> None:
+    data = {**batch(0), "source": torch.zeros(SHAPE)}
+    chains = draw_chains(data, EnhancementConfig(), 300)
+    shown = [c for c in chains if not c.alone]
+    assert 0.1 < 1 - len(shown) / 300 < 0.2
+    assert all(c.guidance.text == c.guidance.source for c in chains if c.alone)
+    assert all(1 <= c.guidance.source <= 3 for c in shown) and max(c.guidance.source for c in shown) > 2.8
+    same = [c.guidance.text for c in shown if c.guidance.text == c.guidance.source]
+    assert 0.4 < len(same) / len(shown) < 0.6 and 2.8 < max(same) <= 3
+    assert max(c.guidance.text for c in shown) > 7.5
+
+
+@pytest.mark.parametrize("solver", ["ddim", "euler", "dpm++", "unipc"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_chain_is_the_samplers_own(solver: str, alone: bool) -> None:
+    """Of an identity module: the network is asked what ``sample_latents`` asks it."""
+    base, data = scheduler(), {**batch(0), "source": torch.full(SHAPE, 0.3)}
+    exact = ExactDenoiser(base.alphas_cumprod)
+    asked: list[torch.Tensor] = []
+    sources: list[torch.Tensor | None] = []
+
+    class Steered(torch.nn.Module):
+        """Its output depends on source and caption, so that every branch of the guidance counts."""
+
+        def forward(self, sample, t, encoder_hidden_states, return_dict):  # noqa: ANN001, ANN202
+            asked.append(sample.detach())
+            x, source = sample.chunk(2, dim=1)
+            return (
+                exact(x, t, None, False)[0] + 0.1 * source + encoder_hidden_states.mean((1, 2))[:, None, None, None],
+            )
+
+    data["text"] = torch.full((SHAPE[0], 2, 3), 0.05)
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(5))
+    guidance = Guidance(2.0, 2.0) if alone else Guidance(3.0, 1.5)
+    chain = Chain(solver, 6, guidance, alone, noise, noise)
+
+    class Watched(EnhancementModule):
+        def evaluate(self, x0, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
+            sources.append(kwargs["source"])
+            return super().evaluate(x0, *args, **kwargs)
+
+    chain_loss(Steered(), base, Watched(), data, torch.zeros(2, 3), chain)
+    while_training, asked = asked, []
+    shown = torch.zeros(SHAPE) if alone else data["source"]
+    plain = build_scheduler(solver, base)
+    sample_latents(Steered(), plain, noise, Conditions(data["text"], torch.zeros(2, 3), shown), guidance, 6)
+    assert len(sources) == 6 and all((source is None) == alone for source in sources)
+    torch.testing.assert_close(torch.stack(while_training), torch.stack(asked))

@@ -18,6 +18,7 @@ from lora_dae.enhancement import EnhancementModule
 from lora_dae.enhancement.bands import split_bands
 from lora_dae.enhancement.gates import WINDOW
 from lora_dae.enhancement.module import build_enhancement
+from lora_dae.sampling.loop import Guidance
 from lora_dae.training.module import LoraDae
 from lora_dae.training.objective import seeded
 from lora_dae.training.paired import LATE, decoder_loss, draw_paired, gradient_magnitude, swapped, texture_loss
@@ -48,11 +49,12 @@ def paired_batch() -> dict[str, torch.Tensor]:
 
 
 def test_draws_stay_where_the_module_acts_and_repeat():
-    base, cfg = scheduler(), EnhancementConfig(wrong_source=0.5, guidance_range=[1.0, 5.0])
+    base, cfg = scheduler(), EnhancementConfig(wrong_source=0.5)
     draws = [draw(paired_batch(), base, cfg, k) for k in range(20)]
     alpha, sigma = alpha_sigma(base, torch.cat([d.timesteps for d in draws]), torch.zeros(160, 1, 1, 1))
     assert half_log_snr(alpha, sigma).min() > WINDOW[0]
-    assert {d.guidance == 1.0 for d in draws} == {True, False} and max(d.guidance for d in draws) <= 3
+    assert {d.guidance == Guidance() for d in draws} == {True, False}
+    assert max(d.guidance.source for d in draws) <= 3 < max(d.guidance.text for d in draws) <= 8
     assert 40 < sum(int(d.wrong.sum()) for d in draws) < 120
     late = [draw(paired_batch(), base, cfg, k, LATE) for k in range(20)]
     assert max(d.timesteps.max() for d in late) < 0.5 * max(d.timesteps.max() for d in draws)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from lora_dae.adapter.atomic import load_tensors, save_tensors
 from lora_dae.config import ConfigError
 from lora_dae.enhancement.module import EnhancementModule
 
 FORMAT = "lora-dae-enhancement"
-VERSION = "4"  # 3: the finest band of source texture is carried as the others are; 4: agreement with the caption
-READABLE = ("3", VERSION)
+# 3: the finest band of source texture is carried as the others are; 4: agreement with the caption; 5: gates of source
+# texture see what guidance has amplified
+VERSION = "5"
+READABLE = ("3", "4", VERSION)
 
 
 def save_enhancement(module: EnhancementModule, path: str | Path) -> Path:
@@ -54,9 +59,18 @@ def load_enhancement(path: str | Path) -> EnhancementModule:
             metadata.get("gate_inputs", "energy"), float(metadata.get("finest_log_gain", 0)),  # older files do not say
             int(metadata.get("text_channels", 0)), int(metadata.get("text_tokens", 77)),
         )  # fmt: skip
+        if metadata["version"] != VERSION and module.texture is not None:
+            tensors["texture.input.weight"] = _blind_to_guidance(tensors["texture.input.weight"], module.levels)
         module.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{path} is damaged: its weights do not fit its description; save it again.") from error
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise ConfigError(f"{path} holds weights that are not finite: it is damaged, or training diverged.")
     return module
+
+
+def _blind_to_guidance(weight: Tensor, levels: int) -> Tensor:
+    """The gates' first layer of a file before version 5, with zeros for what those gates did not see."""
+    energies = 3 * levels
+    unseen = weight.new_zeros(len(weight), levels, *weight.shape[2:])
+    return torch.cat([weight[:, :energies], unseen, weight[:, energies:]], dim=1)

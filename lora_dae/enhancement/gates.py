@@ -91,20 +91,20 @@ class BandGain(nn.Module):
         solver is a deterministic first-order one. Numbers or tensors of B values. The mean of delta per image
         and channel is 0.
         """
-        with torch.autocast(device_type=x0.device.type, enabled=False):
-            step = noise_step(alpha, sigma, h, first_order, x0.device)
-            # One call for all three: at latent sizes it is the number of calls that costs.
-            seen = [x0, sample.float() / step.scale, *([] if x0_cond is x0 else [x0_cond])]
-            split, _ = split_bands(torch.cat([part.float() for part in seen]), self.levels)
-            energies = local_log_energy(split).chunk(len(seen))
-            guided, noise_energy, conditional = energies[0], energies[1], energies[-1 if len(seen) == 3 else 0]
-            bands, noisy = split.chunk(len(seen), dim=1)[:2]
-            excess = guided - conditional  # log q_b: what guidance has already amplified
-            features = torch.cat([conditional, noise_energy, excess], dim=1) * _FEATURE_SCALE
+        step = noise_step(alpha, sigma, h, first_order, x0.device)
+        return self.judge(observe(x0, x0_cond, sample, step, self.levels), step, direction)
+
+    def judge(self, seen: Observed, step: NoiseStep, direction: bool = False) -> tuple[Tensor, Tensor]:
+        """As ``evaluate``, of what has been observed."""
+        assert seen.noisy is not None and seen.noise_energy is not None
+        with torch.autocast(device_type=seen.bands.device.type, enabled=False):
+            excess, conditional = seen.excess(), seen.energy if seen.conditional is None else seen.conditional
+            features = torch.cat([conditional, seen.noise_energy, excess], dim=1) * _FEATURE_SCALE
             features = visible(features, self.levels, self.inputs)
             log_gain = self._log_gain(features, excess, step)
+            bands = seen.bands
             if direction:  # bands of the noise that x0 and sample imply, by linearity
-                bands = (step.scale * noisy - step.alpha * bands) / step.sigma
+                bands = (step.scale * seen.noisy - step.alpha * bands) / step.sigma
             delta = weighted(torch.expm1(log_gain), bands)
             # Bands have zero mean, but a gain that varies in space would move it again.
             return delta - delta.mean((2, 3), keepdim=True), log_gain
@@ -118,6 +118,33 @@ class BandGain(nn.Module):
         log_gain = self.max_log_gain * torch.tanh(calibration + step.phi * step.first_order * discretization)
         budgeted = (log_gain - 0.5 * excess.clamp_min(0)).clamp_min(0)
         return torch.where(log_gain > 0, budgeted, log_gain) * step.window
+
+
+class Observed(NamedTuple):
+    """What gates see of a reverse step: bands (levels, B, C, H, W) and local log energies (B, levels, H, W)."""
+
+    bands: Tensor
+    rest: Tensor  # (B, C, H, W), what the bands leave
+    energy: Tensor
+    conditional: Tensor | None  # energies without guidance; None = there is no guidance
+    noisy: Tensor | None  # bands of the noisy latents
+    noise_energy: Tensor | None
+
+    def excess(self) -> Tensor:
+        """log q_b: what guidance has amplified at each place, 0 without guidance; (B, levels, H, W)."""
+        return torch.zeros_like(self.energy) if self.conditional is None else self.energy - self.conditional
+
+
+def observe(x0: Tensor, x0_cond: Tensor, sample: Tensor | None, step: NoiseStep, levels: int) -> Observed:
+    """Arguments as ``BandGain.evaluate``; without ``sample`` nothing is told of it."""
+    with torch.autocast(device_type=x0.device.type, enabled=False):
+        # One call for all: at latent sizes it is the number of calls that costs.
+        parts = [x0, *([] if sample is None else [sample.float() / step.scale]), *([] if x0_cond is x0 else [x0_cond])]
+        split, rest = split_bands(torch.cat([part.float() for part in parts]), levels)
+        energies, bands = local_log_energy(split).chunk(len(parts)), split.chunk(len(parts), dim=1)
+        noisy, noise_energy = (None, None) if sample is None else (bands[1], energies[1])
+        conditional = None if x0_cond is x0 else energies[-1]
+        return Observed(bands[0], rest[: len(x0)], energies[0], conditional, noisy, noise_energy)
 
 
 class NoiseStep(NamedTuple):

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 _RADIUS = 2  # of the local windows, places of that scale
 _MANY = 2**24  # numbers; eight images of 512 pixels have 25 M
+_PIECE = 2**24  # numbers that are held at once where nothing is trained: of scores, and of windows' distances
 
 
 class Match(NamedTuple):
@@ -69,15 +70,34 @@ def _global(target: Tensor, source: Tensor, sharpness: Tensor, locality: Tensor)
     b, _, height, width = target.shape
     t, s = target.flatten(2).transpose(1, 2), source.flatten(2).transpose(1, 2)
     places = _places(height, width, t)
-    away = torch.cdist(places, places).square() / (max(height, width) ** 2)
-    scores = -sharpness * torch.cdist(t, s).square() - 16 * locality * away
-    weights = scores.softmax(-1)
-    found = (weights @ places - places).transpose(1, 2).reshape(b, 2, height, width)
-    return found, weights.amax(-1).view(b, 1, height, width)
+    count = len(places) if torch.is_grad_enabled() else max(1, _PIECE // (b * len(places)))
+    parts = []
+    for some, at in zip(t.split(count, dim=1), places.split(count), strict=True):  # each place's scores are its own
+        away = torch.cdist(at, places).square() / (max(height, width) ** 2)
+        scores = -sharpness * torch.cdist(some, s).square() - 16 * locality * away
+        weights = scores.softmax(-1)
+        parts.append((weights @ places - at, weights.amax(-1)))
+    found, sure = (torch.cat(of, dim=1) for of in zip(*parts, strict=True))
+    return found.transpose(1, 2).reshape(b, 2, height, width), sure.view(b, 1, height, width)
 
 
 def _local(target: Tensor, source: Tensor, sharpness: Tensor, locality: Tensor) -> tuple[Tensor, Tensor]:
-    """A window of 5x5 places around each."""
+    """A window of 5x5 places around each; of large images in strips, which changes nothing."""
+    height, width = target.shape[2:]
+    rows = max(1, _PIECE // (target.numel() // height * (2 * _RADIUS + 1) ** 2 // target.shape[1]))
+    if torch.is_grad_enabled() or rows >= height:
+        return _windows(target, source, sharpness, locality)
+    strips, beyond = [], _RADIUS + 1  # what a window reads beyond a strip, and the mean over windows
+    for first in range(0, height, rows):
+        last, top = min(first + rows, height), max(first - beyond, 0)
+        seen = slice(top, min(last + beyond, height))
+        found = _windows(target[:, :, seen], source[:, :, seen], sharpness, locality)
+        strips.append([one[:, :, first - top : last - top] for one in found])
+    rest, sure = (torch.cat(of, dim=2) for of in zip(*strips, strict=True))
+    return rest, sure
+
+
+def _windows(target: Tensor, source: Tensor, sharpness: Tensor, locality: Tensor) -> tuple[Tensor, Tensor]:
     height, width = target.shape[2:]
     padded = functional.pad(source, (_RADIUS,) * 4, mode="replicate")
     offsets = [(dy, dx) for dy in range(2 * _RADIUS + 1) for dx in range(2 * _RADIUS + 1)]

@@ -19,11 +19,12 @@ from lora_dae.config import ConfigError, EnhancementConfig
 from lora_dae.diffusion import Level
 from lora_dae.enhancement.agreement import Agreement
 from lora_dae.enhancement.bands import split_bands
-from lora_dae.enhancement.gates import NOISE_FEATURES, BandGain, noise_step
+from lora_dae.enhancement.gates import NOISE_FEATURES, BandGain, NoiseStep, Observed, noise_step, observe
 from lora_dae.enhancement.match import Match
 from lora_dae.enhancement.texture import Blend, SourceTexture
 
 PIXEL_GAIN = 0.405  # log(1.5)
+_REFINED = 2**22  # numbers of pictures in pixels that are worked on at once: one of 1,024 pixels, 85 of 128
 _LATENT_SCALES, _PIXEL_SCALES = (4, 1), (16, 4, 1)
 
 
@@ -80,7 +81,9 @@ class EnhancementModule(nn.Module):
         if source_channels:
             # One number beside the noise features: how far the solver is of first order.
             conditions = NOISE_FEATURES + 1
-            self.texture = SourceTexture(source_channels, levels, 24, conditions, 0.0, _LATENT_SCALES, gate_inputs)
+            self.texture = SourceTexture(
+                source_channels, levels, 24, conditions, 0.0, _LATENT_SCALES, gate_inputs, guided=True
+            )
         self.agreement = None
         if text_channels and source_channels:
             self.agreement = Agreement(text_channels, source_channels, text_tokens)
@@ -117,11 +120,13 @@ class EnhancementModule(nn.Module):
         ``trust`` (B,) in each source, as ``trust`` says; None = whole.
         """
         delta, log_gain, gates, match = torch.zeros_like(x0, dtype=torch.float32), None, None, None
+        step = noise_step(alpha, sigma, h, first_order, x0.device)
+        seen = observe(x0, x0_cond, None if self.gain is None else sample, step, self.levels)
         if self.gain is not None:
-            change, log_gain = self.gain.evaluate(x0, x0_cond, sample, alpha, sigma, h, first_order, direction)
+            change, log_gain = self.gain.judge(seen, step, direction)
             delta = delta + change
         if self.texture is not None and source is not None and not direction:
-            blend = self.blend(x0, source, alpha, sigma, h, first_order, trust)
+            blend = self._blended(x0, source, seen, step, trust)
             delta, gates, match = delta + blend.delta, blend.gates, blend.match
         return Edit(delta, log_gain, gates, match)
 
@@ -136,6 +141,7 @@ class EnhancementModule(nn.Module):
     def blend(
         self,
         x0: Tensor,
+        x0_cond: Tensor,
         source: Tensor,
         alpha: Level,
         sigma: Level,
@@ -144,11 +150,14 @@ class EnhancementModule(nn.Module):
         trust: Tensor | None = None,
     ) -> Blend:
         """The source texture's part alone; arguments as ``evaluate``."""
-        assert self.texture is not None
         step = noise_step(alpha, sigma, h, first_order, x0.device)
+        return self._blended(x0, source, observe(x0, x0_cond, None, step, self.levels), step, trust)
+
+    def _blended(self, x0: Tensor, source: Tensor, seen: Observed, step: NoiseStep, trust: Tensor | None) -> Blend:
+        assert self.texture is not None
         features = step.features
         conditions = torch.cat([features, step.first_order.flatten(1).expand(len(features), -1)], dim=1)
-        blend = self.texture(x0, source, conditions, trust)
+        blend = self.texture(x0, source, conditions, trust, seen)
         return blend._replace(delta=blend.delta * step.window)
 
     def refine(
@@ -162,12 +171,24 @@ class EnhancementModule(nn.Module):
             return images
         if self.device != images.device:
             self.to(images.device)
+        size = max(1, _REFINED // images[0].numel())
+        parts = zip(*(_pieces(x, len(images), size) for x in (images, source, trust)), strict=True)
+        return torch.cat([self._refine(some, shown, strength, trusted) for some, shown, trusted in parts])
+
+    def _refine(self, images: Tensor, source: Tensor | None, strength: float, trust: Tensor | None) -> Tensor:
+        assert self.decoder is not None
         x = images.float() * 2 - 1
         delta = self.decoder(x, None if source is None else source.to(images).float() * 2 - 1, trust=trust).delta
         # What it makes good, carrying and decoding of sources, captions alone have not lost.
         if self.finest_log_gain != 0 and (source is not None or self.source_channels == 0):
-            delta = delta + math.expm1(self.finest_log_gain) * split_bands(x + delta, 1)[0][0]
+            louder = math.expm1(self.finest_log_gain) * split_bands(x + delta, 1)[0][0]
+            delta = delta + (louder if trust is None else louder * trust.to(louder).view(-1, 1, 1, 1))
         return (images.float() + 0.5 * strength * delta).clamp(0, 1).to(images.dtype)
+
+
+def _pieces(x: Tensor | None, count: int, size: int) -> list[Tensor | None]:
+    """``x`` of ``count`` images, ``size`` at a time."""
+    return [None if x is None else x[k : k + size] for k in range(0, count, size)]
 
 
 def build_enhancement(cfg: EnhancementConfig, latent_channels: int, conditioning: str) -> EnhancementModule | None:

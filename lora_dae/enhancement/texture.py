@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_dae.enhancement.bands import local_log_energy, split_bands
-from lora_dae.enhancement.gates import pointwise, visible, weighted
+from lora_dae.enhancement.gates import Observed, pointwise, visible, weighted
 from lora_dae.enhancement.match import Match, Matcher, warp
 
 _SCALE = 0.25  # log energies span about [-9, 4]
@@ -38,7 +38,8 @@ class SourceTexture(nn.Module):
 
     ``channels`` of the images or latents, ``levels`` bands, ``factors``: scales of the match, coarse first. The last
     layer starts at zero: a new module changes nothing. ``max_log_gain`` > 0 adds a gain per band, which works
-    without a source too. ``inputs`` as in ``gates.visible``; ``time`` hides how sure the match is, too.
+    without a source too. ``inputs`` as in ``gates.visible``; ``time`` hides how sure the match is, too. ``guided``:
+    gates see what guidance has amplified, band by band and place by place.
     """
 
     def __init__(
@@ -50,11 +51,12 @@ class SourceTexture(nn.Module):
         max_log_gain: float = 0.0,
         factors: tuple[int, ...] = (4, 1),
         inputs: str = "energy",
+        guided: bool = False,
     ) -> None:
         super().__init__()
-        self.levels, self.max_log_gain, self.inputs = levels, max_log_gain, inputs
+        self.levels, self.max_log_gain, self.inputs, self.guided = levels, max_log_gain, inputs, guided
         self.matcher = Matcher(channels, factors=factors)
-        self.input = nn.Conv2d(3 * levels + 3, hidden, 1)
+        self.input = nn.Conv2d((4 if guided else 3) * levels + 3, hidden, 1)
         self.spatial = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.film = nn.Linear(conditions, 2 * hidden) if conditions else None
         self.output = nn.Conv2d(hidden, 2 * levels, 1)
@@ -62,23 +64,41 @@ class SourceTexture(nn.Module):
         nn.init.zeros_(self.output.bias)  # type: ignore[arg-type]
 
     def forward(
-        self, x: Tensor, source: Tensor | None, conditions: Tensor | None = None, trust: Tensor | None = None
+        self,
+        x: Tensor,
+        source: Tensor | None,
+        conditions: Tensor | None = None,
+        trust: Tensor | None = None,
+        seen: Observed | None = None,
     ) -> Blend:
         """Edit ``x`` (B, C, H, W) by ``source`` (the same shape, or None); ``conditions`` (B or 1, n).
 
-        ``trust`` (B,) in each source, 0 to 1: what gates are multiplied by; None = whole.
+        ``trust`` (B,) in each source, 0 to 1: a source that is not trusted counts as none; None = whole. ``seen``: what
+        has been observed of ``x``; a ``guided`` one needs it.
         """
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            own, rest = split_bands(x, self.levels)
+            own, rest = split_bands(x, self.levels) if seen is None else (seen.bands, seen.rest)
             match, carried, carried_rest = None, own, rest
+            sure, flag = x.new_zeros(2, len(x), 1, *x.shape[2:])
             if source is not None:
                 source = source.float()
                 # The finest band repeats itself, and a blurred image lacks it: the others say what belongs where.
                 match = self.matcher(x - own[0], source - split_bands(source, 1)[0][0])
                 carried, carried_rest = split_bands(warp(source, match.flow), self.levels)
+                sure, flag = match.confidence, torch.ones_like(flag)
+                if trust is not None:
+                    share = trust.view(-1, 1, 1, 1)
+                    carried, carried_rest = torch.lerp(own, carried, share), torch.lerp(rest, carried_rest, share)
+                    sure, flag = sure * share, flag * share
             gaps = carried - own
-            gain, gate = self._gates(own, carried, gaps, carried_rest - rest, match, conditions).chunk(2, dim=1)
+            if seen is None:
+                assert not self.guided
+                found = list(_energies(own, carried, gaps))
+            else:
+                found = [seen.energy, *_energies(carried, gaps), *([seen.excess()] if self.guided else [])]
+            far = ((carried_rest - rest).square().mean(1, keepdim=True) + _FLOOR).log()
+            gain, gate = self._gates(torch.cat(found, dim=1), far, sure, flag, conditions).chunk(2, dim=1)
             delta = torch.zeros_like(x)
             if self.max_log_gain > 0:
                 delta = weighted(torch.expm1(self.max_log_gain * torch.tanh(gain)), own)
@@ -87,32 +107,22 @@ class SourceTexture(nn.Module):
             gates = None
             if source is not None:
                 gates = torch.tanh(gate)
-                if trust is not None:
-                    gates = gates * trust.view(-1, 1, 1, 1)
                 delta = delta + weighted(gates, gaps)
             return Blend(delta, gates, match)
 
-    def _gates(
-        self,
-        own: Tensor,
-        carried: Tensor,
-        gaps: Tensor,
-        rest_gap: Tensor,
-        match: Match | None,
-        conditions: Tensor | None,
-    ) -> Tensor:
+    def _gates(self, energies: Tensor, far: Tensor, sure: Tensor, flag: Tensor, conditions: Tensor | None) -> Tensor:
         """(B, 2 * levels, H, W): what gain and gate are the tanh of."""
-        b, _, height, width = rest_gap.shape
-        sure = rest_gap.new_zeros(b, 1, height, width) if match is None else match.confidence
-        far = (rest_gap.square().mean(1, keepdim=True) + _FLOOR).log()
-        energies = torch.cat(local_log_energy(own, carried, gaps).chunk(3), dim=1)
         if self.inputs == "time":
             far, sure = torch.zeros_like(far), torch.zeros_like(sure)
         features = torch.cat([visible(energies, self.levels, self.inputs), far], dim=1)
-        flag = torch.full_like(sure, float(match is not None))
         hidden = self.spatial(pointwise(self.input, torch.cat([features * _SCALE, sure, flag], dim=1)))
         if self.film is not None:
             assert conditions is not None
             scale, shift = self.film(conditions)[:, :, None, None].chunk(2, dim=1)
             hidden = hidden * (1 + scale) + shift
         return pointwise(self.output, functional.silu(hidden))
+
+
+def _energies(*bands: Tensor) -> tuple[Tensor, ...]:
+    """Local log energies of several at once, (B, levels, H, W) each."""
+    return local_log_energy(*bands).chunk(len(bands))

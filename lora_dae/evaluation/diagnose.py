@@ -3,12 +3,15 @@
 Teacher-forced (really noised photos): per band the slope <x0, x0^> / <x0^, x0^>, 1 for a calibrated network and above
 1 for one that smooths too much, and the missing energy 1 - |x0^|^2 / (|x0|^2 - |x0 - x0^|^2), 0 for a posterior mean.
 On-policy (the sampler's own states): each band's energy against really noised photos at the level that a step reached,
-an identity of the forward process. With a source photo: how sure its matches are, on the garment and beside it.
+an identity of the forward process. With a source photo: how sure its matches are, on the garment and beside it, and
+whether the gates tell it from another pair's.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,9 +27,11 @@ from torch.nn import functional
 
 from lora_dae.config import ConfigError
 from lora_dae.data.sources import load_splits
-from lora_dae.diffusion import add_noise, alpha_sigma, current_level, is_sigma_space, predict_x0
+from lora_dae.diffusion import add_noise, alpha_sigma, is_sigma_space, predict_x0
 from lora_dae.enhancement.bands import split_bands
-from lora_dae.enhancement.hook import enhance_scheduler
+from lora_dae.enhancement.hook import GateInputs, enhance_scheduler, gate_inputs
+from lora_dae.enhancement.module import EnhancementModule
+from lora_dae.enhancement.texture import Blend
 from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.evaluation.report.plots import INK, PALETTE, STYLE
 from lora_dae.sampling.load import LoadedRun, load_run
@@ -49,7 +54,10 @@ class Diagnosis:
     missing: list[list[float]]
     steps: list[int]  # timestep that each step left
     energy: dict[str, list[list[float]]]  # by row, the state's energy over that of really noised photos
-    confidence: dict[str, float] | None  # of the matches: "garment", "beside"
+    confidence: dict[str, float] | None  # of the matches: "garment", "beside"; needs masks
+    # Mean of the finest band's gate, with the pair's own source and with the next pair's, and the 95 % interval of what
+    # the own one has more: "own", "other", "low", "high".
+    gates: dict[str, float] | None
 
     def verdict(self) -> list[str]:
         """What a user should know, in sentences."""
@@ -66,6 +74,12 @@ class Diagnosis:
         if self.confidence is not None:
             on, beside = self.confidence["garment"], self.confidence["beside"]
             sentences.append(f"matches: confidence {on:.2f} on the garment, {beside:.2f} beside it.")
+        if self.gates is not None:
+            own, other, low = (self.gates[key] for key in ("own", "other", "low"))
+            told = (
+                "the module tells them apart" if low > 0 else "the module cannot tell them apart: do the pairs match?"
+            )
+            sentences.append(f"gates: {own:.2f} open with a pair's own source, {other:.2f} with another one's: {told}.")
         return sentences
 
 
@@ -97,22 +111,23 @@ def diagnose(
     held_out = HeldOut.take(load_splits(run.cfg.data)[split], num_samples, run.cfg.conditioning)
     if len({p.image.shape for p in held_out.pairs}) > 1:
         raise ConfigError("diagnose needs photos of one size: leave data.buckets empty.")
-    with torch.autocast(run.backbone.device.type, torch.bfloat16, enabled=bf16):
-        latents = run.backbone.encode_images(np.stack([p.image for p in held_out.pairs]))[0].float()
-        sources = held_out.sources
-        source = None if sources is None else run.backbone.encode_images(sources)[0].float()
-        text = run.backbone.encode_text(["", *held_out.captions])
-        conditions = Conditions(text[1:], text[0], source)
+    latents = run.backbone.encode_images(np.stack([p.image for p in held_out.pairs]))[0].float()
+    sources = held_out.sources
+    source = None if sources is None else run.backbone.encode_images(sources)[0].float()
+    text = run.backbone.encode_text(["", *held_out.captions])
+    conditions = Conditions(text[1:], text[0], source)
+    with run.drawer(bf16).precision():
         slope, missing = _teacher_forced(run, latents, conditions)
-        energy, final, steps = _on_policy(run, latents, conditions)
-        maps = _matches(run, final, conditions)
+        energy, plain, steps = _on_policy(run, latents, conditions)
+    maps = _matches(run, plain, source, conditions.text)
     output = run_dir / "diagnosis"
     output.mkdir(exist_ok=True)
-    found = Diagnosis(list(_TIMES), slope, missing, steps, energy, _confidence(maps, held_out.masks))
+    gates = None if maps is None else told_apart(maps["gate"], maps.pop("with another's"))
+    found = Diagnosis(list(_TIMES), slope, missing, steps, energy, _confidence(maps, held_out.masks), gates)
     (output / "diagnosis.json").write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
     _plot(found, output / "energy.png")
     if maps is not None and sources is not None:
-        _plot_matches(sources, run.backbone.decode(final), maps, output / "matches.png")
+        _plot_matches(sources, run.backbone.decode(plain[0].x0[:_SHOWN]), maps, output / "matches.png")
     console.print(_table(found))
     for sentence in found.verdict():
         console.print(sentence, soft_wrap=True, highlight=False)
@@ -128,35 +143,52 @@ def _teacher_forced(
     slope, missing = [], []
     true = split_bands(latents, LEVELS)[0]
     for t in _TIMES:
-        timesteps = torch.full((len(latents),), t, device=latents.device)
-        alpha, sigma = alpha_sigma(scheduler, timesteps, latents)
-        noisy = add_noise(latents, noise, alpha, sigma)
-        output = predict(run.backbone.unet, noisy, timesteps, conditions, Guidance())[0]
-        prediction_type = scheduler.config.prediction_type
-        x0 = predict_x0(output, noisy, alpha, sigma, prediction_type, is_sigma_space(scheduler))
-        bands = list(zip(true, split_bands(x0, LEVELS)[0], strict=True))
+        predicted = []
+        for at, some in _batches(run, conditions):
+            timesteps = torch.full((len(some.text),), t, device=latents.device)
+            alpha, sigma = alpha_sigma(scheduler, timesteps, latents[at])
+            noisy = add_noise(latents[at], noise[at], alpha, sigma)
+            output = predict(run.backbone.unet, noisy, timesteps, some, Guidance())[0]
+            prediction_type = scheduler.config.prediction_type
+            predicted.append(predict_x0(output, noisy, alpha, sigma, prediction_type, is_sigma_space(scheduler)))
+        bands = list(zip(true, split_bands(torch.cat(predicted), LEVELS)[0], strict=True))
         slope.append([calibration_slope(a, b) for a, b in bands])
         missing.append([missing_energy(a, b) for a, b in bands])
     return slope, missing
 
 
-class _Watch(Method):
-    """Changes nothing; keeps each reached state's energy per band over that of really noised photos."""
+def _batches(run: LoadedRun, conditions: Conditions) -> Iterator[tuple[slice, Conditions]]:
+    """As many pairs at once as the run draws at once."""
+    size, source = run.cfg.sampling.batch_size, conditions.source
+    for k in range(0, len(conditions.text), size):
+        at = slice(k, k + size)
+        yield at, Conditions(conditions.text[at], conditions.null_text, None if source is None else source[at])
+
+
+class Watch(Method):
+    """Changes nothing; keeps each reached state's energies and those of really noised photos, and the last step."""
 
     def __init__(self, latents: Tensor, noise: Tensor) -> None:
         self.latents, self.noise = latents, noise
-        self.ratios: list[list[float]] = []
+        self.energies: list[Tensor] = []  # of each step, (bands, reached and real)
+        self.last: GateInputs | None = None  # what gates saw in the last step
+
+    def guide(self, step: Step) -> Tensor:
+        guided = super().guide(step)
+        self.last = gate_inputs(step.scheduler, guided, step.timestep, step.sample, step.conditional)
+        return guided
 
     def after(self, step: Step, guided: Tensor, reached: Tensor, level: tuple[float, float]) -> Tensor:
         reference = add_noise(self.latents, self.noise, *level)
-        bands = zip(split_bands(reached, LEVELS)[0], split_bands(reference, LEVELS)[0], strict=True)
-        self.ratios.append([float(a.square().mean() / b.square().mean()) for a, b in bands])
+        both = [split_bands(x, LEVELS)[0].double().square().flatten(1).sum(1) for x in (reached, reference)]
+        self.energies.append(torch.stack(both, dim=1))
         return reached
 
 
 def _on_policy(
     run: LoadedRun, latents: Tensor, conditions: Conditions
-) -> tuple[dict[str, list[list[float]]], Tensor, list[int]]:
+) -> tuple[dict[str, list[list[float]]], list[GateInputs], list[int]]:
+    """Energies by strength, the last step of each batch at strength 0, timesteps."""
     cfg, backbone = run.cfg, run.backbone
     strengths = [0.0]
     if run.enhancement is not None and run.enhancement.acts_on_latents and cfg.enhancement.strength > 0:
@@ -166,40 +198,70 @@ def _on_policy(
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).to(latents)
     guidance = Guidance(cfg.sampling.guidance_scale, cfg.sampling.source_guidance_scale)
     energy: dict[str, list[list[float]]] = {}
-    final, steps = latents, []
+    plain: list[GateInputs] = []
+    steps: list[int] = []
     for strength in strengths:
-        scheduler = build_scheduler(cfg.sampling.scheduler, backbone.scheduler)
-        if strength > 0:
-            assert run.enhancement is not None
-            trust = run.enhancement.trust(conditions.text, conditions.source)
-            scheduler = enhance_scheduler(
-                scheduler, run.enhancement, strength, cfg.enhancement.placement, conditions.source, trust
-            )
-        watch = _Watch(latents, noise)
-        scheduler.set_timesteps(cfg.sampling.num_inference_steps, device=latents.device)
-        steps = [int(t) for t in scheduler.timesteps]
-        final = sample_latents(
-            backbone.unet, scheduler, start, conditions, guidance, cfg.sampling.num_inference_steps, watch
-        )
-        energy[f"strength {strength:g}"] = watch.ratios
-    return energy, final, steps
+        total: Tensor | float = 0.0
+        for at, some in _batches(run, conditions):
+            scheduler = build_scheduler(cfg.sampling.scheduler, backbone.scheduler)
+            if strength > 0:
+                assert run.enhancement is not None
+                trust = run.enhancement.trust(some.text, some.source)
+                scheduler = enhance_scheduler(
+                    scheduler, run.enhancement, strength, cfg.enhancement.placement, some.source, trust
+                )
+            watch, count = Watch(latents[at], noise[at]), cfg.sampling.num_inference_steps
+            sample_latents(backbone.unet, scheduler, start[at], some, guidance, count, watch)
+            steps = [int(t) for t in scheduler.timesteps]
+            total = total + torch.stack(watch.energies)
+            if strength == 0:
+                assert watch.last is not None
+                plain.append(watch.last)
+        assert isinstance(total, Tensor)
+        energy[f"strength {strength:g}"] = (total[:, :, 0] / total[:, :, 1]).tolist()
+    return energy, plain, steps
 
 
-def _matches(run: LoadedRun, final: Tensor, conditions: Conditions) -> dict[str, Tensor] | None:
-    """Maps (N, h, w) of the last step: confidence, displacement in latents, the finest band's gate."""
-    module, source = run.enhancement, conditions.source
+def _matches(run: LoadedRun, plain: list[GateInputs], source: Tensor | None, text: Tensor) -> dict[str, Tensor] | None:
+    """Maps (N, h, w) of what the module makes of the last step at strength 0.
+
+    Confidence, displacement in latents, the finest band's gate, and the same gate with the next pair's source.
+    """
+    module = run.enhancement
     if module is None or module.texture is None or source is None:
         return None
-    scheduler = build_scheduler(run.cfg.sampling.scheduler, run.backbone.scheduler)
-    scheduler.set_timesteps(run.cfg.sampling.num_inference_steps)
-    alpha, sigma = current_level(scheduler, scheduler.timesteps[-1])
-    blend = module.blend(final, source, alpha, sigma, 1.0, trust=module.trust(conditions.text, source))
-    assert blend.match is not None and blend.gates is not None
+    found: dict[str, list[Tensor]] = {"confidence": [], "displacement": [], "gate": [], "with another's": []}
+    others, first = source.roll(-1, 0), 0
+    for step in plain:
+        at = slice(first, first + len(step.x0))
+        first += len(step.x0)
+        of_step = [_blended(module, step, shown[at], text[at]) for shown in (source, others)]
+        own, gate = of_step[0]
+        assert own.match is not None
+        found["confidence"].append(own.match.confidence[:, 0])
+        found["displacement"].append(own.match.flow.square().sum(1).sqrt())
+        found["gate"].append(gate)
+        found["with another's"].append(of_step[1][1])
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _blended(module: EnhancementModule, step: GateInputs, source: Tensor, text: Tensor) -> tuple[Blend, Tensor]:
+    """What source texture does there, and the finest band's gate (N, h, w), with what the captions say."""
+    trust = module.trust(text, source)
+    blend = module.blend(step.x0, step.x0_cond, source, step.alpha, step.sigma, step.h, step.first_order, trust)
+    assert blend.gates is not None
+    return blend, blend.gates[:, 0] if trust is None else blend.gates[:, 0] * trust.view(-1, 1, 1)
+
+
+def told_apart(own: Tensor, other: Tensor) -> dict[str, float]:
+    """``Diagnosis.gates`` of two maps (N, h, w)."""
+    means = [x.double().mean((1, 2)) for x in (own, other)]
+    more = means[0] - means[1]
+    half = 1.96 * float(more.std()) / math.sqrt(len(more)) if len(more) > 1 else math.inf
+    middle = float(more.mean())
     return {
-        "confidence": blend.match.confidence[:, 0],
-        "displacement": blend.match.flow.square().sum(1).sqrt(),
-        "gate": blend.gates[:, 0],
-    }
+        "own": float(means[0].mean()), "other": float(means[1].mean()), "low": middle - half, "high": middle + half
+    }  # fmt: skip
 
 
 def _confidence(maps: dict[str, Tensor] | None, masks: Tensor | None) -> dict[str, float] | None:
@@ -227,19 +289,21 @@ def _table(found: Diagnosis) -> Table:
 
 def _plot(found: Diagnosis, output: Path) -> None:
     with matplotlib.rc_context({**STYLE, "savefig.transparent": False}):
-        figure = Figure(figsize=(11, 3.4), layout="constrained")
+        figure = Figure(figsize=(15, 3.4), layout="constrained")
         FigureCanvasAgg(figure)
-        left, right = figure.subplots(1, 2)
+        left, middle, right = figure.subplots(1, 3)
         for b, band in enumerate(BANDS):
+            middle.plot(found.timesteps, [row[b] for row in found.missing], color=PALETTE[b], marker="o", label=band)
             left.plot(found.timesteps, [row[b] for row in found.slope], color=PALETTE[b], marker="o", label=band)
             for (name, ratios), style in zip(found.energy.items(), ("-", "--"), strict=False):
                 label = f"{band}, {name}"
                 right.plot(found.steps, [row[b] for row in ratios], style, color=PALETTE[b], label=label)
-        for axes, title, unit in (
-            (left, "Calibration of the network, teacher-forced", "slope <x0, x0^> / <x0^, x0^>"),
-            (right, "Energy along the chain, on-policy", "state / really noised photos"),
+        for axes, title, unit, right_value in (
+            (left, "Calibration of the network, teacher-forced", "slope <x0, x0^> / <x0^, x0^>", 1),
+            (middle, "Missing energy of its x0, teacher-forced", "1 - |x0^|^2 / explained", 0),
+            (right, "Energy along the chain, on-policy", "state / really noised photos", 1),
         ):
-            axes.axhline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+            axes.axhline(right_value, color=INK, linewidth=1, linestyle=(0, (4, 3)))
             axes.set_title(title)
             axes.set_xlabel("timestep")
             axes.set_ylabel(unit)

@@ -119,7 +119,7 @@ class Drawer:
         if source is None and backbone.unet.config["in_channels"] == 2 * backbone.latent_channels:
             source = torch.zeros_like(noise)  # a fully fine-tuned UNet has the extra channels for good
         backbone.unet.eval()
-        with self._precision():
+        with self.precision():
             drawn = sample_latents(
                 backbone.unet,
                 scheduler,
@@ -148,7 +148,8 @@ class Drawer:
         """Anew for every batch: some remember the steps before."""
         return build_method(self.cfg.method, self.cfg.method_options)
 
-    def _precision(self) -> AbstractContextManager:
+    def precision(self) -> AbstractContextManager:
+        """Autocast around calls of the network, as its weights and ``bf16`` ask for it."""
         # A layer with an adapter keeps its own precision, whatever the others are held in.
         half = self.bf16 or any(p.dtype != torch.float32 for p in self.backbone.unet.parameters())
         device = self.backbone.device

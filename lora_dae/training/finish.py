@@ -25,6 +25,7 @@ from lora_dae.training.calibrate import PAIRS, calibrate_finest, calibrate_gain
 from lora_dae.training.stages import Training
 
 console = Console()
+ALONE = 3.0  # guidance from captions alone, the best at strength 0: experiments/tuning
 
 
 def calibrate(trained: Training) -> None:
@@ -63,8 +64,8 @@ def judging(cfg: Config) -> SamplingConfig:
         sampling.num_inference_steps = cfg.enhancement.judged_steps
     if cfg.enhancement.judged_guidance:
         sampling.guidance_scale, sampling.source_guidance_scale = cfg.enhancement.judged_guidance
-    elif cfg.conditioning == "none":  # captions alone take more of it: the middle of what the gain was trained with
-        sampling.guidance_scale = sum(cfg.enhancement.guidance_range) / 2
+    elif cfg.conditioning == "none":
+        sampling.guidance_scale = ALONE
     return sampling
 
 

@@ -27,7 +27,9 @@ from lora_dae.enhancement.objective import OnPolicyLoss, on_policy_loss
 from lora_dae.sampling.loop import Conditions, Guidance, predict
 from lora_dae.sampling.schedulers import build_scheduler
 
-SOLVERS = ("ddim", "ddim", "dpm++")  # first order twice as often: only there the u part learns
+SOLVERS = ("ddim", "euler", "dpm++", "unipc")  # half of them of first order: only there the u part learns
+SOURCE_GUIDANCE = (1.0, 3.0)
+WITHOUT_SOURCE = 0.15  # share of the chains from captions alone, where there are sources
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Chain:
     solver: str
     num_inference_steps: int
     guidance: Guidance
+    alone: bool  # from captions alone, whatever the batch has
     noise: Tensor  # (B, C, h, w), where the chain starts
     reference_noise: Tensor  # (B, C, h, w), of the really noised images
 
@@ -49,20 +52,29 @@ def draw_chain(
 ) -> Chain:
     """Settings from ``shared``, which all processes have to give alike; noises from one generator per sample."""
     shape, device = batch["latent_mean"].shape[1:], batch["latent_mean"].device
-
-    def uniform(low: float, high: float) -> float:
-        return low + (high - low) * float(torch.rand((), generator=shared))
-
     solver = SOLVERS[int(torch.randint(len(SOLVERS), (), generator=shared))]
-    steps = int(torch.randint(cfg.steps_range[0], cfg.steps_range[1] + 1, (), generator=shared))
-    text = uniform(*cfg.guidance_range)
-    # Half of the chains use one scale for both conditions: two network calls instead of three.
-    same = float(torch.rand((), generator=shared)) < 0.5
-    source = text if same else uniform(1.0, 2.5)
-    if "source" in batch and same:
-        text = source = min(text, 3.0)
+    low, high = cfg.steps_range
+    # As many chains between 8 and 20 steps as between 20 and 50: what there is to repair is in the long steps.
+    steps = min(high, int(low * ((high + 1) / low) ** float(torch.rand((), generator=shared))))
+    alone = float(torch.rand((), generator=shared)) < WITHOUT_SOURCE
+    guidance = draw_guidance(cfg, shared, "source" in batch and not alone)
     noises = torch.stack([torch.randn(2, *shape, generator=own) for own in generators]).to(device)
-    return Chain(solver, steps, Guidance(text, source), noises[:, 0], noises[:, 1])
+    return Chain(solver, steps, guidance, alone, noises[:, 0], noises[:, 1])
+
+
+def draw_guidance(cfg: EnhancementConfig, shared: torch.Generator, has_source: bool) -> Guidance:
+    """Of ``cfg.guidance_range`` for text; with a source half of the time one scale for both, within its range.
+
+    One scale for both costs two network calls instead of three.
+    """
+    low, high = cfg.guidance_range
+    same, chances = float(torch.rand((), generator=shared)) < 0.5, torch.rand(2, generator=shared).tolist()
+    if not has_source:
+        text = low + (high - low) * chances[0]
+        return Guidance(text, text)
+    least, most = (max(low, SOURCE_GUIDANCE[0]), min(high, SOURCE_GUIDANCE[1])) if same else SOURCE_GUIDANCE
+    source = least + (max(most, least) - least) * chances[1]
+    return Guidance(source if same else low + (high - low) * chances[0], source)
 
 
 def chain_loss(
@@ -86,7 +98,10 @@ def chain_loss(
     direction = placement == "direction"
     scheduler = build_scheduler("ddim" if direction else chain.solver, base_scheduler)
     scheduler.set_timesteps(chain.num_inference_steps, device=chain.noise.device)
-    conditions = Conditions(batch["text"], null_text, batch.get("source"))
+    source = batch.get("source")
+    # To the network zeros are no source, and with one scale for both the guidance is that of captions alone.
+    shown = torch.zeros_like(source) if source is not None and chain.alone else source
+    conditions = Conditions(batch["text"], null_text, shown)
     prediction_type, sigma_space = base_scheduler.config.prediction_type, is_sigma_space(scheduler)
     sample = chain.noise * scheduler.init_noise_sigma
     real, reference_noise = gather(batch["latent_mean"]), gather(chain.reference_noise)
@@ -98,7 +113,7 @@ def chain_loss(
         alpha, sigma = current_level(scheduler, t)
         reached = next_level(scheduler, t)
         inputs = gate_inputs(scheduler, guided, t, sample, conditional)
-        change = module.evaluate(*inputs, direction=direction, source=batch.get("source"))
+        change = module.evaluate(*inputs, direction=direction, source=None if chain.alone else source)
         assert change.log_gain is not None
         if direction:
             sample = scheduler.step(guided, t, sample).prev_sample + change.delta * reached[1]
@@ -112,5 +127,7 @@ def chain_loss(
         sample = sample.detach()
         if hasattr(scheduler, "model_outputs"):  # a multistep solver's memory: each state is judged on its own
             scheduler.model_outputs = [None if o is None else o.detach() for o in scheduler.model_outputs]
+        if getattr(scheduler, "last_sample", None) is not None:  # UniPC's
+            scheduler.last_sample = scheduler.last_sample.detach()
     assert parts is not None  # every schedule ends at low noise
     return torch.stack(of_steps).mean(), parts

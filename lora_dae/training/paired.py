@@ -23,6 +23,7 @@ from lora_dae.enhancement.gates import WINDOW
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.sampling.loop import Conditions, Guidance, predict
 from lora_dae.training.objective import Denoised
+from lora_dae.training.on_policy import draw_guidance
 
 Photos = Callable[[list[int], list[bool]], tuple[Tensor, Tensor | None]]  # sample numbers, which are mirrored
 Decode = Callable[[Tensor], Tensor]
@@ -43,7 +44,7 @@ class PairedDraws:
     step_size: Tensor  # h, in lambda
     first_order: Tensor
     wrong: Tensor  # bool: the module sees another sample's source
-    guidance: float
+    guidance: Guidance
     turn: int  # number of the batch among those of all processes
 
 
@@ -56,7 +57,7 @@ def draw_paired(
     turn: int,
     share: float = 1.0,
 ) -> PairedDraws:
-    """Timesteps where the module acts, any step size and solver, guidance 1 for half of the steps.
+    """Timesteps where the module acts, any step size and solver, no guidance for half of the steps.
 
     Guidance from ``shared``, which all processes have to give alike; the rest from one generator per sample. ``turn``:
     number of the batch among those of all processes. ``share`` of the timesteps, from the clean end.
@@ -66,7 +67,7 @@ def draw_paired(
     alpha, sigma = alpha_sigma(scheduler, every, torch.zeros(len(every), 1, 1, 1))
     active = (half_log_snr(alpha, sigma).flatten() > WINDOW[0]).nonzero().flatten()  # from the clean end on
     guided = float(torch.rand((), generator=shared)) < 0.5
-    scale = 1 + (min(cfg.guidance_range[1], 3.0) - 1) * float(torch.rand((), generator=shared))
+    guidance = draw_guidance(cfg, shared, has_source=True)
     noise = torch.stack([torch.randn(shape, generator=own) for own in generators])
     chances = torch.stack([torch.rand(4, generator=own) for own in generators])
     return PairedDraws(
@@ -75,7 +76,7 @@ def draw_paired(
         step_size=-(0.01 + 0.89 * chances[:, 1]).log().to(device),
         first_order=(chances[:, 2] < 0.5).float().to(device),
         wrong=(chances[:, 3] < cfg.wrong_source).to(device),
-        guidance=scale if guided else 1.0,
+        guidance=guidance if guided else Guidance(),
         turn=turn,
     )
 
@@ -95,9 +96,9 @@ def texture_loss(
     """
     assert module.texture is not None
     clean = batch["latent_mean"]
-    x0, alpha, sigma = _predicted(unet, scheduler, batch, null_text, draws)
+    x0, x0_cond, alpha, sigma = _predicted(unet, scheduler, batch, null_text, draws)
     given = swapped(batch["source"], draws.wrong, draws.turn, gather)
-    edited = x0 + module.blend(x0, given, alpha, sigma, draws.step_size, draws.first_order).delta
+    edited = x0 + module.blend(x0, x0_cond, given, alpha, sigma, draws.step_size, draws.first_order).delta
 
     def error(x: Tensor) -> Tensor:
         bands = split_bands(x - clean, module.levels)[0]
@@ -125,7 +126,7 @@ def joint_loss(
     prediction_type, alpha, sigma = scheduler.config.prediction_type, denoised.alpha, denoised.sigma
     x0 = predict_x0(denoised.output, denoised.noisy, alpha, sigma, prediction_type, is_sigma_space(scheduler))
     given = swapped(batch["source"], draws.wrong, draws.turn, gather)
-    edited = x0 + module.blend(x0, given, alpha, sigma, draws.step_size, draws.first_order).delta
+    edited = x0 + module.blend(x0, x0, given, alpha, sigma, draws.step_size, draws.first_order).delta
     bands = split_bands(edited - batch["latent_mean"], module.levels)[0]
     error = torch.stack([b.square().mean((1, 2, 3)) for b in bands]).sum(0)
     ratio = snr(alpha, sigma).flatten()
@@ -160,9 +161,9 @@ def refining_loss(
         return decoder_loss(module, decoded, real, None, losses)
     given = swapped(batch["source"], draws.wrong, draws.turn, gather)
     with torch.no_grad():
-        x0, alpha, sigma = _predicted(unet, scheduler, batch, null_text, draws)
+        x0, x0_cond, alpha, sigma = _predicted(unet, scheduler, batch, null_text, draws)
         if module.texture is not None:
-            x0 = x0 + module.blend(x0, given, alpha, sigma, draws.step_size, draws.first_order).delta
+            x0 = x0 + module.blend(x0, x0_cond, given, alpha, sigma, draws.step_size, draws.first_order).delta
         predicted, decoded = decode(torch.cat([x0, clean])).float().chunk(2)
     # Reconstructions without a source keep the stage right for text alone.
     shown = swapped(source, draws.wrong, draws.turn, gather)
@@ -173,15 +174,16 @@ def refining_loss(
 @torch.no_grad()
 def _predicted(
     unet: nn.Module, scheduler: Any, batch: dict[str, Tensor], null_text: Tensor, draws: PairedDraws
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x0 as the network predicts it, alpha and sigma of the noise."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x0 as the network predicts it, guided and not (one object without guidance), alpha and sigma of the noise."""
     clean = batch["latent_mean"]
     alpha, sigma = alpha_sigma(scheduler, draws.timesteps, clean)
     noisy = add_noise(clean, draws.noise, alpha, sigma)
     conditions = Conditions(batch["text"], null_text, batch.get("source"))
-    guided, _ = predict(unet, noisy, draws.timesteps, conditions, Guidance(draws.guidance, draws.guidance))
-    prediction_type = scheduler.config.prediction_type
-    return predict_x0(guided, noisy, alpha, sigma, prediction_type, is_sigma_space(scheduler)), alpha, sigma
+    outputs = predict(unet, noisy, draws.timesteps, conditions, draws.guidance)
+    prediction_type, sigma_space = scheduler.config.prediction_type, is_sigma_space(scheduler)
+    x0, x0_cond = (predict_x0(output, noisy, alpha, sigma, prediction_type, sigma_space) for output in outputs)
+    return x0, x0 if outputs[0] is outputs[1] else x0_cond, alpha, sigma
 
 
 def decoder_loss(
