@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import sys
@@ -27,7 +28,8 @@ def test_cells_share_measurements_adapters_and_trainings(tmp_path: Path) -> None
     assert (len(found), cost.cells, cost.trainings) == (12, 3 * 3 + 1, 3 + 3)
     adapter = 20 + 350 * 16 * 0.032
     texture, decoder = 160 * 16 * 0.0115, 40 * 8 * 0.11
-    gain = (10 * (8 + 20) / 2 * 2.5 * 8 + 32 * (3 + 1) * 2 * 12) * 0.0115  # and what judges it, and the finest band
+    chain = (51 - 8) / math.log(51 / 8) * 2.5 * 8
+    gain = (10 * chain + 32 * (3 + 1) * 2 * 12) * 0.0115  # and what judges it, and the finest band
     assert cost.training == pytest.approx(3 * (adapter + 20 + texture + decoder + gain) / 3600)
     assert cost.measuring == pytest.approx(10 * 128 * (12 * 2 * 0.0115 + 0.05) / 3600)
     assert budget(found, {one.digest for one in found}).hours == 0

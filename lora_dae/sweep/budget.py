@@ -7,6 +7,7 @@ process that did the like. The decoder stage and the gain's chains are from a ru
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
@@ -67,7 +68,8 @@ def module_seconds(cfg: Config) -> float:
     if e.decoder:
         seconds += e.decoder_steps * e.batch_size * DECODED_IMAGE
     if e.gain:
-        chain = sum(e.steps_range) / 2 * CHAIN_CALLS * e.batch_size
+        low, high = e.steps_range[0], e.steps_range[1] + 1  # drawn evenly on a logarithmic scale
+        chain = (high - low) / math.log(high / low) * CHAIN_CALLS * e.batch_size
         seconds += e.max_steps * chain * NETWORK_CALL
     judged = len(SHARES) * e.gain + e.decoder
     return seconds + judged * PAIRS * 2 * SamplingConfig().num_inference_steps * NETWORK_CALL
