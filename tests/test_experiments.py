@@ -17,7 +17,7 @@ from lora_dae.rules import check
 ROOT = Path(__file__).parent.parent
 README_ROWS = {
     "frozen backbone": "frozen backbone",
-    "LoRA on cross-attention alone": "LoRA cross-attention",
+    "LoRA on cross-attention alone": "LoRA attention",
     "LoRA on cross-attention and convolutions": "LoRA attention + conv",
     "the same, rsLoRA": "rsLoRA",
     "the same, DreamBooth": "DreamBooth LoRA",
