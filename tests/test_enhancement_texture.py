@@ -66,6 +66,34 @@ def test_any_size_can_be_matched(size):
     assert Matcher(4)(x, x).flow.shape == (1, 2, *size)
 
 
+@pytest.mark.parametrize("piece", [1, 5_000, 20_000])
+def test_matching_piece_by_piece_changes_nothing(piece, monkeypatch):
+    """As large images are matched: scores of some places at once, windows in strips."""
+    torch.manual_seed(0)
+    matcher, x, source = Matcher(4), smooth(0), smooth(1)
+    with torch.no_grad():
+        whole = matcher(x, source)
+        monkeypatch.setattr("lora_dae.enhancement.match._PIECE", piece)
+        parts = matcher(x, source)
+    torch.testing.assert_close(parts.flow, whole.flow, rtol=0, atol=1e-3)  # of a place
+    torch.testing.assert_close(parts.confidence, whole.confidence, rtol=0, atol=1e-3)
+
+
+def test_refining_picture_by_picture_changes_nothing(monkeypatch):
+    torch.manual_seed(0)
+    module = EnhancementModule(source_channels=4, decoder=True, finest_log_gain=0.1).requires_grad_(False)
+    torch.nn.init.normal_(module.decoder.output.weight)
+    pictures, photos = (torch.cat([smooth(k, 32, 3) for k in ks]).sigmoid() for ks in ((5, 6), (7, 8)))
+    trust = torch.tensor([0.0, 0.3, 0.7, 1.0])
+    whole = [module.refine(pictures, photos, trust=trust), module.refine(pictures, None)]
+    monkeypatch.setattr("lora_dae.enhancement.module._REFINED", 3 * 32 * 32)
+    calls = []
+    module.decoder.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    parts = [module.refine(pictures, photos, trust=trust), module.refine(pictures, None)]
+    assert calls == [1] * 8
+    torch.testing.assert_close(parts, whole)
+
+
 def test_open_gates_replace_the_bands_by_the_sources_and_leave_the_coarse_rest():
     torch.manual_seed(0)
     texture, x = opened(SourceTexture(4)), smooth(2)

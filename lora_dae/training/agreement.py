@@ -88,7 +88,9 @@ def learn_agreement(train: Pairs, val: Pairs, channels: int, tokens: int, seed: 
         right, swapped = logits.diagonal(), logits[apart]
         doubt = right.kthvalue(max(1, round(TRUSTED * len(right)))).values
         agreement.bias.add_(AT_THRESHOLD - doubt)
-        below = torch.searchsorted(swapped.sort().values, right)  # swapped ones with less trust than each right one
+        below = torch.searchsorted(
+            swapped.sort().values, right.contiguous()
+        )  # swapped ones with less trust than each right one
         told = float(below.double().mean()) / len(swapped)
         doubted = float((swapped < doubt - AT_THRESHOLD).float().mean())
     return Agreed(agreement.requires_grad_(False) if told >= TELLS else None, told, doubted)
