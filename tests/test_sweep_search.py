@@ -228,7 +228,7 @@ def test_search_trains_trials_of_two_processes(tmp_path: Path, tiny_backbone: Pa
             f"overrides=[{quoted}]", "~space", "+space={adapter.rank: {choice: [2]}}",
         ],
         cwd=tmp_path, env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True,
-        text=True, timeout=600,
+        text=True, timeout=900,
     )  # fmt: skip
     run_dir = tmp_path / "multirun" / "search_tiny" / "0"
     assert done.returncode == 0, done.stderr[-3000:] + (run_dir / "job.log").read_text()[-3000:]

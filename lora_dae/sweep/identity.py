@@ -101,7 +101,7 @@ def _fingerprints(sections: str) -> tuple[str, str, str]:
     from lora_dae.backbone.layout import inspect_backbone
     from lora_dae.data.sources import load_splits
 
-    cfg = from_dict(json.loads(sections))
+    cfg = from_dict({"run_dir": "", **json.loads(sections)})
     splits, backbone = load_splits(cfg.data), inspect_backbone(cfg.backbone, cfg.data.resolution)
     return splits["train"].fingerprint, splits["test"].fingerprint, backbone.fingerprint()
 
