@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,9 +20,11 @@ from rich.console import Console
 
 from lora_dae.backbone.allocator import keep_freed_memory
 from lora_dae.config import Config, ConfigError, TrackingConfig, conf_dir, from_dict, register
+from lora_dae.sweep.jobs import INPUT_ERROR
 from lora_dae.sweep.launcher import InterruptedSweepError
 from lora_dae.sweep.name import register_sweep_name
 from lora_dae.sweep.ranks import rank
+from lora_dae.sweep.report import SweepReport
 
 # One process draws and trains alone: threads of the tokenizer after a fork would only warn.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,8 +37,15 @@ CONF = str(conf_dir())
 SWEEP_STORE = "multirun/store"  # as in conf/hydra/launcher/process.yaml
 
 
+class JobError(Exception):
+    """A known error of a job, in one sentence."""
+
+
 def _one_sentence(command: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """Known errors become one line on stderr and an exit code; anything else keeps its traceback."""
+    """Known errors become one line on stderr and an exit code; anything else keeps its traceback.
+
+    In a job of Ray or Slurm, which run in Hydra's own processes, JobError instead: an exit would take the sweep along.
+    """
 
     @functools.wraps(command)
     def wrapped(cfg: DictConfig) -> Any:
@@ -45,29 +54,39 @@ def _one_sentence(command: Callable[[DictConfig], Any]) -> Callable[[DictConfig]
         from lora_dae.training.together import PeerFailedError
 
         keep_freed_memory()
+
+        def end(sentence: str, code: int) -> NoReturn:
+            print(sentence, file=sys.stderr)
+            if _is_job_of_hydra():
+                raise JobError(sentence.removeprefix("error: ")) from None
+            sys.exit(code)
+
         try:
             return command(cfg)
         except ConfigError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            end(f"error: {error}", INPUT_ERROR)
         except (NonFiniteLossError, InterruptedRunError, PeerFailedError) as error:
             # All ranks know. Rank 0 says it, and is given the time to: Lightning kills it as soon as another one fails.
-            if rank() != 0:
+            if rank() != 0 and not _is_job_of_hydra():
                 sys.exit(0)
             interrupted = isinstance(error, InterruptedRunError)
-            print(error if interrupted else f"error: {error}", file=sys.stderr)
-            sys.exit(130 if interrupted else 2 if isinstance(error, NonFiniteLossError) else 1)
+            # A loss that is not finite is no mistake in the input: a search goes on with other values.
+            end(str(error) if interrupted else f"error: {error}", 130 if interrupted else 1)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            print(f"error: no room left to write {error.filename or 'a file'}: make some; earlier files stay.",
-                  file=sys.stderr)  # fmt: skip
-            sys.exit(2)
+            where = error.filename or "a file"
+            end(f"error: no room left to write {where}: make some; earlier files stay.", INPUT_ERROR)
         except InterruptedSweepError:
             print("stopped; the same command goes on", file=sys.stderr)
             sys.exit(130)
 
     return wrapped
+
+
+def _is_job_of_hydra() -> bool:
+    """Whether this is a job that Hydra runs itself; our own launcher's jobs are single runs."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def typed(cfg: DictConfig) -> Config:
@@ -78,7 +97,12 @@ def typed(cfg: DictConfig) -> Config:
 def train() -> None:
     """``python train.py experiment=rank16``: one run. With ``-m`` and lists of values: a sweep, ``-j 2`` at once."""
     sys.argv[1:] = expand_jobs(sys.argv[1:])
-    _train()
+    try:
+        _train()
+    except SystemExit as ended:
+        if ended.code == 1:  # jobs failed; Hydra tells no callback of that end
+            SweepReport.write_if_due()
+        raise
 
 
 def expand_jobs(arguments: list[str]) -> list[str]:
@@ -100,6 +124,8 @@ def expand_jobs(arguments: list[str]) -> list[str]:
 def _train(cfg: DictConfig) -> None:
     """Train, export, measure, report; in a sweep, only what no earlier run has trained."""
     run_cfg = typed(cfg)
+    if run_cfg.tracking.group is None:
+        run_cfg = replace(run_cfg, tracking=replace(run_cfg.tracking, group=sweep_of(Path(run_cfg.run_dir))))
     store = run_cfg.store
     if store == "auto":
         store = SWEEP_STORE if HydraConfig.get().mode == RunMode.MULTIRUN else None
@@ -111,6 +137,11 @@ def _train(cfg: DictConfig) -> None:
         from lora_dae.sweep.store import run_in_store
 
         run_in_store(replace(run_cfg, store=store))
+
+
+def sweep_of(run_dir: Path) -> str | None:
+    """The name of the sweep that a run belongs to, whatever started it: Hydra keeps a sweep's config in its folder."""
+    return run_dir.parent.name if (run_dir.parent / "multirun.yaml").is_file() else None
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="sample")

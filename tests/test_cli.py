@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import shlex
 import subprocess
 import sys
@@ -11,13 +12,17 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from lora_dae.cli import _one_sentence
+from lora_dae.cli import JobError, _one_sentence, train
 from lora_dae.config import Config, ConfigError, DataConfig, EvaluationConfig, conf_dir, from_dict, to_dict
 from lora_dae.evaluation.command import EvaluateRequest, command_of, evaluate, folder_of, requested
 from lora_dae.rules import check
+from lora_dae.sweep.jobs import INPUT_ERROR
+from lora_dae.sweep.report import SweepReport
+from lora_dae.training.module import NonFiniteLossError
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,6 +79,52 @@ def test_a_full_disk_is_one_sentence_and_other_errors_keep_their_traceback(
     )
     with pytest.raises(PermissionError):
         _one_sentence(lambda cfg: fails(errno.EACCES))(OmegaConf.create())
+
+
+def test_a_loss_that_is_not_finite_is_no_mistake_in_the_input(capsys: pytest.CaptureFixture[str]) -> None:
+    """A search stops at a mistake: at a learning rate that diverges it goes on with others."""
+
+    def fails(error: Exception) -> None:
+        raise error
+
+    for error, code in ((NonFiniteLossError("the loss became nan"), 1), (ConfigError("a mistake"), INPUT_ERROR)):
+        with pytest.raises(SystemExit) as ended:
+            _one_sentence(lambda cfg, error=error: fails(error))(OmegaConf.create())  # type: ignore[misc]
+        assert ended.value.code == code
+        assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_a_job_that_hydra_runs_itself_never_exits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray and submitit run it in their own processes, where Hydra takes up an Exception and no SystemExit."""
+    from hydra.core.hydra_config import HydraConfig
+
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create({"hydra": {"mode": RunMode.MULTIRUN}}))
+
+    def fails(cfg: object) -> None:
+        raise ConfigError("adapter.rank=0 is below 1.")
+
+    with pytest.raises(JobError, match="^adapter.rank=0 is below 1.$") as caught:
+        _one_sentence(fails)(OmegaConf.create())
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # it comes from another process
+
+
+@pytest.mark.parametrize(("code", "reports"), [(1, 1), (130, 0)], ids=["failed", "stopped"])
+def test_a_sweep_with_failures_ends_with_its_report(
+    code: int, reports: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told: list[Path] = []
+
+    def ends() -> None:
+        SweepReport().on_multirun_start(OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}))
+        raise SystemExit(code)
+
+    monkeypatch.setattr(SweepReport, "due", None)
+    monkeypatch.setattr("lora_dae.sweep.report.report_if_any", told.append)
+    monkeypatch.setattr("lora_dae.cli._train", ends)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as ended:
+        train()
+    assert ended.value.code == code and told == [tmp_path] * reports
 
 
 def _request(*words: str) -> EvaluateRequest:

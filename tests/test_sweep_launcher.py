@@ -20,7 +20,7 @@ from lora_dae.sweep.devices import Devices
 from lora_dae.sweep.files import read_json, write_json
 from lora_dae.sweep.jobs import DONE, FAILED, RUNNING, WAITING, Job, last_error
 from lora_dae.sweep.launcher import may_start, quoted, run_jobs
-from lora_dae.sweep.live import remaining
+from lora_dae.sweep.live import remaining, table
 from lora_dae.sweep.locks import holder, try_lock
 from lora_dae.sweep.name import sweep_name
 
@@ -63,7 +63,7 @@ mode: fine
 hydra:
   job: {chdir: false}
   sweep: {dir: sweep, subdir: "job_${a}"}
-  launcher: {same_work: null, overrides: [], on_failure: []}
+  launcher: {same_work: null, inputs: null, overrides: []}
 """
 Run = Callable[..., "subprocess.Popen[str]"]
 
@@ -186,6 +186,29 @@ def test_jobs_at_once_are_pinned_to_devices_of_their_own(start: Run, tmp_path: P
     assert {line[3] for line in ran(tmp_path)} == {"5", "7"}
 
 
+def test_a_job_that_asks_for_too_many_gpus_lets_none_start(start: Run, tmp_path: Path) -> None:
+    options = ("+trainer.devices=3", "hydra.launcher.jobs=2", "hydra.launcher.devices=[5,7]")
+    process = start("a=1,2", *options)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "error: a job asks for 3 GPUs and there are 2: lower trainer.devices." in errors
+    assert not ran(tmp_path)
+    on_cpu = start("a=1,2", *options, "+trainer.accelerator=cpu")
+    on_cpu.communicate(timeout=120)
+    assert on_cpu.returncode == 0 and len(ran(tmp_path)) == 2
+
+
+def test_jobs_compose_what_the_sweep_composes(start: Run, tmp_path: Path) -> None:
+    """Hydra's own options name another main config, and a folder of configs of one's own."""
+    (tmp_path / "other.yaml").write_text(CONFIG.replace("a: 0", "a: 7"))
+    (tmp_path / "mine" / "extra").mkdir(parents=True)
+    (tmp_path / "mine" / "extra" / "wide.yaml").write_text("at: 5")
+    process = start("--config-name", "other", "--config-dir", "mine", "mode=fine", "+extra=wide")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert [line[0] for line in ran(tmp_path)] == ["7"]
+
+
 def test_two_sweeps_share_their_jobs(start: Run, tmp_path: Path) -> None:
     both = [start("a=1,2,3,4"), start("a=1,2,3,4")]
     for process in both:
@@ -220,6 +243,10 @@ def job(number: int, work: str, state: str = WAITING) -> Job:
     return Job(number, [], "", Path("nowhere"), "", work, state=state)
 
 
+def run_one(one: Job, code: str) -> None:
+    run_jobs([one], lambda _: [sys.executable, "-c", code], Devices(1, []), Console(quiet=True))
+
+
 def test_jobs_that_would_train_the_same_wait_for_the_first() -> None:
     first, same, other = job(0, "x", RUNNING), job(1, "x"), job(2, "y")
     assert not may_start(same, [first, same, other])
@@ -249,8 +276,9 @@ def test_devices_are_given_out_once() -> None:
     assert devices.take(1) == ["2"]
     devices.give_back(["0", "1"])
     assert devices.take(1) == ["0"]
-    with pytest.raises(ConfigError, match="4 devices"):
-        Devices(2, ["0"]).take(4)
+    with pytest.raises(ConfigError, match="4 GPUs and there are 1"):
+        Devices(2, ["0"]).check(4)
+    Devices(2, []).check(4)  # nothing is known of what there is
     with pytest.raises(ConfigError, match="jobs=0"):
         Devices(0, [])
     assert Devices(1, ["0", "1"]).take(2) == []  # a single job sees them all
@@ -258,7 +286,9 @@ def test_devices_are_given_out_once() -> None:
 
 def test_sweep_name_is_that_of_the_command() -> None:
     overrides = ["experiment=rank4,rank8", "enhancement.strength=0,0.5"]
-    assert sweep_name(overrides) == sweep_name(overrides[::-1])
+    assert sweep_name(overrides) == sweep_name(list(overrides))
+    # In another order the jobs have other numbers: in one folder each would be there twice, and pass as two seeds.
+    assert sweep_name(overrides) != sweep_name(overrides[::-1])
     assert sweep_name(overrides) != sweep_name(["experiment=rank4,rank8", "enhancement.strength=0,1"])
     assert sweep_name(overrides).startswith("experiment-rank4+rank8_strength-0+0.5-")
 
@@ -283,6 +313,39 @@ def test_last_error_of_a_log(tmp_path: Path) -> None:
     assert last_error(log) == "torch.OutOfMemoryError: too big"
     log.write_text("some words\nerror: adapter.rank=0 is below 1\n")
     assert last_error(log) == "adapter.rank=0 is below 1"
+    assert last_error(log, log.stat().st_size) == ""
+
+
+def test_the_error_is_that_of_the_last_start(tmp_path: Path) -> None:
+    one = replace(job(0, "x"), directory=tmp_path)
+    one.log.write_text("error: adapter.rank=0 is below 1\n")
+    run_one(one, "import os; os.kill(os.getpid(), 9)")
+    assert (one.state, one.error) == (FAILED, "exit code -9")
+
+
+def test_a_job_is_no_task_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With these Lightning would start no second process, and train with one."""
+    for name in ("NTASKS", "NTASKS_PER_NODE", "PROCID", "LOCALID", "NODEID", "JOB_ID"):
+        monkeypatch.setenv(f"SLURM_{name}", "1")
+    one = replace(job(0, "x"), directory=tmp_path)
+    run_one(one, "import os; print(*(name for name in os.environ if name.startswith('SLURM_')))")
+    assert one.log.read_text().split() == ["SLURM_JOB_ID"]
+
+
+def test_a_job_with_other_photos_is_another_job(tmp_path: Path) -> None:
+    one = replace(job(0, "x"), directory=tmp_path, state=DONE, inputs=lambda: {"hash": "t", "measured_on": "p"})
+    one.save()
+    assert one.finished_before()  # without a store a run tells nothing of its photos
+    write_json(tmp_path / "trained.json", {"hash": "t", "measured_on": "p", "seconds": 1})
+    assert one.finished_before()
+    for change in ({"hash": "u"}, {"measured_on": "q"}):
+        write_json(tmp_path / "trained.json", {"hash": "t", "measured_on": "p", **change})
+        assert not one.finished_before()
+
+    def gone() -> dict[str, str]:
+        raise ConfigError("data.root=photos does not exist.")
+
+    assert not replace(one, inputs=gone).finished_before()
 
 
 def test_remaining_time_is_steps_left_at_the_speed_so_far() -> None:
@@ -290,6 +353,19 @@ def test_remaining_time_is_steps_left_at_the_speed_so_far() -> None:
     assert remaining(status, 0.0, 1050.0) == pytest.approx(350.0)  # 5 s a step, 70 steps
     assert remaining(status, 0.0, 1060.0) == pytest.approx(340.0)
     assert remaining({}, 0.0, 1.0) is None
+
+
+def test_the_table_says_what_a_job_tells(tmp_path: Path) -> None:
+    """One row: how far it is, its last losses, how long it has run, and how long it still needs."""
+    one = Job(3, [], "adapter.rank=4", tmp_path, "", "", state=RUNNING, started=1000.0)
+    told = {"phase": "adapter", "step": 30, "of": 100, "first": 20, "begun": 1000.0, "time": 1050.0,
+            "metrics": {"train/loss": 0.51234, "val/loss": 0.25}, "validated": {"30": 0.25}}  # fmt: skip
+    write_json(tmp_path / "status.json", told)
+    shown = table([one], 1060.0)
+    assert [str(column.header) for column in shown.columns] == ["#", "job", "state", "step", "last", "time", "left"]
+    assert [str(next(iter(column.cells))) for column in shown.columns] == [
+        "3", "adapter.rank=4", "adapter", "30/100", "train/loss 0.5123 val/loss 0.25", "1:00", "5:40",
+    ]  # fmt: skip
 
 
 def test_paths_survive_hydras_grammar(tmp_path: Path) -> None:

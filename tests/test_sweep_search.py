@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from compose import SHORT
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 
 from lora_dae.config import ConfigError
@@ -36,6 +38,9 @@ with open("ran.txt", "a") as file:
 if "broken" in overrides:
     print("error: x is broken")
     sys.exit(2)
+if "diverges" in overrides and len(open("ran.txt").read().split()) == 2:
+    print("error: the loss became nan")
+    sys.exit(1)
 if "stop_at" in overrides and len(open("ran.txt").read().split()) == int(overrides["stop_at"]):
     Path("here").touch()
     time.sleep(60)
@@ -131,6 +136,11 @@ def test_a_mistake_stops_the_search_with_its_sentence() -> None:
         run(replace(REQUEST, overrides=["broken=1"]))
 
 
+def test_a_trial_that_diverges_fails_alone() -> None:
+    study = run(replace(REQUEST, trials=2, overrides=["diverges=1"]))
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -169,6 +179,15 @@ def test_whole_numbers_stay_whole() -> None:
     assert suggest(trial, space) == ["adapter.rank=8", "a=0.5", "b=x"]
 
 
+def test_choices_reach_the_config_as_what_they_are() -> None:
+    """Written as overrides and read by Hydra: nothing is no text, and a comma makes no sweep."""
+    read = OverridesParser.create().parse_override
+    for choice in (None, True, 32, 1e-5, "rank8", "a,b", "null", "a=b", "choice(1,2)"):
+        written = suggest(optuna.trial.FixedTrial({"k": choice}), {"k": {"choice": [choice]}})[0]
+        assert not read(written).is_sweep_override() and read(written).value() == choice, written
+    assert suggest(optuna.trial.FixedTrial({"k": "[a,b]"}), {"k": {"choice": ["[a,b]"]}}) == ["k=[a,b]"]
+
+
 def test_shipped_search_composes_and_every_trial_is_a_config_that_trains() -> None:
     """conf/search.yaml: both ends of every space pass the config's own checks."""
     from hydra import compose, initialize_config_dir
@@ -191,3 +210,30 @@ def test_shipped_search_composes_and_every_trial_is_a_config_that_trains() -> No
             command = train_command(overrides, Path("here"))
             assert command[3] == "store=multirun/store" and command[-1] == 'hydra.run.dir="here"'
             check(typed(compose("train", [*overrides, "run_dir=here"])))
+
+
+def test_search_trains_trials_of_two_processes(tmp_path: Path, tiny_backbone: Path) -> None:
+    """As a user types it, on the tiny backbone: Lightning starts the second process of each trial."""
+    short = [o for o in SHORT if not o.startswith("trainer.max_steps")]
+    trial = [
+        *short, "trainer=ddp", "trainer.devices=2", "trainer.max_steps=2", "trainer.val_check_interval=1",
+        "enhancement=none", "evaluation.frozen=false", "evaluation.controls=false", f"backbone.path={tiny_backbone}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    quoted = ",".join(f"'{override}'" for override in trial)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
+    done = subprocess.run(
+        [
+            sys.executable, str(ROOT / "search.py"), "name=tiny", "trials=1", "objectives={fd_effnet: minimize}",
+            f"overrides=[{quoted}]", "~space", "+space={adapter.rank: {choice: [2]}}",
+        ],
+        cwd=tmp_path, env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, timeout=900,
+    )  # fmt: skip
+    run_dir = tmp_path / "multirun" / "search_tiny" / "0"
+    assert done.returncode == 0, done.stderr[-3000:] + (run_dir / "job.log").read_text()[-3000:]
+    assert "best     trial 0: adapter.rank=2" in done.stdout
+    assert "2 processes, " in (run_dir / "job.log").read_text()
+    trained = list((tmp_path / "multirun" / "store").glob("*/trained.json"))
+    assert len(trained) == 1 and len(list(trained[0].parent.glob("csv/metrics*.csv"))) == 1
+    assert list((tmp_path / "multirun" / "search_tiny").glob("report.html"))

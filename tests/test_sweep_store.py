@@ -12,11 +12,12 @@ import torch
 from compose import config
 from filelock import SoftFileLock
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from lora_dae.config import Config, ConfigError, DataConfig, EnhancementConfig, TrackingConfig
 from lora_dae.sweep import ranks, store
 from lora_dae.sweep.files import read_json, write_json
-from lora_dae.sweep.identity import training_hash, training_part
+from lora_dae.sweep.identity import inputs, training_hash, training_part
 from lora_dae.sweep.locks import try_lock
 from lora_dae.training.module import LoraDae
 
@@ -216,6 +217,17 @@ def test_a_training_that_was_cut_off_is_taken_over(make: Make, monkeypatch: pyte
     assert one and all(torch.equal(one[k], two[k]) for k in one)
 
 
+def test_a_training_tells_how_far_it_is(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher's table shows it, and a search prunes on every validation loss so far."""
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(store, "say", lambda path, phase: told.append(read_json(path)))
+    store.run_in_store(make("run", "enhancement=none", "trainer.val_check_interval=2"))
+    (last,) = told  # before it says that it measures
+    assert (last["phase"], last["step"], last["of"], last["first"]) == ("adapter", 4, 4, 0)
+    assert list(last["validated"]) == ["2", "4"] and last["validated"]["4"] == last["metrics"]["val/loss"]
+    assert last["metrics"]["train/loss"] > 0 and last["time"] >= last["begun"]
+
+
 def test_a_run_that_dies_while_it_measures_keeps_no_older_numbers(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = make("run", "enhancement=none")
     stale = Path(cfg.run_dir) / "metrics.json"
@@ -269,12 +281,50 @@ def test_other_ranks_follow_the_decision_of_this_start(monkeypatch: pytest.Monke
     assert ranks.rank() == 0
     ranks.tell(path, False)
     assert not path.exists()  # nobody waits for it
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "r")
-    monkeypatch.setenv("MASTER_PORT", "1234")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
     ranks.tell(path, False)
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("SLURM_PROCID", "1")
     assert ranks.rank() == 1
     assert ranks.ask(path, 5) is False
-    monkeypatch.setenv("MASTER_PORT", "1235")  # another start: the old decision does not count
+    monkeypatch.setenv("SLURM_STEP_ID", "1")  # another start: the old decision does not count
     with pytest.raises(ConfigError, match="rank 1 heard nothing"):
         ranks.ask(path, 0.3)
+
+
+def test_under_torchrun_an_earlier_start_decides_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its default rendezvous has one id and one port for all starts; what its own process keeps ends with it."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("RANK", "0")
+    first = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_PORT", str(first.port))
+    ranks.tell(tmp_path / "decision.json", False)
+    monkeypatch.setenv("RANK", "1")
+    assert ranks.ask(tmp_path / "decision.json", 5) is False
+    port = first.port
+    del first
+    again = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    assert again.port == port
+    with pytest.raises(ConfigError, match="rank 1 heard nothing"):
+        ranks.ask(tmp_path / "decision.json", 0.3)
+
+
+def test_a_process_that_lightning_starts_in_a_task_of_slurm_is_none_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in (("SLURM_NTASKS", "1"), ("SLURM_PROCID", "0"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert ranks.rank() == 1
+
+
+def test_a_finished_run_tells_what_the_launcher_compares(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher that starts again sees other photos, other weights and another version of the training."""
+    cfg = make("run", "enhancement=none")
+    store.run_in_store(cfg)
+    told = read_json(Path(cfg.run_dir) / "trained.json")
+    assert inputs(cfg).items() <= told.items()
+    more = replace(cfg, data=replace(cfg.data, test_size=7))  # trains the same, is measured on other photos
+    assert (inputs(more)["hash"], inputs(more)["measured_on"] == told["measured_on"]) == (told["hash"], False)
+    monkeypatch.setattr("lora_dae.sweep.identity.TRAINING_VERSION", -1)
+    assert inputs(cfg)["hash"] != told["hash"]

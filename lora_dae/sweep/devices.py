@@ -30,16 +30,17 @@ class Devices:
         self.free = list(names)
         self.running = 0
 
+    def check(self, count: int) -> None:
+        """Raises ConfigError if a job that asks for ``count`` could never start."""
+        if self.names and count > len(self.names):
+            raise ConfigError(f"a job asks for {count} GPUs and there are {len(self.names)}: lower trainer.devices.")
+
     def take(self, count: int) -> list[str] | None:
         """Devices for one more job, or None while there are too few. One job at a time sees all of them."""
         if self.running >= self.jobs:
             return None
         taken: list[str] = []
         if self.names and self.jobs > 1:
-            if count > len(self.names):
-                raise ConfigError(
-                    f"a job asks for {count} devices and there are {len(self.names)}: lower trainer.devices."
-                )
             if count > len(self.free):
                 return None
             taken, self.free = self.free[:count], self.free[count:]

@@ -6,6 +6,7 @@ sweep over them trains once.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -78,11 +79,38 @@ def training_key(cfg: DictConfig) -> str:
 
     Knows nothing of photos and weights behind the paths; those are in ``training_hash``.
     """
+    return content_hash(training_part(_typed(cfg)))
+
+
+def inputs_of(cfg: DictConfig) -> dict[str, str]:
+    """What a job with this composed config would train and be measured on now, for the launcher.
+
+    A finished job's ``trained.json`` says the same of itself. Raises ConfigError where something is not there.
+    """
+    return inputs(_typed(cfg))
+
+
+def inputs(cfg: Config) -> dict[str, str]:
+    """The hash of a run's training, and of the photos that it is measured on."""
+    train, test, backbone = _fingerprints(json.dumps({key: to_dict(cfg)[key] for key in ("data", "backbone")}))
+    return {"hash": training_hash(cfg, train, backbone), "measured_on": test}
+
+
+@functools.cache  # the jobs of a sweep share most of it
+def _fingerprints(sections: str) -> tuple[str, str, str]:
+    from lora_dae.backbone.layout import inspect_backbone
+    from lora_dae.data.sources import load_splits
+
+    cfg = from_dict({"run_dir": "", **json.loads(sections)})
+    splits, backbone = load_splits(cfg.data), inspect_backbone(cfg.backbone, cfg.data.resolution)
+    return splits["train"].fingerprint, splits["test"].fingerprint, backbone.fingerprint()
+
+
+def _typed(cfg: DictConfig) -> Config:
     plain = OmegaConf.to_container(cfg, resolve=False)
     assert isinstance(plain, dict)
     plain["run_dir"] = ""  # an interpolation that only a started job can resolve
-    resolved = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
-    return content_hash(training_part(from_dict(resolved)))  # type: ignore[arg-type]
+    return from_dict(OmegaConf.to_container(OmegaConf.create(plain), resolve=True))  # type: ignore[arg-type]
 
 
 def training_hash(cfg: Config, data_fingerprint: str, backbone_fingerprint: str) -> str:

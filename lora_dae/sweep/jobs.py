@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from lora_dae.config import ConfigError
 from lora_dae.sweep.files import read_json, write_json
 
 WAITING, RUNNING, ELSEWHERE, DONE, FAILED, STOPPED = "waiting", "running", "elsewhere", "done", "failed", "stopped"
-INPUT_ERROR = 2  # the exit code of a mistake in the config: no other try can help
+INPUT_ERROR = 2  # the exit code of a mistake in the input: another try, or another trial of a search, would not help
 LOG_TAIL = 4000  # bytes of a log in which the error is looked for
 
 
@@ -34,12 +36,15 @@ class Job:
     directory: Path
     digest: str
     work: str
-    devices_needed: int = 1
+    processes: int = 1
+    gpus: int = 1
     state: str = WAITING
     exit_code: int | None = None
     error: str = ""
     started: float = 0.0
+    log_start: int = 0  # bytes that earlier starts have left in the log
     seconds: float = 0.0
+    inputs: Callable[[], dict[str, str]] | None = None  # what it would train and be measured on now
     process: subprocess.Popen[bytes] | None = None
     lock: FileLock | None = None
     devices: list[str] = field(default_factory=list)
@@ -49,12 +54,21 @@ class Job:
         return self.directory / "job.log"
 
     def finished_before(self) -> bool:
-        """Whether an earlier start of this sweep finished exactly this job."""
+        """Whether an earlier start of this sweep finished exactly this job, with the photos and weights of now."""
         told = read_json(self.directory / "job.json")
-        if told.get("state") != DONE or told.get("digest") != self.digest:
+        if told.get("state") != DONE or told.get("digest") != self.digest or not self._same_inputs():
             return False
         self.state, self.seconds, self.exit_code = DONE, float(told.get("seconds") or 0), 0
         return True
+
+    def _same_inputs(self) -> bool:
+        told = read_json(self.directory / "trained.json")
+        if self.inputs is None or not told:  # without a store a run tells nothing of it
+            return True
+        try:
+            return self.inputs().items() <= told.items()
+        except ConfigError:  # the job itself says what is wrong
+            return False
 
     def status(self) -> dict[str, Any]:
         """What the job itself told last; {} before that."""
@@ -66,7 +80,7 @@ class Job:
         self.exit_code, self.seconds = exit_code, time.time() - self.started
         self.state = DONE if exit_code == 0 else STOPPED if exit_code in (130, -2) else FAILED
         if self.state == FAILED:
-            self.error = self.error or last_error(self.log) or f"exit code {exit_code}"
+            self.error = self.error or last_error(self.log, self.log_start) or f"exit code {exit_code}"
         self.save()
 
     def save(self) -> None:
@@ -77,11 +91,14 @@ class Job:
         write_json(self.directory / "job.json", {"number": self.number, **told})
 
 
-def last_error(log: Path) -> str:
-    """The last line of a log that looks like an error: ``error: ...``, or a traceback's ``SomeError: ...``."""
+def last_error(log: Path, start: int = 0) -> str:
+    """The last line of a log that looks like an error: ``error: ...``, or a traceback's ``SomeError: ...``.
+
+    Only what stands after the first ``start`` bytes counts.
+    """
     try:
         with log.open("rb") as file:
-            file.seek(max(log.stat().st_size - LOG_TAIL, 0))
+            file.seek(max(log.stat().st_size - LOG_TAIL, start))
             lines = file.read().decode("utf-8", errors="replace").splitlines()
     except OSError:
         return ""

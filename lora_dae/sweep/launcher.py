@@ -14,9 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -28,10 +30,12 @@ from lora_dae.sweep.identity import content_hash
 from lora_dae.sweep.jobs import DONE, ELSEWHERE, FAILED, RUNNING, STOPPED, WAITING, Job
 from lora_dae.sweep.live import LiveTable
 from lora_dae.sweep.locks import try_lock
+from lora_dae.sweep.ranks import environment_of_a_job
 
 POLL = 0.2  # seconds between looks at the processes
 PATIENCE = 30.0  # seconds between SIGINT and SIGTERM, and again until SIGKILL
 OWN_OVERRIDES = ("hydra/launcher", "hydra.launcher.", "hydra.sweep.", "hydra.mode", "hydra/sweeper", "hydra.sweeper.")
+CONFIG_OPTIONS = ("config_path", "config_name", "config_dir")
 PR_SET_PDEATHSIG = 1
 
 
@@ -55,15 +59,17 @@ def launch(
     try:
         given = {str(override).split("=")[0] for overrides in job_overrides for override in overrides}
         extra = [str(override) for override in options["overrides"] if str(override).split("=")[0] not in given]
-        key = _named(options["same_work"]) if options["same_work"] else None
+        key, inputs = (_named(options[name]) if options[name] else None for name in ("same_work", "inputs"))
         jobs = [
-            make_job(config, hydra_context, list(overrides), extra, first + i, key)
+            make_job(config, hydra_context, list(overrides), extra, first + i, key, inputs)
             for i, overrides in enumerate(job_overrides)
         ]
         sweep_dir = Path(str(config.hydra.sweep.dir))
         console.print(f"sweep folder {sweep_dir}: {len(jobs)} jobs", soft_wrap=True, highlight=False)
         names = visible_gpus() if options["devices"] is None else [str(name) for name in options["devices"]]
         devices = Devices(int(options["jobs"]), names)
+        for job in jobs:
+            devices.check(job.gpus)  # before any starts
         run_jobs(jobs, lambda job: command(job, config, bool(options["torchrun"])), devices, console)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -75,8 +81,6 @@ def launch(
     if failed:
         for job in failed:
             print(f"job {job.number} {job.state}: {job.error or 'no error'}; log {job.log}", file=sys.stderr)
-        for function in options["on_failure"]:  # on_multirun_end will not be called: the report is due here
-            _named(function)(Path(str(config.hydra.sweep.dir)))
         sys.exit(1)
     return [JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=None) for job in jobs]
 
@@ -88,6 +92,7 @@ def make_job(
     extra: list[str],
     number: int,
     key: Callable[[DictConfig], str] | None,
+    inputs: Callable[[DictConfig], dict[str, str]] | None,
 ) -> Job:
     """Compose one grid point; what it is follows from its composed config, not from how it was written."""
     composed = hydra_context.config_loader.load_sweep_config(config, [*overrides, *extra])
@@ -95,7 +100,8 @@ def make_job(
         composed.hydra.job.id, composed.hydra.job.num = f"job_{number}", number
     directory = Path(str(config.hydra.sweep.dir)) / str(composed.hydra.sweep.subdir)
     task = OmegaConf.create({k: v for k, v in composed.items_ex(resolve=False) if k != "hydra"})
-    needed = OmegaConf.select(task, "trainer.devices", default=1)
+    told = OmegaConf.select(task, "trainer.devices", default=1)
+    processes = told if isinstance(told, int) and told > 0 else 1
     return Job(
         number=number,
         overrides=[*overrides, *extra],
@@ -103,7 +109,9 @@ def make_job(
         directory=directory,
         digest=content_hash(OmegaConf.to_container(task, resolve=False)),
         work=key(task) if key is not None else f"job {number}",
-        devices_needed=needed if isinstance(needed, int) and needed > 0 else 1,
+        inputs=partial(inputs, task) if inputs is not None else None,
+        processes=processes,
+        gpus=0 if OmegaConf.select(task, "trainer.accelerator") == "cpu" else processes,
     )
 
 
@@ -112,14 +120,20 @@ def command(job: Job, config: DictConfig, torchrun: bool) -> list[str]:
     given = [o for o in config.hydra.overrides.hydra if not o.startswith(OWN_OVERRIDES)]
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     script = ["-m", spec.name.removesuffix(".__main__")] if spec is not None else [os.path.abspath(sys.argv[0])]
-    distributed = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.devices_needed}"]
-    arguments = [*job.overrides, *given, f"hydra.run.dir={quoted(job.directory)}"]
+    distributed = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.processes}"]
+    arguments = [*config_options(), *job.overrides, *given, f"hydra.run.dir={quoted(job.directory)}"]
     return [sys.executable, *(distributed if torchrun else []), *script, *arguments]
 
 
-def quoted(path: Path) -> str:
-    """A path as a Hydra override's value: commas, equals signs and brackets mean something there."""
-    escaped = str(path).replace('"', '\\"')  # the grammar knows no other escape
+def config_options() -> list[str]:
+    """Hydra's own options that say which configs this sweep composes: its jobs compose the same."""
+    told = vars(get_args_parser().parse_args())
+    return [f"--{name.replace('_', '-')}={told[name]}" for name in CONFIG_OPTIONS if told[name] is not None]
+
+
+def quoted(value: Path | str) -> str:
+    """A value of a Hydra override: commas, equals signs and brackets mean something there."""
+    escaped = str(value).replace('"', '\\"')  # the grammar knows no other escape
     return f'"{escaped}"'
 
 
@@ -153,7 +167,7 @@ def may_start(job: Job, jobs: Sequence[Job]) -> bool:
 
 
 def _start(job: Job, make_command: Callable[[Job], list[str]], devices: Devices) -> None:
-    taken = devices.take(job.devices_needed)
+    taken = devices.take(job.gpus)
     if taken is None:
         return
     lock = try_lock(job.directory / ".job.lock")
@@ -166,8 +180,9 @@ def _start(job: Job, make_command: Callable[[Job], list[str]], devices: Devices)
         return
     job.lock, job.devices, job.state, job.started = lock, taken, RUNNING, time.time()
     job.save()
-    environment = {**os.environ, **devices.environment(taken)}
+    environment = {**environment_of_a_job(), **devices.environment(taken)}
     with job.log.open("ab") as log:
+        job.log_start = log.tell()
         job.process = subprocess.Popen(
             make_command(job), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
             start_new_session=True, preexec_fn=die_with_parent() if sys.platform == "linux" else None,

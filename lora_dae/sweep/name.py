@@ -12,11 +12,11 @@ LENGTH = 60
 
 
 def sweep_name(overrides: Sequence[str]) -> str:
-    """Readable words and a hash of a sweep's overrides; their order does not matter."""
+    """Readable words and a hash of a sweep's overrides, in their order: jobs are numbered by it."""
     ordered = sorted(overrides, key=lambda override: (not override.startswith("experiment"), override))
     words = [f"{o.split('=')[0].rsplit('.', 1)[-1]}-{o.split('=', 1)[-1]}" for o in ordered]
     slug = re.sub(r"[^A-Za-z0-9._+-]", "", "_".join(words).replace(",", "+").replace("/", "-"))[:LENGTH].strip("._+-")
-    digest = hashlib.sha256("\n".join(ordered).encode()).hexdigest()[:8]
+    digest = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8]
     return f"{slug or 'sweep'}-{digest}"
 
 

@@ -16,10 +16,25 @@ from lora_dae.sweep.jobs import FAILED, STOPPED
 
 
 class SweepReport(Callback):
-    """For conf/train.yaml's hydra.callbacks: every engine's multirun ends with the same report."""
+    """For conf/train.yaml's hydra.callbacks: every engine's multirun ends with the same report.
+
+    Hydra calls ``on_multirun_end`` only where no job failed: elsewhere the command calls ``write_if_due``.
+    """
+
+    due: Path | None = None  # the folder of the sweep that runs
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        SweepReport.due = Path(str(config.hydra.sweep.dir))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        report_if_any(Path(str(config.hydra.sweep.dir)))
+        self.write_if_due()
+
+    @classmethod
+    def write_if_due(cls) -> None:
+        """The report of the sweep that began in this process, once."""
+        folder, cls.due = cls.due, None
+        if folder is not None:
+            report_if_any(folder)
 
 
 def report_if_any(folder: Path) -> None:

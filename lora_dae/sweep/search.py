@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -27,6 +29,7 @@ from lora_dae.sweep.files import read_json
 from lora_dae.sweep.jobs import INPUT_ERROR, last_error
 from lora_dae.sweep.launcher import InterruptedSweepError, die_with_parent, quoted
 from lora_dae.sweep.locks import held, try_lock
+from lora_dae.sweep.ranks import environment_of_a_job
 
 POLL = 0.2  # seconds
 AGAIN = "again"  # user attribute of a trial: the number of the one that was stopped
@@ -75,17 +78,30 @@ def suggest(trial: Any, space: dict[str, dict[str, Any]]) -> list[str]:
             value = trial.suggest_int(key, entry["low"], entry["high"], log=entry.get("log", False))
         else:
             value = trial.suggest_float(key, entry["low"], entry["high"], log=entry.get("log", False))
-        overrides.append(f"{key}={value}")
+        overrides.append(f"{key}={written(value)}")
     return overrides
 
 
+def written(value: Any) -> str:
+    """A choice as a Hydra override's value. Text that is a value there (``[a,b]``) stays; no comma makes a sweep."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        return str(value)
+    try:
+        read = OverridesParser.create().parse_override(f"x={value}")
+        meant = not read.is_sweep_override() and read.value() is not None
+    except HydraException:
+        meant = False
+    return value if meant else quoted(value)
+
+
 def train_command(overrides: list[str], run_dir: Path) -> list[str]:
-    """One trial as a single run that trains nothing twice."""
-    call = "from lora_dae.cli import train; train()"
+    """One trial as a single run that trains nothing twice; a module, which Lightning can start again for rank 1."""
     arguments = [*overrides, f"hydra.run.dir={quoted(run_dir)}"]
     if not any(override.startswith("store=") for override in overrides):
         arguments.insert(0, "store=multirun/store")
-    return [sys.executable, "-c", call, *arguments]
+    return [sys.executable, "-m", "lora_dae.training", *arguments]
 
 
 def search(
@@ -187,7 +203,7 @@ def _run(command: list[str], run_dir: Path, watched: Any) -> int:
     with (run_dir / "job.log").open("ab") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=die_with_parent() if sys.platform == "linux" else None,
+            env=environment_of_a_job(), preexec_fn=die_with_parent() if sys.platform == "linux" else None,
         )  # fmt: skip
     told: set[int] = set()
     try:

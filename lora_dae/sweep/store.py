@@ -47,7 +47,8 @@ def run_in_store(cfg: Config) -> Result:
     check(cfg)
     if cfg.ckpt_path is not None:
         raise ConfigError("ckpt_path and store exclude each other: with store, a training goes on by itself.")
-    HeldOut.check(load_splits(cfg.data), cfg)
+    splits = load_splits(cfg.data)
+    HeldOut.check(splits, cfg)
     folder, run_dir = training_folder(cfg), Path(cfg.run_dir)
     decision = run_dir / "decision.json"
     if ranks.rank() != 0:
@@ -60,7 +61,8 @@ def run_in_store(cfg: Config) -> Result:
     take_over(folder, run_dir)
     (run_dir / "adapter" / "README.md").unlink(missing_ok=True)  # a link into the store: this run's strength is its own
     write_config(cfg)
-    write_json(run_dir / "trained.json", read_json(folder / "trained.json"))
+    told = {**read_json(folder / "trained.json"), "measured_on": splits["test"].fingerprint}
+    write_json(run_dir / "trained.json", told)  # what a later start of the sweep compares: identity.inputs
     evaluated = replace(cfg, tracking=replace(cfg.tracking, job_type="evaluate"))
     loggers = tracking.build_trackers(evaluated, run_dir, to_dict(cfg), console)
     device = torch.device("cpu") if cfg.trainer.get("accelerator") == "cpu" else best_device()

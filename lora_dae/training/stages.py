@@ -65,6 +65,7 @@ class Training:
             self.enhancement = build_enhancement(cfg.enhancement, backbone.latent_channels, cfg.conditioning)
         probe = build_trainer(cfg, run_dir, "32-true", self.steps, [], False)
         self.rank, self.processes = probe.global_rank, probe.world_size
+        check_processes(probe)
         if len(splits["val"]) < self.processes:
             raise ConfigError(
                 f"{self.processes} processes share {len(splits['val'])} validation pairs, and each needs one: raise "
@@ -298,6 +299,21 @@ class Training:
             {f"step {step}": images}, held_out, self.run_dir / "samples" / f"step_{step:06d}.png", len(images)
         )
         tracking.log_image(self.loggers, "val/samples", grid, step)
+
+
+def check_processes(trainer: lightning.Trainer) -> None:
+    """Raises ConfigError unless as many processes were started as the trainer asks for.
+
+    Inside Slurm and under torchrun Lightning starts none itself, and trains with those that are there.
+    """
+    started = trainer._accelerator_connector.cluster_environment.world_size()
+    devices, nodes = trainer.num_devices, trainer.num_nodes
+    if devices * nodes != started:
+        raise ConfigError(
+            f"trainer.devices={devices} with trainer.num_nodes={nodes} needs {devices * nodes} processes, but "
+            f"{started} were started: start {devices} on each node (srun --ntasks-per-node={devices}, or torchrun "
+            f"--nproc-per-node={devices}), or set trainer.devices to what there is."
+        )
 
 
 def planned_stages(cfg: Config, module: EnhancementModule | None) -> list[tuple[str, int, int]]:
