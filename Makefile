@@ -62,6 +62,7 @@ bench: $(DEV) ## measure speed and size (benchmarks/README.md)
 	$(BIN)/python -m benchmarks.adapter
 	$(BIN)/python -m benchmarks.adapter --models sd15-32 --steps 4 --repeats 3 --output build/adapter_sd15.json
 	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.ddp
 
 .PHONY: bench-compare
 bench-compare: $(READY) ## what moved beyond noise: make bench-compare OLD=a.json NEW=b.json

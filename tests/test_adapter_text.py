@@ -23,14 +23,13 @@ from lora_dae.adapter.atomic import save_tensors
 from lora_dae.adapter.files import load_adapter, merge_in_place, save_adapter
 from lora_dae.adapter.initial import initialize
 from lora_dae.adapter.inject import inject, trainable_parameters
-from lora_dae.adapter.kohya import kohya_metadata, to_kohya
+from lora_dae.adapter.kohya import KOHYA_FILE, kohya_metadata, to_kohya
 from lora_dae.adapter.peft_layout import from_peft, to_peft
 from lora_dae.adapter.text import inject_text, text_layers
 from lora_dae.adapter.weights import resize
 from lora_dae.backbone.load import load_backbone
 from lora_dae.backbone.tokens import pack_tokens, unpack_tokens
 from lora_dae.config import AdapterConfig, BackboneConfig, ConfigError
-from lora_dae.export.card import KOHYA_FILE
 from lora_dae.export.command import ExportRequest, export_run
 from lora_dae.rules import check
 from lora_dae.sampling.load import load_run

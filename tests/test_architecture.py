@@ -13,7 +13,7 @@ PACKAGE = ROOT / "lora_dae"
 # In the order in which data flows; cli.py stands at the door and may import all of them.
 ROOMS = (
     "config rules diffusion data backbone adapter enhancement sampling evaluation".split()
-    + "vqa study studio_app export training sweep cli".split()
+    + "vqa study studio_app export training sweep dashboard cli".split()
 )
 MAX_LINES = 400
 MODULES = sorted(PACKAGE.rglob("*.py"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks import compare, evaluation, kinds, models, steps, timing
+from benchmarks import compare, ddp, evaluation, kinds, models, steps, timing
 from lora_dae.adapter.inject import inject, trainable_parameters
 from lora_dae.backbone.load import load_backbone
 from lora_dae.config import AdapterConfig, BackboneConfig, OptimizerConfig
@@ -80,6 +81,18 @@ def test_ours_and_pefts_step_train_the_same(tiny_backbone: Path) -> None:
         steps.Step(unet, lambda: (found.latents, torch.tensor([5, 700]), found.text), None, bf16=False)()
         gradients.append({name: p.grad for name, p in trainable_parameters(unet).items()})
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-3)
+
+
+def test_what_is_said_of_64_gpus_is_what_its_arithmetic_gives() -> None:
+    """Each figure of the table, in the digits that it has; alone there is nothing to wait for."""
+    text = (Path(ddp.__file__).parent / "ddp.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\d.]+) (MB|GB) .*\| ([\d.]+) ms \| ([\d.]+) ms \|$", text, flags=re.MULTILINE)
+    assert len(rows) == 4
+    for size, unit, *said in rows:
+        for nodes, figure in zip((1, 8), said, strict=True):
+            found = 1e3 * ddp.projection(float(size) * {"MB": 1e6, "GB": 1e9}[unit], nodes=nodes)
+            assert f"{found:.{len(figure.partition('.')[2])}f}" == figure
+    assert ddp.projection(1e9, nodes=1, gpus=1) == 0
 
 
 def test_a_first_call_is_in_no_time_and_all_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

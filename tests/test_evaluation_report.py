@@ -250,6 +250,17 @@ def test_curves_are_read_from_a_log_with_gaps(tmp_path: Path) -> None:
         plots.read_metrics(tmp_path / "absent.csv")
 
 
+def test_curves_of_a_run_that_was_resumed_are_whole(tmp_path: Path) -> None:
+    """Killed at step 5 and gone on with from 4, and once more when there was nothing left to do."""
+    for name, steps in (("metrics_before_0", range(6)), ("metrics_before_1", range(4, 8)), ("metrics_before_2", ())):
+        lines = [f"{step},{step + 10 * (name == 'metrics_before_1')}" for step in steps]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["step,train/loss", *lines]) + "\n")
+    steps, values = plots.read_metrics(tmp_path / "metrics.csv")["train/loss"]
+    assert steps == list(range(8)) and values == [0, 1, 2, 3, 14, 15, 16, 17]
+    (tmp_path / "metrics.csv").write_text("step,val/loss,train/loss\n6,1,26\n")
+    assert plots.read_metrics(tmp_path / "metrics.csv")["train/loss"][1] == [0, 1, 2, 3, 14, 15, 26]
+
+
 def test_more_methods_than_colors_all_have_their_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "_save", lambda figure, output: figure)
     names = [f"method {k}" for k in range(9)]

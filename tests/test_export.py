@@ -22,10 +22,11 @@ from safetensors.torch import load_file
 
 from lora_dae.adapter.atomic import atomic, save_tensors
 from lora_dae.adapter.files import FILE_NAME, save_merged
+from lora_dae.adapter.kohya import KOHYA_FILE
 from lora_dae.adapter.source_input import attach_source_input
 from lora_dae.backbone.load import load_backbone
 from lora_dae.config import AdapterConfig, BackboneConfig, Config, ConfigError
-from lora_dae.export.card import KOHYA_FILE, model_card
+from lora_dae.export.card import model_card
 from lora_dae.export.command import ExportRequest, export_run
 from lora_dae.sampling.load import load_run
 from lora_dae.training import run as training

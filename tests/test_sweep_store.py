@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -187,8 +188,21 @@ def test_what_an_adapter_trains_beside_it_is_that_of_the_straight_run(
     assert one.keys() == shared.keys() and all(torch.equal(one[k], shared[k]) for k in one)
 
 
-def test_a_training_that_was_cut_off_is_taken_over(make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Another job with the same hash goes on from the checkpoint, and ends where the straight run ends."""
+def test_a_training_that_was_cut_off_is_taken_over(
+    make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_backbone: Path
+) -> None:
+    """Another job with the same hash goes on from the checkpoint, and ends where the straight run ends.
+
+    Also where the backbone has moved, and a LoRA to begin with: what they hold is the same.
+    """
+    first = Path(store.run_in_store(make("first", "enhancement=none", "trainer.max_steps=1", "seed=5")).run_dir)
+    for place in ("here", "there"):
+        shutil.copytree(first / "adapter", tmp_path / place / "adapter")
+        shutil.copytree(tiny_backbone, tmp_path / place / "backbone")
+
+    def at(place: str) -> tuple[str, str]:
+        lora = tmp_path / place / "adapter" / "pytorch_lora_weights.safetensors"
+        return f"adapter.init_from={lora}", f"backbone.path={tmp_path / place / 'backbone'}"
 
     class KilledError(Exception):
         pass
@@ -208,11 +222,12 @@ def test_a_training_that_was_cut_off_is_taken_over(make: Make, monkeypatch: pyte
 
     monkeypatch.setattr(LoraDae, "training_step", dies_at_step_3)
     with pytest.raises(KilledError):
-        store.run_in_store(make("cut", *options))
+        store.run_in_store(make("cut", *options, *at("here")))
+    shutil.rmtree(tmp_path / "here")
     monkeypatch.setattr(LoraDae, "training_step", counted)
-    resumed = store.run_in_store(make("resumed", *options, "sampling.num_inference_steps=3"))
+    resumed = store.run_in_store(make("resumed", *options, *at("there"), "sampling.num_inference_steps=3"))
     assert steps == [2, 3]
-    straight = store.run_in_store(make("straight", *options, f"store={tmp_path / 'other'}"))
+    straight = store.run_in_store(make("straight", *options, *at("there"), f"store={tmp_path / 'other'}"))
     one, two = weights(resumed.run_dir), weights(straight.run_dir)
     assert one and all(torch.equal(one[k], two[k]) for k in one)
 

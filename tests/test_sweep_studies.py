@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from comparisons import ROOT, STUDIES, STUDY, check_files, fake, write_study
 from compose import SHORT
 from rich.console import Console
 
 from lora_dae.config import ConfigError
-from lora_dae.sweep import store
+from lora_dae.sweep import cell_worker, store
 from lora_dae.sweep.cell_files import read_cell, write_cell
 from lora_dae.sweep.cell_worker import Work, measure_cells
 from lora_dae.sweep.cells import Wanted, read_comparison, wanted_cells, with_seeds
 from lora_dae.sweep.compare import Study, list_file, make_jobs, read_studies, write_tables
 from lora_dae.sweep.results import read_results
+from lora_dae.training.module import NonFiniteLossError
 
 QUIET = Console(quiet=True)
 
@@ -146,16 +148,37 @@ def test_what_evaluation_asks_for_is_drawn(tiny_backbone: Path, tmp_path: Path) 
     assert (drawn["plain"][2:] == drawn["first_pair=2"]).all()
 
 
-def test_a_cell_that_cannot_be_measured_stops_no_other(tiny_backbone: Path, tmp_path: Path) -> None:
-    """Pairs that are not there, and a metric that was asked for and is not to be had: neither gets a file."""
+def test_a_cell_that_cannot_be_measured_stops_no_other(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pairs that are not there, a metric that is not to be had, a NaN, too little memory: none of them gets a file."""
     text = STUDY.replace("[0, 1, 2]", "[0]").partition("cells:")[0]
     text += "cells:\n  gone: [enhancement=none, evaluation.first_pair=9]\n"
-    text += f"  lacking: [enhancement=none, evaluation.dinov2={tmp_path / 'none'}]\n  plain: [enhancement=none]\n"
+    text += f"  lacking: [enhancement=none, evaluation.dinov2={tmp_path / 'none'}]\n"
+    text += "".join(f"  rank{rank}: [enhancement=none, adapter.rank={rank}]\n" for rank in (2, 3))
+    text += "  plain: [enhancement=none]\n"
     folder = write_study(tmp_path / "experiments" / "some", text.replace("baseline: plain", "baseline: gone"))
     (study,) = read_studies([folder], shortened(tiny_backbone, tmp_path / "cache"))
-    (job,) = make_jobs([study], tmp_path / "multirun")
-    with pytest.raises(ConfigError, match="from number 9 on.*fd_dinov2 was asked for and is not to be had"):
-        measure_cells(list_file(job), QUIET)
+    errors = {2: NonFiniteLossError("the loss became nan"), 3: torch.OutOfMemoryError("no memory left\nand a table")}
+    original = cell_worker.train_shared
+
+    def fails(cfg: Any) -> Any:
+        if cfg.adapter.rank in errors:
+            raise errors[cfg.adapter.rank]
+        return original(cfg)
+
+    monkeypatch.setattr(cell_worker, "train_shared", fails)
+    said = []
+    for job in make_jobs([study], tmp_path / "multirun"):
+        try:
+            measure_cells(list_file(job), QUIET)
+        except ConfigError as error:
+            said.append(str(error))
+    text = "; ".join(said)
+    of_pairs, of_metric = "from number 9 on", "fd_dinov2 was asked for and is not to be had"
+    for words in (of_pairs, of_metric, "rank2, seed 0: the loss became nan", "rank3, seed 0: no memory left"):
+        assert words in text
+    assert "\n" not in text
     assert [one.cell.name for one in study.cells if read_cell(study.results, one.digest)] == ["plain"]
 
 

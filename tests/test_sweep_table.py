@@ -16,6 +16,7 @@ from scipy import stats
 from test_training_tracking import nested, read_offline, records
 
 from lora_dae.config import Config, ConfigError, to_dict
+from lora_dae.evaluation.run import _summary
 from lora_dae.sweep.files import write_json
 from lora_dae.sweep.report import report_if_any, write_sweep_report
 from lora_dae.sweep.table import find_runs, network_calls, over_seeds, read_sweep
@@ -27,12 +28,13 @@ PROTOCOL = {
 
 
 def make_run(folder: Path, rank: int, strength: float, distance: float, lsd: float = 0.1, seed: int = 0) -> None:
-    """A run folder with an adapter of 1000 * rank bytes and the given results at its strength."""
+    """A run folder with an adapter of 1000 * rank bytes, kohya's copy of it, and the given results at its strength."""
     cfg = Config(run_dir=str(folder), name=f"rank{rank}", seed=seed)
     cfg.adapter.rank = rank
     cfg.enhancement.strength = strength
     (folder / "adapter").mkdir(parents=True)
-    (folder / "adapter" / "pytorch_lora_weights.safetensors").write_bytes(bytes(1000 * rank))
+    for name in ("pytorch_lora_weights.safetensors", "adapter_kohya.safetensors"):
+        (folder / "adapter" / name).write_bytes(bytes(1000 * rank))
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))))
 
     def metrics(fd: float) -> dict[str, dict[str, float | str | None]]:
@@ -73,6 +75,16 @@ def test_the_front_is_what_nothing_smaller_beats(sweep: Path) -> None:
         "rank 4, strength 1", "rank 16, strength 1",
     ]  # fmt: skip
     assert [row.costs["adapter_mb"] for row in table.pareto("fd_effnet", "adapter_mb")] == [0.004, 0.016]
+
+
+def test_an_adapters_size_is_that_of_what_was_trained_each_once(tmp_path: Path) -> None:
+    """Table and page alike; the copy for other programs is no weight more, a module and a whole UNet are."""
+    make_run(tmp_path / "run", 500, 1.0, 3.0)
+    (tmp_path / "run" / "adapter" / "unet").mkdir()
+    for name in ("enhancement.safetensors", "unet/diffusion_pytorch_model.safetensors"):
+        (tmp_path / "run" / "adapter" / name).write_bytes(bytes(10**6))
+    assert read_sweep(tmp_path).rows[0].costs["adapter_mb"] == 2.5
+    assert _summary(tmp_path / "run", Config(run_dir="x"))["Adapter"] == "rank 16, 2.5 MB"
 
 
 def test_csv_and_latex_hold_the_numbers(sweep: Path) -> None:

@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import lightning
 import numpy as np
 import pytest
 import torch
 from compose import config
 from PIL import Image
+from ranks import run_ranks
 
 from lora_dae.backbone.load import load_backbone
 from lora_dae.config import BackboneConfig, ConfigError
@@ -69,6 +71,40 @@ def test_buckets_and_all_caches_train_alike(tiny_backbone: Path, photos: Path, t
     plain = config(tiny_backbone, tmp_path / "plain", tmp_path / "cache", *(o for o in options if "weight" not in o))
     training.run(plain)
     assert losses(tmp_path / "plain") != seen["disk"]
+
+
+def test_two_processes_train_buckets_as_one_does(tiny_backbone: Path, photos: Path, tmp_path: Path) -> None:
+    """Tall and square batches: both processes have the same shape in each step, and one process's losses together."""
+    options = (
+        "data=folder", f"data.root={photos}", "conditioning=source", "data.buckets=[48x64,64x64]",
+        "data.bucket_step=16", "data.flip=true", "trainer.max_steps=4", "trainer.val_check_interval=2", *QUICK[:2],
+        "trainer.log_every_n_steps=1",
+    )  # fmt: skip
+    training.train(config(tiny_backbone, tmp_path / "one", tmp_path / "cache", "data.batch_size=4", *options))
+
+    def rank(number: int) -> None:
+        two = ("trainer=ddp", "trainer.devices=2", "data.batch_size=2")
+        seen = Shapes()
+        training.train(config(tiny_backbone, tmp_path / "two", tmp_path / "cache", *two, *options), [seen])
+        torch.save(seen.found, tmp_path / f"{number}.pt")
+
+    ended = run_ranks(rank, tmp_path / "logs")
+    assert [e.code for e in ended] == [0, 0], ended[0].text + ended[1].text
+    shapes = [torch.load(tmp_path / f"{number}.pt") for number in (0, 1)]
+    assert shapes[0] == shapes[1] and len(set(shapes[0])) == 2
+    for name, count in (("train/loss", 4), ("val/loss", 2)):
+        one, two = (losses(tmp_path / run, name) for run in ("one", "two"))
+        assert len(one) == count and two == pytest.approx(one, rel=1e-4)
+
+
+class Shapes(lightning.Callback):
+    """Height and width of every batch's latents."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, int]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.found.append(tuple(batch["latent_mean"].shape[2:]))
 
 
 def test_the_decoder_stage_sees_the_photos_of_its_latents(

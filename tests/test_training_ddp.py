@@ -21,6 +21,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from lora_dae.config import Config, ConfigError
 from lora_dae.data.sources import load_splits
+from lora_dae.evaluation.report.plots import read_metrics
 from lora_dae.sampling.draw import Drawer
 from lora_dae.training import run as training
 from lora_dae.training import together
@@ -77,7 +78,7 @@ def distances(run_dir: Path) -> dict[str, float]:
             {k: v for k, v in row.items() if "_effnet" in k and v} | {"step": row["step"]} for row in DictReader(file)
         ]
     (row,) = [row for row in rows if len(row) > 1]
-    assert row.pop("step") == "2"
+    assert row.pop("step") == "1"  # Lightning's number of the second step
     return {name: float(value) for name, value in row.items()}
 
 
@@ -133,31 +134,78 @@ def test_two_processes_train_what_one_trains(tiny_backbone: Path, shared: Path, 
     near, expected = distances(shared / "two"), distances(shared / "one")
     assert near.keys() == expected.keys() == {"val/fd_effnet", "val/kd_effnet"}
     assert near == {name: pytest.approx(value, rel=1e-3, abs=1e-5) for name, value in expected.items()}
-    assert "2 processes" in ended[0].text and "2 processes" not in ended[1].text
+    for stage in (gradients[0], gradients[3]):  # as it says at each stage's beginning: 4 bytes a number
+        assert f"2 processes, {stage.numel() * 4 / 1e6:.3g} MB of gradients reduced a step" in ended[0].text
+    assert "2 processes" not in ended[1].text
     assert names(shared / "two") == names(shared / "one")
     pictures = [np.asarray(Image.open(shared / n / "samples" / "step_000002.png")).astype(int) for n in ("one", "two")]
     assert np.abs(pictures[0] - pictures[1]).max() <= 2
 
 
-def test_two_processes_train_the_same_source_texture_and_decoder_stage(tiny_backbone: Path, shared: Path) -> None:
-    """Gradients of every step of both stages: a wrong source is the next sample's, whichever process has it."""
+def curves(run_dir: Path) -> dict[str, list[float]]:
+    """What the adapter and the enhancement's stages logged of their losses, by file and column."""
+    logs = {log.parent.name: read_metrics(log) for log in (run_dir / "csv").rglob("metrics.csv")}
+    wanted = ("train/loss", "val/loss", "enhancement/band_error", "enhancement/joint")
+    return {f"{log} {name}": found[name][1] for log, found in logs.items() for name in wanted if name in found}
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["stages", "joint"])
+def test_two_processes_train_the_same_source_texture_and_decoder_stage(
+    joint: bool, tiny_backbone: Path, shared: Path
+) -> None:
+    """Gradients of every step of both stages: a wrong source is the next sample's, whichever process has it.
+
+    What is logged is of all processes' samples.
+    """
     options = ("trainer.max_steps=1", "enhancement.gain=false", "enhancement.wrong_source=0.5")
-    alone = Record()
+    options += (f"enhancement.joint={joint}",)
+    alone, one, two = Record(), f"texture_one_{joint}", f"texture_two_{joint}"
     sizes = ("data.batch_size=4", "enhancement.batch_size=4", "enhancement.texture_batch_size=4")
-    training.train(make(tiny_backbone, shared, "texture_one", *options, *sizes), [alone])
+    training.train(make(tiny_backbone, shared, one, *options, *sizes), [alone])
 
     def rank(number: int) -> None:
         record, sizes = Record(), ("data.batch_size=2", "enhancement.batch_size=2", "enhancement.texture_batch_size=2")
-        two = ("trainer=ddp", "trainer.devices=2")
-        training.train(make(tiny_backbone, shared, "texture_two", *two, *options, *sizes), [record])
+        training.train(make(tiny_backbone, shared, two, "trainer=ddp", "trainer.devices=2", *options, *sizes), [record])
         torch.save([record.gradients, record.losses], shared / f"texture{number}.pt")
 
-    ended = run_ranks(rank, shared / "logs_texture")
+    ended = run_ranks(rank, shared / f"logs_texture_{joint}")
     assert [e.code for e in ended] == [0, 0], ended[0].text + ended[1].text
     gradients, _ = torch.load(shared / "texture0.pt", weights_only=True)
-    assert len(gradients) == len(alone.gradients) == 1 + 2 + 2  # adapter, texture, decoder
+    before = 1 if joint else 1 + 2  # adapter, texture
+    assert len(gradients) == len(alone.gradients) == before + 2
     apart = [distance(ours, expected) for ours, expected in zip(gradients, alone.gradients, strict=True)]
-    assert max(apart[:3]) < 1e-3 and max(apart[3:]) < 0.05, apart  # L1 has kinks
+    assert max(apart[:before]) < 1e-3 and max(apart[before:]) < 0.05, apart  # L1 has kinks
+    logged, expected = curves(shared / two), curves(shared / one)
+    assert ("csv enhancement/joint" if joint else "texture enhancement/band_error") in expected
+    assert logged == {name: pytest.approx(values, rel=1e-3) for name, values in expected.items()}
+
+
+class Seen(lightning.Callback):
+    """The samples of every batch, by number."""
+
+    def __init__(self) -> None:
+        self.found: list[list[int]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.found.append(batch["index"].tolist())
+
+
+def test_two_processes_see_each_sample_once_in_an_epoch(tiny_backbone: Path, shared: Path) -> None:
+    """Twelve samples, two of them a step: six steps are an epoch, and the next one has another order."""
+    options = ("trainer.max_steps=12", "data.train_size=12", "data.batch_size=1", "enhancement=none")
+
+    def rank(number: int) -> None:
+        seen = Seen()
+        training.train(make(tiny_backbone, shared, "epochs", "trainer=ddp", "trainer.devices=2", *options), [seen])
+        torch.save(seen.found, shared / f"epochs{number}.pt")
+
+    ended = run_ranks(rank, shared / "logs_epochs")
+    assert [e.code for e in ended] == [0, 0], ended[0].text + ended[1].text
+    steps = list(zip(*(torch.load(shared / f"epochs{number}.pt") for number in (0, 1)), strict=True))
+    assert len(steps) == 12
+    epochs = [[index for step in part for batch in step for index in batch] for part in (steps[:6], steps[6:])]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(12))] * 2
+    assert epochs[0] != epochs[1]
 
 
 class Interrupt(lightning.Callback):

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 from compose import SHORT
+from test_training_ddp import distance, weights
 from test_training_tracking import read_offline
 
 from lora_dae.sampling.load import load_run
@@ -74,3 +77,25 @@ def test_two_agents_of_torchrun_make_one_run(tmp_path: Path, tiny_backbone: Path
     assert list(tmp_path.rglob("report.html")) == [tmp_path / "run" / "report.html"]
     assert len(list((tmp_path / "run" / "csv").glob("metrics*.csv"))) == 1
     assert sum("test/fd_effnet" in row for row in read_offline(tmp_path / "run")[1]) == 1
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_what_one_trains(tmp_path: Path, tiny_backbone: Path) -> None:
+    """With NCCL between them: adapter and all parts of the enhancement."""
+    short = [o for o in SHORT if not o.startswith(("trainer.accelerator", "data.batch_size", "enhancement.batch_size",
+                                                   "enhancement.texture_batch_size"))]  # fmt: skip
+    for devices in (1, 2):
+        size = 4 // devices
+        arguments = [
+            "trainer=ddp", "trainer.accelerator=gpu", f"trainer.devices={devices}", f"data.batch_size={size}",
+            f"enhancement.batch_size={size}", f"enhancement.texture_batch_size={size}", "adapter.rank=2",
+            f"backbone.path={tiny_backbone}", f"data.cache_dir={tmp_path / 'cache'}",
+            f"hydra.run.dir={tmp_path / str(devices)}", "evaluation.frozen=false", *short,
+        ]  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train.py"), *arguments],
+            cwd=tmp_path, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("2 processes" in done.stdout) == (devices == 2)
+    assert distance(weights(tmp_path / "2"), weights(tmp_path / "1")) < 1e-2

@@ -87,7 +87,7 @@ def test_a_training_logs_it_on_its_way(tiny_backbone: Path, tmp_path: Path, monk
     (drawn,) = pictures
     with (tmp_path / "run" / "csv" / "metrics.csv").open(encoding="utf-8", newline="") as file:
         (row,) = [row for row in DictReader(file) if row["val/fd_tiny"]]
-    assert row["step"] == "2" and drawn.shape == (4, 32, 32, 3)
+    assert row["step"] == "1" and drawn.shape == (4, 32, 32, 3)
     fid = FrechetInceptionDistance(feature=TinyFeatures(), normalize=True)
     fid.update(stack_images([pair.image for pair in load_splits(cfg.data)["val"]]).float() / 255, real=True)
     fid.update(stack_images(list(drawn)).float() / 255, real=False)

@@ -14,9 +14,9 @@ from family_models import write_backbone, write_single_file
 from rich.console import Console
 from safetensors.torch import load_file
 
+from lora_dae.adapter.kohya import KOHYA_FILE
 from lora_dae.backbone.load import load_backbone
 from lora_dae.config import BackboneConfig, Config, ConfigError
-from lora_dae.export.card import KOHYA_FILE
 from lora_dae.export.command import ExportRequest, export_run
 from lora_dae.sampling.load import load_run
 from lora_dae.training import run as training

@@ -12,11 +12,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from lora_dae.adapter.kohya import KOHYA_FILE
 from lora_dae.backbone.layout import inspect_backbone
 from lora_dae.config import BackboneConfig, ConfigError
 from lora_dae.data.sources import load_splits
 from lora_dae.enhancement.files import load_enhancement
-from lora_dae.export.card import KOHYA_FILE
 from lora_dae.training import run as training
 from lora_dae.training import tracking
 

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lora_dae.config import Config, ConfigError, conf_dir
+from lora_dae.evaluation.report.plots import read_metrics
 from lora_dae.sampling.load import load_run
 from lora_dae.training import module as training_module
 from lora_dae.training import run as training
@@ -94,7 +95,7 @@ def test_another_seed_gives_other_weights(make: Make, finished: Path) -> None:
 def test_resumed_run_equals_straight_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """N + N steps = 2N steps, bit for bit: weights, moving average, enhancement; also dropout, also accumulated."""
     options = ("trainer.max_steps=4", "trainer.val_check_interval=2", "enhancement.max_steps=2",
-               "enhancement.texture_steps=3", "adapter.dropout=0.1",
+               "enhancement.texture_steps=3", "adapter.dropout=0.1", "trainer.log_every_n_steps=1",
                "trainer.accumulate_grad_batches=2")  # fmt: skip
     training.run(make(*options, name="straight"))
     cut = make(*options, name="cut")
@@ -114,7 +115,9 @@ def test_resumed_run_equals_straight_run(make: Make, monkeypatch: pytest.MonkeyP
         training.run(cut)
     monkeypatch.setattr(LoraDae, "training_step", original)
     training.run(make(*options, "ckpt_path=last", name="cut"))
-    assert (Path(cut.run_dir) / "csv" / "metrics_before_0.csv").is_file()  # the log up to the kill is kept
+    read, expected = (read_metrics(Path(make(name=n).run_dir) / "csv" / "metrics.csv") for n in ("cut", "straight"))
+    for name in ("train/loss", "val/loss"):  # the log up to the kill is kept, and read
+        assert read[name] == expected[name] and read[name][0]
     straight, resumed = (weights(Path(make(name=n).run_dir)) for n in ("straight", "cut"))
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(straight[k], resumed[k]) for k in straight)
@@ -386,6 +389,41 @@ def test_checkpoint_of_another_config_is_refused(make: Make, finished: Path) -> 
             training.run(make(override, last))
         assert "\n" not in str(caught.value)
     assert list(find_checkpoints(make("backbone.attention=sdpa", last), Path("unused"))) == ["gain"]  # rounding alone
+
+
+def test_a_checkpoint_is_of_weights_and_not_of_the_place_where_they_lie(
+    make: Make, finished: Path, tiny_backbone: Path, tmp_path: Path
+) -> None:
+    """One bit of the backbone is another backbone; so is a LoRA to begin with where there was none."""
+    last = f"ckpt_path={finished / 'checkpoints' / 'gain.ckpt'}"
+    shutil.copytree(tiny_backbone, tmp_path / "moved")
+    moved = make(f"backbone.path={tmp_path / 'moved'}", last)
+    assert list(find_checkpoints(moved, Path("unused"))) == ["gain"]
+    weights = tmp_path / "moved" / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    begun = make(f"adapter.init_from={finished / 'adapter' / 'pytorch_lora_weights.safetensors'}", last)
+    for cfg, part in ((moved, "backbone"), (begun, "adapter.init_from")):
+        with pytest.raises(ConfigError, match=f"was written with another `{part}`"):
+            training.train(cfg)
+    assert not Path(moved.run_dir).exists()
+
+
+def test_a_config_that_is_cut_in_the_middle_leaves_the_one_before(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the training could not be gone on with."""
+    training.write_config(make())
+    path, original = Path(make().run_dir) / "config.yaml", Path.write_text
+    before = path.read_text()
+
+    def cut(self: Path, text: str, **options: Any) -> int:
+        original(self, text[: len(text) // 2], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", cut)
+    with pytest.raises(KeyboardInterrupt):
+        training.write_config(make("seed=1"))
+    assert path.read_text() == before and list(path.parent.iterdir()) == [path]
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import time
@@ -9,12 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import wandb
 import yaml
 from compose import config
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from PIL import Image
 from rich.console import Console
 from test_evaluation_folders import _folder
 from test_evaluation_measure import TinyFeatures
@@ -22,7 +25,7 @@ from wandb.proto import wandb_internal_pb2
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from lora_dae.cli import typed
-from lora_dae.config import Config, ConfigError, TrackingConfig, conf_dir, register
+from lora_dae.config import Config, ConfigError, TrackingConfig, conf_dir, register, to_dict
 from lora_dae.evaluation import folder_run
 from lora_dae.evaluation.command import EvaluateRequest, evaluate
 from lora_dae.rules import check
@@ -94,6 +97,7 @@ def test_offline_run_holds_everything(make: Make, monkeypatch: pytest.MonkeyPatc
     cfg = make(
         "tracking.wandb=offline", "tracking.group=together", "tracking.tags=[mine]", "tracking.sample_every_n_steps=2",
         "enhancement.strength=0.5", "trainer.log_every_n_steps=1", "tracking.num_grid_prompts=3",
+        "tracking.distance_every_n_steps=2",
     )  # fmt: skip
     result = training.run(cfg)
     assert result.table is not None
@@ -102,10 +106,10 @@ def test_offline_run_holds_everything(make: Make, monkeypatch: pytest.MonkeyPatc
     assert (run.project, run.run_group, run.job_type) == ("lora-dae", "together", "train")
     assert set(run.tags) == {"mine", "default", "source"}
     told = nested(run.config.update)
-    assert told["adapter"]["rank"] == 2 and told["enhancement"]["strength"] == 0.5
+    assert {key: value for key, value in told.items() if key != "_wandb"} == to_dict(cfg)
     columns = {name: [row[name] for row in rows if name in row] for name in {key for row in rows for key in row}}
     assert len(columns["train/loss"]) == 4 + 2 + 2 + 1  # every step of every stage
-    assert {"val/loss", "images/s", "enhancement/power_gap", "val/samples", "test/grid"} <= set(columns)
+    assert {"val/loss", "val/fd_effnet", "images/s", "enhancement/power_gap", "val/samples"} <= set(columns)
     steps = columns["trainer/global_step"]
     assert steps == sorted(steps) and steps[-1] == 9
     assert columns["_step"] == sorted(set(columns["_step"]))
@@ -113,6 +117,13 @@ def test_offline_run_holds_everything(make: Make, monkeypatch: pytest.MonkeyPatc
         for name, metric in row.items():
             assert columns[f"test/{method}/{name}".replace(" ", "_")] == [metric.value]
     assert columns["test/fd_effnet"] == columns["test/strength_0.5/fd_effnet"]
+    for name in ("val/samples", "test/grid"):  # pictures, of which W&B keeps copies
+        assert columns[name]
+        for path in (path for shown in columns[name] for path in shown["filenames"]):
+            (file,) = result.run_dir.glob(f"wandb/offline-run-*/files/{path}")
+            with Image.open(file) as picture:
+                assert np.asarray(picture).std() > 0
+    assert wandb_sweep()["metric"]["name"] in columns
     samples = columns["test/samples"][0]
     (table,) = result.run_dir.glob(f"wandb/offline-run-*/files/{samples['path']}")
     content = json.loads(table.read_text())
@@ -201,9 +212,13 @@ def test_an_unknown_logger_is_named() -> None:
         check(Config(run_dir="x", tracking=TrackingConfig(logger="loud")))
 
 
+def wandb_sweep() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "experiments" / "wandb_sweep.yaml").read_text())
+
+
 def test_wandb_sweep_is_one_hydra_command_per_trial() -> None:
     """W&B's own code turns the file into the agent's command; Hydra and the config's checks take all its corners."""
-    sweep = yaml.safe_load((ROOT / "experiments" / "wandb_sweep.yaml").read_text())
+    sweep = wandb_sweep()
     register()
     assert (ROOT / sweep["program"]).is_file()
     for end in (0, -1):
@@ -224,4 +239,76 @@ def test_wandb_sweep_is_one_hydra_command_per_trial() -> None:
         check(cfg)
         assert cfg.store == "multirun/store" and cfg.enhancement.strength == values["enhancement.strength"]
         assert cfg.optimizer.learning_rate == pytest.approx(values["optimizer.learning_rate"])
-    assert sweep["metric"]["name"].split("/")[0] == "test"
+
+
+LOGIN = "machine api.wandb.ai login user password {}\n".format("k" * 40)
+
+
+@pytest.mark.parametrize(
+    ("environment", "files", "mode"),
+    [
+        ({}, {}, "offline"),
+        ({"WANDB_API_KEY": "k"}, {}, "online"),
+        ({}, {".netrc": LOGIN}, "online"),
+        ({}, {".netrc": LOGIN.replace("wandb", "else")}, "offline"),
+        ({}, {".netrc": "nonsense"}, "offline"),
+        ({"NETRC": "elsewhere"}, {"elsewhere": LOGIN}, "online"),
+        ({"NETRC": "elsewhere"}, {".netrc": LOGIN}, "offline"),  # W&B would not look there either
+        ({"WANDB_BASE_URL": "https://own.org"}, {".netrc": LOGIN}, "offline"),
+        ({"WANDB_BASE_URL": "https://own.org/"}, {".netrc": LOGIN.replace("api.wandb.ai", "own.org")}, "online"),
+        ({"WANDB_MODE": "offline", "WANDB_API_KEY": "k"}, {}, "offline"),
+        ({"WANDB_MODE": "dryrun", "WANDB_API_KEY": "k"}, {}, "offline"),  # W&B's older names
+        ({"WANDB_MODE": "run"}, {}, "online"),
+        ({"WANDB_MODE": "disabled"}, {}, "disabled"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wandb_is_online_with_a_login_and_offline_without(
+    environment: dict[str, str], files: dict[str, str], mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(tmp_path / value) if name == "NETRC" else value)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert tracking.wandb_mode("auto") == mode
+    assert tracking.wandb_mode("disabled") == "disabled"  # what is asked for counts
+
+
+def test_a_run_after_an_offline_one_says_how_to_upload_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one process, as in a sweep's job that trains and then measures: Lightning's own logger sets WANDB_MODE."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("trains", "measures"):
+        (tmp_path / name).mkdir()
+        logger = tracking.wandb_logger(TrackingConfig(), tmp_path / name, {}, Console(soft_wrap=True))
+        assert logger is not None and logger.experiment.offline
+        tracking.finish([logger])
+        assert f"wandb sync {tmp_path / name / 'wandb'}/offline-run-*" in capsys.readouterr().out
+
+
+def test_tensorboard_gets_a_trainings_curves_and_pictures(make: Make) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    result = training.run(
+        make(
+            "logger=tensorboard",
+            "tracking.sample_every_n_steps=2",
+            "trainer.log_every_n_steps=1",
+            "enhancement=gain",
+            "trainer.max_steps=3",
+        )  # fmt: skip
+    )
+    assert result.table is not None
+    events = reader.EventAccumulator(str(result.run_dir / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [0, 1, 2, 3]  # the adapter's three and the gain's
+    assert [e.step for e in events.Scalars("val/loss")] == [2]
+    (found,) = events.Scalars("test/strength_0/fd_effnet")
+    assert found.value == pytest.approx(result.table.methods["strength 0"]["fd_effnet"].value)
+    for name, path in (("val/samples", "samples/step_000002.png"), ("test/grid", "samples/grid.png")):
+        (picture,) = events.Images(name)
+        with Image.open(io.BytesIO(picture.encoded_image_string)) as shown, Image.open(result.run_dir / path) as own:
+            assert np.array_equal(np.asarray(shown), np.asarray(own.convert("RGB")))

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lora_dae.adapter.atomic import atomic, load_tensors, save_tensors
 from lora_dae.adapter.fused import fuse
 from lora_dae.adapter.inject import ADAPTER_NAME, is_injected
+from lora_dae.adapter.kohya import KOHYA_FILE
 from lora_dae.adapter.peft_layout import read_configuration
 from lora_dae.adapter.source_input import SourceInput, detach_source_input
 from lora_dae.adapter.targets import base_layer
@@ -36,6 +37,12 @@ from lora_dae.config import ConfigError
 
 FILE_NAME = LORA_WEIGHT_NAME_SAFE  # pytorch_lora_weights.safetensors: what diffusers looks for in a folder
 _PREFIX = "unet."
+
+
+def trained_megabytes(folder: str | Path) -> float:
+    """All that was trained, 10^6 bytes, as it lies in the adapter's ``folder``; kohya's file is a copy of the LoRA."""
+    files = [file for file in Path(folder).rglob("*.safetensors") if file.name != KOHYA_FILE]
+    return sum(file.stat().st_size for file in files) / 1e6
 
 
 def save_adapter(

@@ -25,6 +25,7 @@ from lora_dae.adapter.weights import LoraWeights
 from lora_dae.backbone.names import sgm_name
 from lora_dae.config import ConfigError
 
+KOHYA_FILE = "adapter_kohya.safetensors"
 _ARCHITECTURES = {
     "sd1": ("sd_v1", "stable-diffusion-v1"),
     "sd2": ("sd_v2", "stable-diffusion-v2-512"),

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from lora_dae.adapter.files import trained_megabytes
 from lora_dae.adapter.words import FILE_NAME as WORDS_FILE
 from lora_dae.adapter.words import TOKEN
 from lora_dae.backbone.load import load_backbone
@@ -36,7 +37,7 @@ from lora_dae.evaluation.photo_mode import PhotoMode
 from lora_dae.evaluation.references import reconstructed_features, reference_rows
 from lora_dae.evaluation.report.examples import PictureGrid, extremes, prompt_grid
 from lora_dae.evaluation.report.page import OnPage, Page, check_writable, write_page
-from lora_dae.evaluation.report.plots import plot_band_power, plot_curves, plot_sizes
+from lora_dae.evaluation.report.plots import log_files, plot_band_power, plot_curves, plot_sizes
 from lora_dae.evaluation.report.protocol import GIVEN_PHOTOS, Protocol, size_warnings
 from lora_dae.evaluation.report.table import MetricValue, ResultsTable
 from lora_dae.sampling.draw import Drawer
@@ -293,20 +294,19 @@ def _plots(
     plots.append(plot_band_power(spectra, power.spectrum(), output / "plots" / "band_power.svg"))
     plots += plot_sizes(table.curves, output / "plots")
     log = run_dir / "csv" / "metrics.csv"
-    if log.is_file():
+    if log_files(log):
         curves = {"training": "train/loss", "validation (fixed noise)": "val/loss"}
         plots.append(plot_curves(log, output / "plots" / "loss.svg", curves, "Loss of the adapter"))
     return plots
 
 
 def _summary(run_dir: Path, cfg: Config) -> dict[str, str]:
-    size = sum(f.stat().st_size for f in (run_dir / "adapter").rglob("*.safetensors"))
     conv = cfg.adapter.conv_rank or cfg.adapter.rank
     rank = "all weights" if cfg.adapter.full_finetune else f"rank {cfg.adapter.rank}"
     if "conv" in cfg.adapter.targets and conv != cfg.adapter.rank and not cfg.adapter.full_finetune:
         rank += f", conv {conv}"
     return {
-        "Adapter": f"{rank}, {size / 1e6:.1f} MB",
+        "Adapter": f"{rank}, {trained_megabytes(run_dir / 'adapter'):.1f} MB",
         "Training": f"{cfg.trainer.get('max_steps')} steps of {cfg.data.batch_size}",
         "Conditioning": cfg.conditioning,
         "Enhancement": cfg.enhancement.placement if cfg.enhancement.enabled else "none",

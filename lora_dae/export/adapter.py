@@ -9,11 +9,10 @@ from typing import Any
 
 from lora_dae.adapter.atomic import atomic, load_tensors, save_tensors
 from lora_dae.adapter.files import FILE_NAME
-from lora_dae.adapter.kohya import kohya_metadata, to_kohya
+from lora_dae.adapter.kohya import KOHYA_FILE, kohya_metadata, to_kohya
 from lora_dae.adapter.peft_layout import from_peft, to_peft
 from lora_dae.adapter.weights import LoraWeights, cast, check_finite
 from lora_dae.config import ConfigError
-from lora_dae.export.card import KOHYA_FILE
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, LoraWeights], dict[str, str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_dae.adapter.files import FILE_NAME
+from lora_dae.adapter.kohya import KOHYA_FILE
 from lora_dae.adapter.other import FILE_NAME as OTHER_FILE
 from lora_dae.adapter.words import FILE_NAME as WORDS_FILE
 from lora_dae.adapter.words import TOKEN
@@ -17,8 +18,6 @@ from lora_dae.config import Config
 from lora_dae.data.sources import licence_notice
 from lora_dae.export.merged import FILE as MERGED_FILE
 from lora_dae.export.merged import FOLDER as MERGED_FOLDER
-
-KOHYA_FILE = "adapter_kohya.safetensors"
 
 
 def base_model(cfg: Config) -> str:

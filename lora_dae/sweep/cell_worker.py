@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from lora_dae.adapter.files import trained_megabytes
 from lora_dae.backbone.load import Backbone, load_backbone
 from lora_dae.backbone.precision import best_device, choose_precision
 from lora_dae.config import Config, ConfigError
@@ -34,7 +35,8 @@ from lora_dae.sweep.files import read_json, write_json
 from lora_dae.sweep.identity import content_hash, training_part
 from lora_dae.sweep.status import say
 from lora_dae.sweep.store import train_shared
-from lora_dae.sweep.table import adapter_megabytes, network_calls
+from lora_dae.sweep.table import network_calls
+from lora_dae.training.module import NonFiniteLossError
 
 PICTURES = 3  # of every cell are kept, for crops
 NOT_ASKED_FOR = ("ms_ssim", "lpips_alex")  # told of whenever they are not there; bad LPIPS weights are refused
@@ -67,8 +69,8 @@ def measure_cells(file: Path, console: Console) -> None:
             console.print(one.label, highlight=False)
             try:
                 write_cell(results, one.digest, f"{one.label}: {' '.join(overrides)}", work.measure(one))
-            except ConfigError as error:
-                failed.append(f"{one.label}: {error}")
+            except (ConfigError, NonFiniteLossError, torch.OutOfMemoryError) as error:
+                failed.append(f"{one.label}: {str(error).splitlines()[0]}")
     if failed:
         raise ConfigError("; ".join(failed))
 
@@ -115,7 +117,7 @@ class Work:
         keep_pictures(images, self.folder / "pictures" / one.digest)
         return MeasuredCell(
             one.matters, table.methods[name], table.protocol,
-            0.0 if trained is None else adapter_megabytes(trained),
+            0.0 if trained is None else trained_megabytes(trained / "adapter"),
             network_calls(cfg) if one.cell.row in (None, FROZEN) else 0.0, round(time.time() - started, 1),
             _precision(cfg),
         )  # fmt: skip

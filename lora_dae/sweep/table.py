@@ -14,6 +14,7 @@ import numpy as np
 from omegaconf import OmegaConf
 from scipy import stats
 
+from lora_dae.adapter.files import trained_megabytes
 from lora_dae.config import Config, ConfigError, from_dict, to_dict
 from lora_dae.evaluation.report.table import MetricValue, format_value, load_table
 from lora_dae.evaluation.run import row_name
@@ -150,7 +151,11 @@ def read_sweep(folder: Path) -> SweepTable:
             ", ".join(f"{_short(key, named)} {_say(value)}" for key, value in values.items())
             or configs[members[0]].name
         )
-        costs = {"adapter_mb": adapter_megabytes(runs[members[0]]), "network_calls": network_calls(configs[members[0]])}
+        first = members[0]
+        costs = {
+            "adapter_mb": trained_megabytes(runs[first] / "adapter"),
+            "network_calls": network_calls(configs[first]),
+        }
         rows.append(Row(label, values, costs, over_seeds(found), tuple(runs[i] for i in members)))
     return SweepTable(rows, named, protocol)
 
@@ -166,11 +171,6 @@ def over_seeds(found: Sequence[dict[str, MetricValue]]) -> dict[str, MetricValue
         mean = float(values.mean())
         merged[name] = MetricValue(mean, mean - half, mean + half, first.better)
     return merged
-
-
-def adapter_megabytes(run: Path) -> float:
-    """All that was trained, 10^6 bytes, as it lies in ``adapter/``."""
-    return sum(file.stat().st_size for file in (run / "adapter").rglob("*.safetensors")) / 1e6
 
 
 def network_calls(cfg: Config) -> float:

@@ -156,8 +156,7 @@ class LoraDae(lightning.LightningModule):
             self.log("enhancement/power_gap", parts.power)
             self.log("enhancement/distribution", parts.distribution)
         # One small collective: the loss of the global batch, and every rank learns of any rank's NaN at once.
-        mean = self.trainer.strategy.reduce(loss.detach().clone(), reduce_op="mean")
-        assert isinstance(mean, Tensor)
+        mean = self._mean(loss)
         self._unchecked.append(Seen(self.global_step, mean, loss.detach(), batch["index"]))
         if len(self._unchecked) >= check_every(mean.device):
             self.check_losses()
@@ -200,8 +199,15 @@ class LoraDae(lightning.LightningModule):
                 cfg.losses,
             )  # fmt: skip
         loss, before = texture_loss(unet, self.noise_scheduler, module, batch, null_text, draws, global_batch)
-        self.log("enhancement/band_error", loss / before)  # 1 = as without the module
+        edited, plain = self._mean(torch.stack([loss, before]))
+        self.log("enhancement/band_error", edited / plain)  # 1 = as without the module
         return loss
+
+    def _mean(self, own: Tensor) -> Tensor:
+        """The mean over all processes, for logs: nothing is learned from it."""
+        mean = self.trainer.strategy.reduce(own.detach().clone(), reduce_op="mean")
+        assert isinstance(mean, Tensor)
+        return mean
 
     def _micro_step(self, batch_idx: int) -> int:
         """How many batches came before this one on each rank."""
@@ -248,7 +254,7 @@ class LoraDae(lightning.LightningModule):
             return losses
         gamma = cfg.min_snr_gamma
         joint = joint_loss(scheduler, self.enhancement, batch, denoised, draws.texture, gamma, global_batch)
-        self.log("enhancement/joint", joint.detach().mean())
+        self.log("enhancement/joint", self._mean(joint.mean()))
         return losses + joint
 
     def with_text(self, batch: Batch) -> tuple[Batch, Tensor]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from lightning import Callback
 from omegaconf import OmegaConf
 
 from lora_dae.config import Config, ConfigError, from_dict, to_dict
 
+ORIGIN = "origin"  # its key in a checkpoint
 STAGES = ("adapter", "texture", "decoder", "gain")  # in the order in which they train
 OF_MODULE = (
     "enabled",
@@ -45,20 +50,46 @@ def find_checkpoints(cfg: Config, run_dir: Path) -> dict[str, Path]:
         now = to_dict(cfg)
         for plain in (before, now):
             del plain["backbone"]["attention"]  # how it computes may change
+            del plain["backbone"]["path"], plain["adapter"]["init_from"]  # what they hold counts: see check_origin
             own = plain["enhancement"]
             plain["enhancement"] = {name: own[name] for name in OF_MODULE}
         for key in ("adapter", "backbone", "conditioning", "enhancement"):
             if before[key] != now[key]:
-                raise ConfigError(
-                    f"{next(iter(found.values()))} was written with another `{key}` than this run's: resume with "
-                    "the same overrides, or start anew without ckpt_path."
-                )
+                raise _another(next(iter(found.values())), key)
     return found
 
 
-def read_run_config(run_dir: Path) -> Config:
-    """The config that a run was started with."""
-    return from_dict(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))  # type: ignore[arg-type]
+def origin(cfg: Config, backbone: str) -> dict[str, str | None]:
+    """What a training begins with, by content: the fingerprint of its ``backbone``, and init_from's hash."""
+    begun = cfg.adapter.init_from
+    init_from = None if begun is None else hashlib.sha256(Path(begun).read_bytes()).hexdigest()
+    return {"backbone": backbone, "adapter.init_from": init_from}
+
+
+def check_origin(checkpoints: Mapping[str, Path], now: Mapping[str, str | None]) -> None:
+    """Raises ConfigError where a checkpoint's training began with other weights than ``now``; older ones do not say."""
+    for path in checkpoints.values():
+        told = torch.load(path, map_location="cpu", mmap=True, weights_only=True).get(ORIGIN)
+        for key in () if told is None else now:
+            if told[key] != now[key]:
+                raise _another(path, key)
+
+
+class KeepOrigin(Callback):
+    """Writes the training's ``origin`` into its checkpoints."""
+
+    def __init__(self, own: Mapping[str, str | None]) -> None:
+        self.own = dict(own)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint[ORIGIN] = self.own
+
+
+def _another(path: Path, key: str) -> ConfigError:
+    return ConfigError(
+        f"{path} was written with another `{key}` than this run's: resume with the same overrides, or start anew "
+        "without ckpt_path."
+    )
 
 
 def align_progress(checkpoint: dict[str, Any], accumulate: int) -> None:

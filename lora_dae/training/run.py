@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from rich.console import Console
 
+from lora_dae.adapter.atomic import atomic
 from lora_dae.adapter.initial import check_file
 from lora_dae.backbone.layout import inspect_backbone
 from lora_dae.backbone.load import load_backbone
@@ -32,7 +33,7 @@ from lora_dae.sampling.load import load_run
 from lora_dae.training import tracking
 from lora_dae.training.finish import calibrate, export
 from lora_dae.training.plan import make_plan, print_plan
-from lora_dae.training.resume import find_checkpoints
+from lora_dae.training.resume import check_origin, find_checkpoints, origin
 from lora_dae.training.stages import Training, planned_stages
 from lora_dae.training.trainer import quiet
 
@@ -77,6 +78,8 @@ def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Tr
         folder.check_bucket(bucket)
     if cfg.adapter.init_from is not None:
         check_file(cfg.adapter.init_from)
+    if checkpoints:
+        check_origin(checkpoints, origin(cfg, folder.fingerprint()))
     tracking.check_tracking(cfg.tracking)
     quiet()
     splits = load_splits(cfg.data)
@@ -101,9 +104,9 @@ def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Tr
 
 def write_config(cfg: Config) -> None:
     """``config.yaml`` of the run folder: everything that was set."""
-    Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
-    plain = OmegaConf.create(to_dict(cfg))
-    (Path(cfg.run_dir) / "config.yaml").write_text(OmegaConf.to_yaml(plain), encoding="utf-8")
+    text = OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
+    with atomic(Path(cfg.run_dir) / "config.yaml") as partial:  # half of one would keep the training from going on
+        partial.write_text(text, encoding="utf-8")
 
 
 def measure(cfg: Config, loggers: list[Any], device: torch.device, bf16: bool) -> Result:

@@ -36,6 +36,7 @@ from lora_dae.training.distance import PhotoDistance
 from lora_dae.training.ema import EMACallback
 from lora_dae.training.module import LoraDae, NonFiniteLossError
 from lora_dae.training.prior import PRIOR_FILE, Prior
+from lora_dae.training.resume import KeepOrigin, origin
 from lora_dae.training.shortcuts import see_keys
 from lora_dae.training.trainer import build_trainer, validation_interval
 
@@ -86,6 +87,7 @@ class Training:
                 f"backbone.weights={cfg.backbone.weights} needs mixed precision, but trainer.precision is 32-true "
                 "here: set trainer.precision=bf16-mixed, or backbone.weights=fp32."
             )
+        self.origin = origin(cfg, backbone.fingerprint)
         self.stopped_early = ""  # at which step and why, in words
         self.stores: dict[str, Any] = {}  # all stages read the same rows
         self.data = self._data(cfg.data.batch_size)
@@ -199,7 +201,7 @@ class Training:
         early = [] if patience is None else [callbacks.EarlyStop(patience)]
         keep = callbacks.Checkpoint(path, validation_interval(cfg, steps), after_validation=patience is not None)
         extra: list[Any] = [
-            ema, CompactState(ema), interrupt, *early, keep, stop,
+            ema, CompactState(ema), interrupt, *early, KeepOrigin(self.origin), keep, stop,
             callbacks.Throughput(data.batch_size), callbacks.StepProgress(stage), *self.extra_callbacks,
         ]  # fmt: skip
         if stage == "adapter" and cfg.tracking.sample_every_n_steps > 0:
@@ -283,7 +285,8 @@ class Training:
 
         def log(step: int) -> None:
             found = distance(list(self._drawn(ema, held_out)))
-            tracking.log_metrics(self.loggers, {f"val/{name}": value for name, value in found.items()}, step)
+            named = {f"val/{name}": value for name, value in found.items()}
+            tracking.log_metrics(self.loggers, named, step - 1)  # Lightning's number of this step, whose loss follows
 
         return log
 
@@ -298,7 +301,7 @@ class Training:
         grid = write_grid(
             {f"step {step}": images}, held_out, self.run_dir / "samples" / f"step_{step:06d}.png", len(images)
         )
-        tracking.log_image(self.loggers, "val/samples", grid, step)
+        tracking.log_image(self.loggers, "val/samples", grid, step - 1)  # as Lightning numbers steps
 
 
 def check_processes(trainer: lightning.Trainer) -> None:

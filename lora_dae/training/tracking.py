@@ -19,6 +19,7 @@ from lora_dae.config import Config, ConfigError, TrackingConfig
 STEP = "trainer/global_step"  # Lightning's name for the axis
 SUMMARIES = {"train/loss": "min", "val/loss": "min", "images/s": "max", "test/*": "last"}
 WANDB_MODES = ("auto", "online", "offline", "disabled")
+OLD_MODES = {"dryrun": "offline", "run": "online"}  # W&B's; Lightning sets the first for an offline run
 
 
 def check_tracking(cfg: TrackingConfig) -> None:
@@ -34,8 +35,8 @@ def wandb_mode(setting: str) -> str:
         raise ConfigError(f"tracking.wandb={setting} is unknown: use one of {', '.join(WANDB_MODES)}.")
     if setting != "auto":
         return setting
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
+    if mode := os.environ.get("WANDB_MODE"):
+        return OLD_MODES.get(mode, mode)
     return "online" if os.environ.get("WANDB_API_KEY") or _logged_in() else "offline"
 
 

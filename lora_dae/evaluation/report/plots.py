@@ -57,21 +57,38 @@ STYLE: Any = {
 
 
 def read_metrics(path: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Columns of Lightning's metrics.csv: name -> (steps, values), without empty and non-finite cells."""
-    if not path.is_file():
+    """Columns of Lightning's metrics.csv: name -> (steps, values), without empty and non-finite cells.
+
+    With what a resumed run had logged before (``log_files``), up to where it went on.
+    """
+    files = log_files(path)
+    if not files:
         raise ConfigError(f"there is no training log at {path}; give the folder of a run that has trained.")
+    rows: list[dict[str, str]] = []
+    for one in files:
+        with one.open(newline="", encoding="utf-8") as file:
+            later = [row for row in csv.DictReader(file) if row.get("step")]
+        if later:  # steps after the checkpoint were done again
+            start = float(later[0]["step"])
+            rows = [row for row in rows if float(row["step"]) < start] + later
     columns: dict[str, tuple[list[float], list[float]]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for name, cell in row.items():
-                if name in ("step", "epoch") or not cell or not row.get("step"):
-                    continue
-                value = float(cell)
-                if math.isfinite(value):
-                    steps, values = columns.setdefault(name, ([], []))
-                    steps.append(float(row["step"]))
-                    values.append(value)
+    for row in rows:
+        for name, cell in row.items():
+            if name in ("step", "epoch") or not cell:
+                continue
+            value = float(cell)
+            if math.isfinite(value):
+                steps, values = columns.setdefault(name, ([], []))
+                steps.append(float(row["step"]))
+                values.append(value)
     return columns
+
+
+def log_files(path: Path) -> list[Path]:
+    """The files of a log, in the order of writing: those of before a run was resumed, then ``path``; [] if none is."""
+    before = path.parent.glob(f"{path.stem}_before_*{path.suffix}")
+    files = sorted(before, key=lambda file: int(file.stem.rpartition("_")[2]))
+    return [*files, path] if path.is_file() else files
 
 
 def plot_curves(metrics_csv: Path, output: Path, columns: Mapping[str, str], title: str, ylabel: str = "loss") -> Path:

@@ -1,4 +1,4 @@
-"""``python -m lora_dae.sweep.dashboard``: a W&B workspace for this project's runs, through wandb-workspaces."""
+"""``python -m lora_dae.dashboard``: a W&B workspace for this project's runs, through wandb-workspaces."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def workspace(entity: str, project: str, name: str) -> Any:
 
 def main() -> None:
     """Save the workspace and print its address; one sentence and exit code 2 where W&B cannot be reached."""
-    parser = argparse.ArgumentParser(prog="python -m lora_dae.sweep.dashboard", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lora_dae.dashboard", description=__doc__)
     parser.add_argument("--entity", required=True, help="your W&B user or team")
     parser.add_argument("--project", default=TrackingConfig().project)
     parser.add_argument("--name", default="LoRA-DAE")
