@@ -22,7 +22,7 @@ class Ended:
     seconds: float
 
 
-def run_ranks(function: Callable[[int], None], folder: Path, world: int = 2, patience: float = 60) -> list[Ended]:
+def run_ranks(function: Callable[[int], None], folder: Path, world: int = 2, patience: float = 240) -> list[Ended]:
     """Call ``function(rank)`` in each of ``world`` processes, as torchrun starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

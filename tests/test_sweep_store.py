@@ -152,6 +152,16 @@ def test_two_strengths_are_one_training_and_two_runs(make: Make, trainings: list
     assert told["hash"] == Path(trainings[0]).name and told["by"] == str(first.run_dir)
 
 
+def test_curves_of_the_one_training_are_in_both_runs(make: Make, trainings: list[str]) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for name, strength in (("first", 0.5), ("second", 1.5)):
+        run = store.run_in_store(make(name, f"enhancement.strength={strength}", "logger=tensorboard"))
+        events = reader.EventAccumulator(str(run.run_dir / "tensorboard")).Reload()
+        tags = events.Tags()["scalars"]
+        assert "train/loss" in tags and any(tag.startswith("test/") for tag in tags)
+    assert len(trainings) == 1
+
+
 def test_an_enhancement_on_a_shared_adapter_is_that_of_the_straight_run(
     make: Make, trainings: list[str], tmp_path: Path
 ) -> None:

@@ -143,11 +143,11 @@ def take_over(folder: Path, run_dir: Path) -> None:
 
     Files are hard links where the disk has them: a fully fine-tuned UNet is gigabytes.
     """
-    for name in ("adapter", "csv"):
+    for name in ("adapter", "csv", "tensorboard"):
         partial = run_dir / f"{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(run_dir / name, ignore_errors=True)
-        if not (folder / name).is_dir():  # logger=none writes no csv
+        if not (folder / name).is_dir():  # it depends on the logger
             continue
         shutil.copytree(folder / name, partial, copy_function=_link)
         partial.rename(run_dir / name)
