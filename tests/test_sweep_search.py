@@ -169,6 +169,13 @@ def test_an_objective_that_was_not_measured_is_named(tmp_path: Path) -> None:
         read_objectives(tmp_path / "search" / "0", ["attr_color"])
 
 
+def test_texture_inside_the_garment_is_found_by_its_short_name(tmp_path: Path) -> None:
+    """Pairs with masks, as the studio's, have no ``lsd`` of the whole picture, which conf/search.yaml asks for."""
+    (tmp_path / "config.yaml").write_text("enhancement: {strength: 0.0}")
+    (tmp_path / "metrics.json").write_text('{"methods": {"strength 0": {"lsd_garment": {"value": 0.5}}}}')
+    assert read_objectives(tmp_path, ["lsd"]) == [0.5]
+
+
 def test_whole_numbers_stay_whole() -> None:
     trial = optuna.trial.FixedTrial({"adapter.rank": 8, "a": 0.5, "b": "x"})
     space = {
@@ -213,7 +220,7 @@ def test_shipped_search_composes_and_every_trial_is_a_config_that_trains() -> No
 
 
 def test_search_trains_trials_of_two_processes(tmp_path: Path, tiny_backbone: Path) -> None:
-    """As a user types it, on the tiny backbone: Lightning starts the second process of each trial."""
+    """As a user types it, objectives as shipped, on the tiny backbone: Lightning starts each trial's second process."""
     short = [o for o in SHORT if not o.startswith("trainer.max_steps")]
     trial = [
         *short, "trainer=ddp", "trainer.devices=2", "trainer.max_steps=2", "trainer.val_check_interval=1",
@@ -224,8 +231,8 @@ def test_search_trains_trials_of_two_processes(tmp_path: Path, tiny_backbone: Pa
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
     done = subprocess.run(
         [
-            sys.executable, str(ROOT / "search.py"), "name=tiny", "trials=1", "objectives={fd_effnet: minimize}",
-            f"overrides=[{quoted}]", "~space", "+space={adapter.rank: {choice: [2]}}",
+            sys.executable, str(ROOT / "search.py"), "name=tiny", "trials=1", f"overrides=[{quoted}]",
+            "~space", "+space={adapter.rank: {choice: [2]}}",
         ],
         cwd=tmp_path, env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True,
         text=True, timeout=900,

@@ -247,11 +247,15 @@ def _failures_in_a_row(study: Any, states: Any) -> int:
 
 
 def read_objectives(run_dir: Path, names: list[str]) -> list[float]:
-    """The measured values of a run at its own strength. Raises ConfigError where one was not measured."""
+    """The measured values of a run at its own strength. Raises ConfigError where one was not measured.
+
+    Texture is measured inside the garment where photos have masks: ``lsd`` is ``lsd_garment`` there.
+    """
     methods = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))["methods"]
     strength = float(OmegaConf.load(run_dir / "config.yaml").enhancement.strength)
     row = methods.get(f"strength {strength:g}", methods["strength 0"])
-    missing = [name for name in names if row.get(name, {}).get("value") is None]
+    found = {name: row.get(name, row.get(f"{name}_garment", {})).get("value") for name in names}
+    missing = [name for name, value in found.items() if value is None]
     if missing:
         raise ConfigError(f"objectives.{missing[0]} was not measured: use some of {', '.join(row)}.")
-    return [float(row[name]["value"]) for name in names]
+    return [float(found[name]) for name in names]
