@@ -159,6 +159,15 @@ def test_seeds_become_a_mean_with_students_interval(tmp_path: Path) -> None:
     assert over_seeds([table.rows[1].metrics]) is table.rows[1].metrics
 
 
+def test_a_run_that_was_repeated_is_no_second_seed(tmp_path: Path) -> None:
+    for sweep, distance in (("first", 9.0), ("second", 8.0)):
+        make_run(tmp_path / sweep / "0", 4, 0.5, distance)
+    make_run(tmp_path / "second" / "1", 8, 0.5, 7.0)
+    once, other = read_sweep(tmp_path).rows
+    assert once.runs == (tmp_path / "second" / "0",) and other.metrics["fd_effnet"].value == 7.0
+    assert (once.metrics["fd_effnet"].low, once.metrics["fd_effnet"].high) == (7.5, 8.5)  # its own, over images
+
+
 def test_network_calls_of_a_picture() -> None:
     cfg = Config(run_dir="x")
     assert network_calls(cfg) == 24  # 12 steps, both guidance scales equal: two calls

@@ -128,12 +128,14 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def read_sweep(folder: Path) -> SweepTable:
-    """The table of all finished runs below ``folder``. Raises ConfigError where there is none."""
+    """The table of all finished runs below ``folder``; of equal ones the last. ConfigError where there is none."""
     runs = find_runs(folder)
     if not runs:
         raise ConfigError(f"{folder} holds no measured run: give the folder of a sweep that has finished a job.")
     configs = [from_dict(OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))) for run in runs]  # type: ignore[arg-type]
     flat = [flatten({k: v for k, v in to_dict(cfg).items() if k not in (*NOT_VARIED, "tracking")}) for cfg in configs]
+    once = {json.dumps(values, sort_keys=True): k for k, values in enumerate(flat)}.values()  # repeats are no seeds
+    runs, configs, flat = [runs[k] for k in once], [configs[k] for k in once], [flat[k] for k in once]
     keys = list(dict.fromkeys(key for values in flat for key in values))
     varied = [key for key in keys if len({json.dumps(values.get(key)) for values in flat}) > 1]
     named = [key for key in varied if key != SEED]
