@@ -9,7 +9,11 @@ from typing import Any
 from lora_dae.config import ConfigError, TrackingConfig
 from lora_dae.training.tracking import STEP, wandb_mode
 
-QUALITY = ("test/fd_effnet", "test/kd_effnet", "test/lsd", "test/power_high", "test/attr_pattern", "test/ssim_garment")
+# Texture is measured inside the garment where photos have masks, else on whole pictures.
+QUALITY = (
+    "test/fd_effnet", "test/kd_effnet", "test/lsd_garment", "test/power_high_garment", "test/attr_pattern",
+    "test/ssim_garment", "test/lsd", "test/power_high",
+)  # fmt: skip
 
 
 def workspace(entity: str, project: str, name: str) -> Any:
@@ -34,7 +38,7 @@ def workspace(entity: str, project: str, name: str) -> Any:
     quality: list[Any] = [panels.BarPlot(title=metric, metrics=[metric]) for metric in QUALITY]
     depends: list[Any] = [
         panels.ScatterPlot(title="Distance over rank", x=rank, y=panels.SummaryMetric(QUALITY[0])),
-        panels.ScatterPlot(title="Texture gap over strength", x=strength, y=panels.SummaryMetric("test/lsd")),
+        panels.ScatterPlot(title="Texture gap over strength", x=strength, y=panels.SummaryMetric("test/lsd_garment")),
         panels.ParallelCoordinatesPlot(
             columns=[
                 panels.ParallelCoordinatesPlotColumn(metric=metric)  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from test_training_tracking import nested, read_offline, records
 from lora_dae.config import Config, ConfigError, to_dict
 from lora_dae.evaluation.run import _summary
 from lora_dae.sweep.files import write_json
+from lora_dae.sweep.plots import leading_metrics
 from lora_dae.sweep.report import report_if_any, write_sweep_report
 from lora_dae.sweep.table import find_runs, network_calls, over_seeds, read_sweep
 
@@ -85,6 +86,14 @@ def test_an_adapters_size_is_that_of_what_was_trained_each_once(tmp_path: Path) 
         (tmp_path / "run" / "adapter" / name).write_bytes(bytes(10**6))
     assert read_sweep(tmp_path).rows[0].costs["adapter_mb"] == 2.5
     assert _summary(tmp_path / "run", Config(run_dir="x"))["Adapter"] == "rank 16, 2.5 MB"
+
+
+def test_pictures_show_texture_inside_the_garment_where_photos_have_masks(sweep: Path) -> None:
+    table = read_sweep(sweep)
+    assert leading_metrics(table) == ["fd_effnet", "lsd", "ssim_garment"]
+    for row in table.rows:
+        row.metrics["lsd_garment"] = row.metrics.pop("lsd")
+    assert leading_metrics(table) == ["fd_effnet", "lsd_garment", "ssim_garment"]
 
 
 def test_csv_and_latex_hold_the_numbers(sweep: Path) -> None:

@@ -186,7 +186,8 @@ def plot_dots(
 
 def leading_metrics(table: SweepTable) -> list[str]:
     """The few that the pictures show: distance, texture, caption, fidelity, where they were measured."""
-    wanted = [table.headline(), "lsd", "attr_pattern", "ssim_garment"]
+    texture = "lsd" if "lsd" in table.metrics else "lsd_garment"  # inside the garment where photos have masks
+    wanted = [table.headline(), texture, "attr_pattern", "ssim_garment"]
     return [
         name
         for name in dict.fromkeys(wanted)
