@@ -32,7 +32,7 @@ def _pictures(n: int, seed: int = 0) -> tuple[np.ndarray, list[dict[str, str]]]:
 def test_it_learns_what_a_picture_shows(capsys: pytest.CaptureFixture[str]) -> None:
     images, labels = _pictures(44)
     classifier, accuracy = fit_classifier(
-        images, labels, CLASSES, reconstructions=images // 2 * 2, epochs=5, batch_size=8
+        images, labels, CLASSES, reconstructions=images // 2 * 2, epochs=12, batch_size=8
     )
     assert accuracy == {"color": 1.0, "pattern": 1.0}
     assert "held-out accuracy: color 1.000" in capsys.readouterr().out

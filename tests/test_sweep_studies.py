@@ -113,7 +113,7 @@ def test_two_studies_share_measurements_and_adapters(
     measured = [read_cell(studies[0].results, first[name]["files"]["0"]) for name in ("plain", "theirs")]
     known = {metric for cell in measured if cell is not None for metric in cell.metrics}
     for study in STUDIES:  # with a source, and without one; what evaluation.reconstructions adds is tested below
-        asked_for = {"fd_effnet_recon", "kd_effnet_recon", "lpips_alex_garment"}
+        asked_for = {"fd_effnet_recon", "kd_effnet_recon", "lpips_alex", "lpips_alex_garment"}
         assert set(read_comparison(study).metrics) - asked_for <= known
 
 

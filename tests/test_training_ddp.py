@@ -32,6 +32,7 @@ from lora_dae.training.stages import InterruptedRunError, gradient_bytes
 TWO = ("trainer=ddp", "trainer.devices=2", "data.batch_size=1", "trainer.accumulate_grad_batches=2",
        "enhancement.batch_size=1")  # fmt: skip
 ONE = ("data.batch_size=4", "enhancement.batch_size=2")
+IN_TURN = ("data.batch_size=2", "trainer.accumulate_grad_batches=2", "enhancement.batch_size=2")
 
 
 class Record(lightning.Callback):
@@ -103,7 +104,7 @@ SAMPLES = ("trainer.max_steps=3", "tracking.sample_every_n_steps=2", "tracking.n
 def test_two_processes_train_what_one_trains(tiny_backbone: Path, shared: Path, monkeypatch: Any) -> None:
     """Gradients and weights of both stages, losses, moving average, pictures, files; one reduction per step."""
     alone = Record()
-    training.train(make(tiny_backbone, shared, "one", *ONE, *SAMPLES), [alone])
+    training.train(make(tiny_backbone, shared, "one", *IN_TURN, *SAMPLES), [alone])
 
     original = Drawer.images
 
@@ -125,8 +126,7 @@ def test_two_processes_train_what_one_trains(tiny_backbone: Path, shared: Path, 
     assert len(gradients) == len(alone.gradients) == 3 + 1
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients, others, strict=True))
     apart = [distance(ours, expected) for ours, expected in zip(gradients, alone.gradients, strict=True)]
-    assert apart[0] < 1e-5 and max(apart[:3]) < 1e-3, apart  # before any difference could grow, and after it could
-    assert apart[3] < 0.15, apart  # the gain's loss has kinks: signs of differences between sorted values
+    assert apart[0] < 1e-5 and max(apart) < 1e-3, apart  # before any difference could grow, and after it could
     assert losses == pytest.approx(alone.losses, rel=1e-5)
     assert distance(weights(shared / "two"), weights(shared / "one")) < 1e-4
     drawn = [e.text.split("draws ")[1:] for e in ended]  # three pictures of the grid, five for the distance
