@@ -98,10 +98,9 @@ class BandGain(nn.Module):
         """As ``evaluate``, of what has been observed."""
         assert seen.noisy is not None and seen.noise_energy is not None
         with torch.autocast(device_type=seen.bands.device.type, enabled=False):
-            excess, conditional = seen.excess(), seen.energy if seen.conditional is None else seen.conditional
-            features = torch.cat([conditional, seen.noise_energy, excess], dim=1) * _FEATURE_SCALE
+            features = torch.cat([seen.conditional, seen.noise_energy, seen.excess], dim=1) * _FEATURE_SCALE
             features = visible(features, self.levels, self.inputs)
-            log_gain = self._log_gain(features, excess, step)
+            log_gain = self._log_gain(features, seen.excess, step)
             bands = seen.bands
             if direction:  # bands of the noise that x0 and sample imply, by linearity
                 bands = (step.scale * seen.noisy - step.alpha * bands) / step.sigma
@@ -126,13 +125,10 @@ class Observed(NamedTuple):
     bands: Tensor
     rest: Tensor  # (B, C, H, W), what the bands leave
     energy: Tensor
-    conditional: Tensor | None  # energies without guidance; None = there is no guidance
+    conditional: Tensor  # energies of the conditional prediction
+    excess: Tensor  # log q_b: what guidance has amplified, 0 without guidance
     noisy: Tensor | None  # bands of the noisy latents
     noise_energy: Tensor | None
-
-    def excess(self) -> Tensor:
-        """log q_b: what guidance has amplified at each place, 0 without guidance; (B, levels, H, W)."""
-        return torch.zeros_like(self.energy) if self.conditional is None else self.energy - self.conditional
 
 
 def observe(x0: Tensor, x0_cond: Tensor, sample: Tensor | None, step: NoiseStep, levels: int) -> Observed:
@@ -143,8 +139,9 @@ def observe(x0: Tensor, x0_cond: Tensor, sample: Tensor | None, step: NoiseStep,
         split, rest = split_bands(torch.cat([part.float() for part in parts]), levels)
         energies, bands = local_log_energy(split).chunk(len(parts)), split.chunk(len(parts), dim=1)
         noisy, noise_energy = (None, None) if sample is None else (bands[1], energies[1])
-        conditional = None if x0_cond is x0 else energies[-1]
-        return Observed(bands[0], rest[: len(x0)], energies[0], conditional, noisy, noise_energy)
+        conditional = energies[0 if x0_cond is x0 else -1]
+        excess = energies[0] - conditional
+        return Observed(bands[0], rest[: len(x0)], energies[0], conditional, excess, noisy, noise_energy)
 
 
 class NoiseStep(NamedTuple):

@@ -96,7 +96,7 @@ class SourceTexture(nn.Module):
                 assert not self.guided
                 found = list(_energies(own, carried, gaps))
             else:
-                found = [seen.energy, *_energies(carried, gaps), *([seen.excess()] if self.guided else [])]
+                found = [seen.energy, *_energies(carried, gaps), *([seen.excess] if self.guided else [])]
             far = ((carried_rest - rest).square().mean(1, keepdim=True) + _FLOOR).log()
             gain, gate = self._gates(torch.cat(found, dim=1), far, sure, flag, conditions).chunk(2, dim=1)
             delta = torch.zeros_like(x)
