@@ -67,6 +67,11 @@ def test_the_choice_is_remembered(unet: UNet2DConditionModel, tmp_path: Path, mo
         choose_attention(unet, torch.float32, (3, 8, 8, 8), 16, memory=memory)
 
 
+def test_kernels_are_timed_for_who_only_draws(unet: UNet2DConditionModel) -> None:
+    with torch.no_grad():
+        assert set(choose_attention(unet, torch.float32, LATENTS, 16, "auto")) == SHAPES
+
+
 def test_timing_leaves_the_global_generator_alone(unet: UNet2DConditionModel) -> None:
     """Else a seed's weights would depend on whether the choice was remembered."""
     torch.manual_seed(0)

@@ -121,6 +121,7 @@ def _faster(layer: Attention, shape: Shape, batch_size: int, dtype: torch.dtype)
     return min(seconds, key=lambda name: seconds[name])
 
 
+@torch.enable_grad()  # whoever asks may only want to draw
 def _time(layer: Attention, states: torch.Tensor, context: torch.Tensor | None, dtype: torch.dtype) -> float:
     """The best of three passes, in seconds, after one to warm up; just that one if it took long."""
     seconds: list[float] = []
