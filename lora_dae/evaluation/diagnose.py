@@ -29,6 +29,7 @@ from lora_dae.config import ConfigError
 from lora_dae.data.sources import load_splits
 from lora_dae.diffusion import add_noise, alpha_sigma, is_sigma_space, predict_x0
 from lora_dae.enhancement.bands import split_bands
+from lora_dae.enhancement.gates import WINDOW
 from lora_dae.enhancement.hook import GateInputs, enhance_scheduler, gate_inputs
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.enhancement.texture import Blend
@@ -166,16 +167,18 @@ def _batches(run: LoadedRun, conditions: Conditions) -> Iterator[tuple[slice, Co
 
 
 class Watch(Method):
-    """Changes nothing; keeps each reached state's energies and those of really noised photos, and the last step."""
+    """Changes nothing; keeps energies of reached and really noised states, and the step where gates are first on."""
 
     def __init__(self, latents: Tensor, noise: Tensor) -> None:
         self.latents, self.noise = latents, noise
         self.energies: list[Tensor] = []  # of each step, (bands, reached and real)
-        self.last: GateInputs | None = None  # what gates saw in the last step
+        self.first: GateInputs | None = None  # what gates see there: later the picture has a texture of its own
 
     def guide(self, step: Step) -> Tensor:
         guided = super().guide(step)
-        self.last = gate_inputs(step.scheduler, guided, step.timestep, step.sample, step.conditional)
+        alpha, sigma = step.level
+        if self.first is None and alpha >= sigma * math.exp(WINDOW[1]):
+            self.first = gate_inputs(step.scheduler, guided, step.timestep, step.sample, step.conditional)
         return guided
 
     def after(self, step: Step, guided: Tensor, reached: Tensor, level: tuple[float, float]) -> Tensor:
@@ -188,7 +191,7 @@ class Watch(Method):
 def _on_policy(
     run: LoadedRun, latents: Tensor, conditions: Conditions
 ) -> tuple[dict[str, list[list[float]]], list[GateInputs], list[int]]:
-    """Energies by strength, the last step of each batch at strength 0, timesteps."""
+    """Energies by strength, the step of each batch where gates are first on, at strength 0, timesteps."""
     cfg, backbone = run.cfg, run.backbone
     strengths = [0.0]
     if run.enhancement is not None and run.enhancement.acts_on_latents and cfg.enhancement.strength > 0:
@@ -215,15 +218,15 @@ def _on_policy(
             steps = [int(t) for t in scheduler.timesteps]
             total = total + torch.stack(watch.energies)
             if strength == 0:
-                assert watch.last is not None
-                plain.append(watch.last)
+                assert watch.first is not None  # every schedule ends at low noise
+                plain.append(watch.first)
         assert isinstance(total, Tensor)
         energy[f"strength {strength:g}"] = (total[:, :, 0] / total[:, :, 1]).tolist()
     return energy, plain, steps
 
 
 def _matches(run: LoadedRun, plain: list[GateInputs], source: Tensor | None, text: Tensor) -> dict[str, Tensor] | None:
-    """Maps (N, h, w) of what the module makes of the last step at strength 0.
+    """Maps (N, h, w) of what the module makes of the first step where gates are on, at strength 0.
 
     Confidence, displacement in latents, the finest band's gate, and the same gate with the next pair's source.
     """
