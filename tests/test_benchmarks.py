@@ -10,12 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from comparisons import cells_of, write_study
+from compose import SHORT
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks import compare, ddp, evaluation, kinds, models, steps, timing
+from benchmarks import compare, ddp, evaluation, kinds, models, rows, steps, timing
 from lora_dae.adapter.inject import inject, trainable_parameters
 from lora_dae.backbone.load import load_backbone
 from lora_dae.config import AdapterConfig, BackboneConfig, OptimizerConfig
@@ -185,3 +188,39 @@ def test_the_evaluations_benchmark_compares_the_folders_way_with_the_bare_networ
     found = json.loads(file.read_text())
     assert found["bare_images_per_second"] > 0 and found["folder_of_bare"] > 0 and found["everything_of_bare"] > 0
     assert found["memory_kB_per_image"] >= 0  # a peak does not fall
+
+
+def test_rows_of_a_comparison_are_timed_with_all_their_parts(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each against the row that it is tested against; what is untrained draws as the network without it."""
+    monkeypatch.chdir(tmp_path)
+    common = ", ".join([*SHORT, "experiment=rank4", f"backbone.path={tiny_backbone}"])
+    study = write_study(tmp_path / "study", f"""
+title: A study
+seeds: [0]
+baseline: plain
+metrics: [fd_effnet]
+common: [{common}]
+cells:
+  plain: [enhancement.strength=0]
+  ours: [sampling.guidance_scale=1.5, sampling.source_guidance_scale=2]
+  frozen: {{overrides: [], row: frozen backbone}}
+  text: {{overrides: [conditioning=none, enhancement.strength=0], against: ours}}
+""")  # fmt: skip
+    found = rows.measure(rows.read_comparison(study), "", 2, 1)
+    assert {n: (r["against"], r["calls"], r["calls_against"]) for n, r in found.items()} == {
+        "ours": ("plain", 6, 4), "frozen": ("plain", 4, 4), "text": ("ours", 4, 6),
+    }  # fmt: skip
+    assert all(0 < r["low"] <= r["ratio"] <= r["high"] and r["seconds"] > 0 for r in found.values())
+    assert set(rows.measure(rows.read_comparison(study), "froz", 2, 1)) == {"frozen"}
+
+    plain, ours, *_ = (one for one in cells_of(study))
+    drawer = rows.untrained(ours.cfg)
+    module = drawer.enhancement
+    assert module is not None and None not in (module.gain, module.texture, module.decoder, module.agreement)
+    assert rows.untrained(plain.cfg).enhancement is None
+    module.finest_log_gain = 0.0
+    sources = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    without, whole = (drawer.images(["a shirt"] * 2, sources, strength) for strength in (0.0, 1.0))
+    assert np.array_equal(without, whole)
