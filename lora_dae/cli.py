@@ -169,12 +169,15 @@ def export(cfg: DictConfig) -> None:
 @_one_sentence
 def search(cfg: DictConfig) -> None:
     """``python search.py name=first trials=20``: look for good configurations with Optuna."""
+    from lora_dae.sweep.launcher import config_options
     from lora_dae.sweep.report import report_if_any
-    from lora_dae.sweep.search import SearchRequest
+    from lora_dae.sweep.search import SearchRequest, train_command
     from lora_dae.sweep.search import search as run_search
 
     request = SearchRequest(**OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-    study = run_search(request, console)
+    # Trials compose train.py's config, from the same folders.
+    folders = [option for option in config_options() if option.startswith("--config-dir")]
+    study = run_search(request, console, functools.partial(train_command, options=folders))
     for trial in study.best_trials:
         values = ", ".join(f"{n} {v:.4g}" for n, v in zip(request.objectives, trial.values, strict=True))
         words = " ".join(f"{key}={value}" for key, value in trial.params.items())

@@ -193,6 +193,10 @@ def test_a_job_that_asks_for_too_many_gpus_lets_none_start(start: Run, tmp_path:
     assert process.returncode == 2
     assert "error: a job asks for 3 GPUs and there are 2: lower trainer.devices." in errors
     assert not ran(tmp_path)
+    named = start("a=1", "+trainer.devices=[5,7]")
+    _, errors = named.communicate(timeout=120)
+    assert named.returncode == 2 and not ran(tmp_path)
+    assert "error: trainer.devices=[5, 7] in a sweep: give how many, and which ones there are by" in errors
     on_cpu = start("a=1,2", *options, "+trainer.accelerator=cpu")
     on_cpu.communicate(timeout=120)
     assert on_cpu.returncode == 0 and len(ran(tmp_path)) == 2

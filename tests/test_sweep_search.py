@@ -220,19 +220,24 @@ def test_shipped_search_composes_and_every_trial_is_a_config_that_trains() -> No
 
 
 def test_search_trains_trials_of_two_processes(tmp_path: Path, tiny_backbone: Path) -> None:
-    """As a user types it, objectives as shipped, on the tiny backbone: Lightning starts each trial's second process."""
+    """As a user types it, objectives as shipped, on the tiny backbone: Lightning starts each trial's second process.
+
+    Its trials find configs of one's own, too.
+    """
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "own.yaml").write_text("# @package _global_\nseed: 5\n")
     short = [o for o in SHORT if not o.startswith("trainer.max_steps")]
     trial = [
-        *short, "trainer=ddp", "trainer.devices=2", "trainer.max_steps=2", "trainer.val_check_interval=1",
-        "enhancement=none", "evaluation.frozen=false", "evaluation.controls=false", f"backbone.path={tiny_backbone}",
-        f"data.cache_dir={tmp_path / 'cache'}",
+        "experiment=own", *short, "trainer=ddp", "trainer.devices=2", "trainer.max_steps=2",
+        "trainer.val_check_interval=1", "enhancement=none", "evaluation.frozen=false", "evaluation.controls=false",
+        f"backbone.path={tiny_backbone}", f"data.cache_dir={tmp_path / 'cache'}",
     ]  # fmt: skip
     quoted = ",".join(f"'{override}'" for override in trial)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}
     done = subprocess.run(
         [
-            sys.executable, str(ROOT / "search.py"), "name=tiny", "trials=1", f"overrides=[{quoted}]",
-            "~space", "+space={adapter.rank: {choice: [2]}}",
+            sys.executable, str(ROOT / "search.py"), "--config-dir", "mine", "name=tiny", "trials=1",
+            f"overrides=[{quoted}]", "~space", "+space={adapter.rank: {choice: [2]}}",
         ],
         cwd=tmp_path, env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True,
         text=True, timeout=900,
@@ -241,6 +246,7 @@ def test_search_trains_trials_of_two_processes(tmp_path: Path, tiny_backbone: Pa
     assert done.returncode == 0, done.stderr[-3000:] + (run_dir / "job.log").read_text()[-3000:]
     assert "best     trial 0: adapter.rank=2" in done.stdout
     assert "2 processes, " in (run_dir / "job.log").read_text()
+    assert "\nseed: 5\n" in (run_dir / "config.yaml").read_text()
     trained = list((tmp_path / "multirun" / "store").glob("*/trained.json"))
     assert len(trained) == 1 and len(list(trained[0].parent.glob("csv/metrics*.csv"))) == 1
     assert list((tmp_path / "multirun" / "search_tiny").glob("report.html"))

@@ -101,6 +101,11 @@ def make_job(
     directory = Path(str(config.hydra.sweep.dir)) / str(composed.hydra.sweep.subdir)
     task = OmegaConf.create({k: v for k, v in composed.items_ex(resolve=False) if k != "hydra"})
     told = OmegaConf.select(task, "trainer.devices", default=1)
+    if OmegaConf.is_list(told):
+        raise ConfigError(
+            f"trainer.devices={OmegaConf.to_container(told)} in a sweep: give how many, and which ones there are by "
+            "hydra.launcher.devices."
+        )
     processes = told if isinstance(told, int) and told > 0 else 1
     return Job(
         number=number,

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,12 +96,15 @@ def written(value: Any) -> str:
     return value if meant else quoted(value)
 
 
-def train_command(overrides: list[str], run_dir: Path) -> list[str]:
-    """One trial as a single run that trains nothing twice; a module, which Lightning can start again for rank 1."""
+def train_command(overrides: list[str], run_dir: Path, options: Sequence[str] = ()) -> list[str]:
+    """One trial as a single run that trains nothing twice; a module, which Lightning can start again for rank 1.
+
+    ``options`` of Hydra's own, as ``--config-dir=mine``.
+    """
     arguments = [*overrides, f"hydra.run.dir={quoted(run_dir)}"]
     if not any(override.startswith("store=") for override in overrides):
         arguments.insert(0, "store=multirun/store")
-    return [sys.executable, "-m", "lora_dae.training", *arguments]
+    return [sys.executable, "-m", "lora_dae.training", *options, *arguments]
 
 
 def search(

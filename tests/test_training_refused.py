@@ -1,0 +1,76 @@
+"""What cannot be trained is refused in one sentence, before anything is begun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from compose import config
+
+from lora_dae.config import Config, ConfigError
+from lora_dae.sampling.load import load_run
+from lora_dae.training import run as training
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture
+def make(tiny_backbone: Path, tmp_path: Path) -> Make:
+    return lambda *overrides: config(tiny_backbone, tmp_path / "run", tmp_path / "cache", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("adapter.rank=0",), "adapter.rank=0"),
+        (("evaluation.first_pair=5",), "the test split, to evaluate on, has 1 images from number 5 on"),
+        (("evaluation.split=train",), "evaluation.split=train"),
+        (
+            ("evaluation.wrong_source=true", "conditioning=none", "enhancement=gain"),
+            "shows another pair's source photo",
+        ),
+        (("adapter.rank=4096",), "4096"),
+        (("enhancement.strength=-1",), "enhancement.strength=-1"),
+        (("adapter.targets=[everything]",), "adapter.targets=everything"),
+        (("data=folder", "data.root=null"), "data.root"),
+        (("data=folder", "data.root=nowhere"), "nowhere"),
+        (("data.resolution=60",), "60"),
+        (("backbone.path=nowhere",), "nowhere"),
+        (("sampling.scheduler=magic",), "magic"),
+        (("ckpt_path=nowhere.ckpt",), "nowhere.ckpt"),
+        (("ckpt_path=last",), "checkpoints"),
+        (("tracking.wandb=loud",), "tracking.wandb=loud"),
+        (("enhancement=direction", "sampling.scheduler=dpm++"), "direction"),
+        (("conditioning=telepathy",), "telepathy"),
+        (("data.difficulty=impossible",), "impossible"),
+        (("objective.caption_dropout=1.5",), "caption_dropout"),
+        (("trainer.max_steps=0",), "max_steps"),
+        (("trainer.val_check_interval=0.5",), "trainer.val_check_interval=0.5 counts steps"),
+        (("sampling.num_inference_steps=1000",), "sampling.num_inference_steps=1000"),
+        (("enhancement.steps_range=[1,5]",), "enhancement.steps_range"),
+        (("enhancement.steps_range=[8,1000]",), "enhancement.steps_range"),
+        (("enhancement.guidance_range=[5,1]",), "enhancement.guidance_range"),
+        (("enhancement.joint=true", "conditioning=none"), "enhancement.joint=true"),
+        (("enhancement.losses=[beauty]",), "enhancement.losses=beauty"),
+        (("enhancement.losses=[edges]",), "nothing to learn from"),
+        (("backbone.gradient_checkpointing=some",), "backbone.gradient_checkpointing=some"),
+        (("enhancement=direction", "enhancement.gain=false"), "placement=direction edits by the gain"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_is_one_sentence(overrides: tuple[str, ...], message: str, make: Make) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        training.run(make(*overrides))
+    assert "\n" not in str(caught.value)
+    assert not Path(make().run_dir).exists()  # nothing was begun
+
+
+def test_source_conditioning_needs_pairs(make: Make, tiny_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="conditioning=none"):
+        training.run(make("data=folder", f"data.root={tiny_folder}", "conditioning=source"))
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a finished run"):
+        load_run(tmp_path)
