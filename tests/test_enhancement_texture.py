@@ -200,8 +200,9 @@ def test_the_file_keeps_every_part(tmp_path):
     module.finest_log_gain = 0.07
     again = load_enhancement(save_enhancement(module, tmp_path / "enhancement.safetensors"))
     photo = smooth(5, 64, 3).sigmoid()
-    assert torch.equal(again.refine(photo, photo), module.refine(photo, photo))
-    assert not torch.equal(again.refine(photo, photo), photo)
+    drawn = 0.8 * photo + 0.1
+    assert torch.equal(again.refine(drawn, photo), module.refine(drawn, photo))
+    assert not torch.equal(again.refine(drawn, photo), drawn)
     only = EnhancementModule(2, 8, 0.0, source_channels=4, gate_inputs="place")
     again = load_enhancement(save_enhancement(only, tmp_path / "only.safetensors"))
     assert again.gain is None and again.texture.inputs == "place"
@@ -250,7 +251,9 @@ def test_the_finest_band_stays_where_captions_alone_were_drawn() -> None:
     """A run that learned with sources learned what is lost with them."""
     module, images = EnhancementModule(source_channels=4, decoder=True, finest_log_gain=0.1), torch.rand(2, 3, 16, 16)
     torch.testing.assert_close(module.refine(images, None), images)
-    assert not torch.allclose(module.refine(images, images), images)
+    flatter = (images - 0.5) * 0.3 + 0.5
+    torch.testing.assert_close(module.refine(images, flatter), images)  # a source that has less proves nothing
+    assert not torch.allclose(module.refine(flatter, images), flatter)
     assert not torch.allclose(EnhancementModule(decoder=True, finest_log_gain=0.1).refine(images, None), images)
 
 
@@ -262,5 +265,7 @@ def test_the_finest_band_of_pictures_is_multiplied_by_strength():
         torch.testing.assert_close(
             module.refine(picture, None, strength), picture + strength * math.expm1(0.1) * finest
         )
+    softer = EnhancementModule(decoder=True, finest_log_gain=-0.1).refine(picture, picture)
+    torch.testing.assert_close(softer, picture + math.expm1(-0.1) * finest)
     with pytest.raises(ConfigError, match="finest_log_gain"):
         EnhancementModule(decoder=True, finest_log_gain=0.5)

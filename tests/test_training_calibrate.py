@@ -16,10 +16,17 @@ from lora_dae.cli import typed
 from lora_dae.config import Config, ConfigError, SamplingConfig, conf_dir, register
 from lora_dae.data.pair import Pair
 from lora_dae.enhancement.bands import split_bands
-from lora_dae.enhancement.module import EnhancementModule
+from lora_dae.enhancement.module import PIXEL_GAIN, EnhancementModule
 from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.rules import check
-from lora_dae.training.calibrate import calibrate_finest, calibrate_gain, finest_energy, keep_share, with_share
+from lora_dae.training.calibrate import (
+    calibrate_finest,
+    calibrate_gain,
+    finest_energy,
+    keep_share,
+    louder_by,
+    with_share,
+)
 from lora_dae.training.finish import judging
 
 CAP = math.log(1.5)
@@ -97,12 +104,14 @@ class Blurred:
     enhancement: EnhancementModule
     photos: HeldOut
     kept: tuple[float, float]
+    cfg: SamplingConfig = field(default_factory=lambda: SamplingConfig(batch_size=3))
 
     def images(self, captions: list[str], sources: np.ndarray | None, strength: float) -> np.ndarray:
         photos = torch.from_numpy(np.stack([pair.image for pair in self.photos.pairs])).permute(0, 3, 1, 2) / 255
         finest = split_bands(photos, 1)[0][0]
         kept = torch.tensor(self.kept * (len(photos) // 2)).view(-1, 1, 1, 1)
-        drawn = self.enhancement.refine(photos - (1 - kept) * finest, None, strength)
+        shown = None if sources is None else torch.from_numpy(sources).permute(0, 3, 1, 2) / 255
+        drawn = self.enhancement.refine(photos - (1 - kept) * finest, shown, strength)
         return (drawn.permute(0, 2, 3, 1) * 255).round().byte().numpy()
 
 
@@ -127,7 +136,35 @@ def test_the_finest_band_is_judged_on_the_garments() -> None:
     masks[:, :, 8:] = 255
     left, right = finest_energy(image, 255 - masks), finest_energy(image, masks)
     torch.testing.assert_close(left + right, finest_energy(image, None))
-    assert (right > 0).all() and not torch.equal(left, right)
+    assert (right.sum((1, 2)) > 0).all() and not right[:, :, :8].any()
+
+
+def test_the_finest_band_gets_louder_where_the_source_has_more() -> None:
+    """Garments to the real ones' power, all of it from where sources have more; no place gets above its source."""
+    noise = np.random.default_rng(0).integers(80, 176, (8, 64, 64, 3), dtype=np.uint8)
+    flat = (noise[:, :, 32:].astype(np.float32) - 128) * 0.7 + 128  # weaker in the right half: what is drawn of it is
+    noise[:, :, 32:] = flat.astype(np.uint8)  # as weak as the source, which lacks it as well
+    source = noise.copy()
+    source[:, :, 32:] = ((flat - 128) * 0.8 + 128).astype(np.uint8)
+    masks = np.full((8, 64, 64), 255, np.uint8)
+    photos = HeldOut([Pair(str(i), str(i), "a shirt", noise[i], source[i], masks[i]) for i in range(8)])
+    drawer = Blurred(EnhancementModule(decoder=True), photos, (0.8, 0.8))
+    before = drawer.images([], source, 1.0)
+    calibrate_finest(drawer, photos, ["a shirt"] * 8)  # type: ignore[arg-type]
+    after = drawer.images([], source, 1.0)
+    energies = [finest_energy(x, None) for x in (before, after, noise, source)]
+    left, right = ([float(e[:, 8:-8, part].sum()) for e in energies] for part in (slice(8, 24), slice(40, 56)))
+    assert left[1] / left[2] == pytest.approx(1, abs=0.06) and left[0] / left[2] < 0.72
+    assert right[1] / right[0] == pytest.approx(1, abs=0.03)
+
+
+def test_a_cap_that_brings_what_is_wanted() -> None:
+    """In closed form: a fifth of the energy has no room, the rest any; ends are kept where nothing would do."""
+    energy, room = torch.ones(10), torch.tensor([0.0] * 2 + [math.inf] * 8)
+    assert louder_by(energy, room, 2 + 8 * math.exp(0.2)) == pytest.approx(0.1)
+    assert louder_by(energy, room, 10 * math.exp(-0.4)) == pytest.approx(-0.2)
+    assert louder_by(energy, room, 100.0) == PIXEL_GAIN and louder_by(energy, room, 0.1) == -PIXEL_GAIN
+    assert louder_by(energy, room, 0.0) == louder_by(0 * energy, room, 1.0) == 0
 
 
 @pytest.mark.parametrize(("deficit", "kept"), [(1.5, 1.0), (1.5**0.5, 0.5), (1.0, 0.0), (0.8, 0.0)])

@@ -79,8 +79,9 @@ def test_training_opens_the_gates_for_the_right_source_and_not_for_a_wrong_one()
     cfg = EnhancementConfig(wrong_source=0.3)
     for k in range(60):
         draws = draw(batch, base, cfg, k)
-        loss, before = texture_loss(unet, base, module, batch, torch.zeros(2, 3), draws)
-        assert torch.isfinite(loss) and not before.requires_grad
+        loss = texture_loss(unet, base, module, batch, torch.zeros(2, 3), draws)
+        if k == 0:
+            torch.testing.assert_close(loss, torch.ones(()))  # a new module does nothing, at whatever guidance
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

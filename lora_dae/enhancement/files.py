@@ -13,9 +13,9 @@ from lora_dae.enhancement.module import EnhancementModule
 
 FORMAT = "lora-dae-enhancement"
 # 3: the finest band of source texture is carried as the others are; 4: agreement with the caption; 5: gates of source
-# texture see what guidance has amplified
-VERSION = "5"
-READABLE = ("3", "4", VERSION)
+# texture see what guidance has amplified; 6: the finest band of pictures gets louder only where the source has more
+VERSION = "6"
+READABLE = ("3", "4", "5", VERSION)
 
 
 def save_enhancement(module: EnhancementModule, path: str | Path) -> Path:
@@ -59,7 +59,7 @@ def load_enhancement(path: str | Path) -> EnhancementModule:
             metadata.get("gate_inputs", "energy"), float(metadata.get("finest_log_gain", 0)),  # older files do not say
             int(metadata.get("text_channels", 0)), int(metadata.get("text_tokens", 77)),
         )  # fmt: skip
-        if metadata["version"] != VERSION and module.texture is not None:
+        if metadata["version"] in ("3", "4") and module.texture is not None:
             tensors["texture.input.weight"] = _blind_to_guidance(tensors["texture.input.weight"], module.levels)
         module.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError) as error:

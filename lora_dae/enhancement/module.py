@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lora_dae.config import ConfigError, EnhancementConfig
 from lora_dae.diffusion import Level
 from lora_dae.enhancement.agreement import Agreement
-from lora_dae.enhancement.bands import split_bands
+from lora_dae.enhancement.bands import local_log_energy, split_bands
 from lora_dae.enhancement.gates import NOISE_FEATURES, BandGain, NoiseStep, Observed, noise_step, observe
 from lora_dae.enhancement.match import Match
 from lora_dae.enhancement.texture import Blend, SourceTexture
@@ -41,8 +41,9 @@ class EnhancementModule(nn.Module):
     """``gain``, ``texture`` (latents of ``source_channels`` channels, 0 = without) and ``decoder`` (pixels).
 
     ``levels`` bands, ``hidden`` channels, gains within ``exp(+-max_log_gain)`` at strength 1; ``max_log_gain=0``
-    leaves the gain out. ``gate_inputs`` as in ``gates.visible``. ``finest_log_gain``: of the decoder stage, what the
-    finest band of all pictures is multiplied by besides. ``text_channels`` of captions' embeddings,
+    leaves the gain out. ``gate_inputs`` as in ``gates.visible``. ``finest_log_gain``: of the decoder stage, how much
+    louder the finest band of all pictures may get besides, place by place up to what the source photo has there.
+    ``text_channels`` of captions' embeddings,
     whose first ``text_tokens`` are read: where a caption and
     its source photo disagree, the source's bands are kept out (agreement.py); 0 = always trusted. Every last layer
     starts at zero: a new module is the exact identity. Under 60 k parameters. Values that make no sense, or leave
@@ -178,12 +179,36 @@ class EnhancementModule(nn.Module):
     def _refine(self, images: Tensor, source: Tensor | None, strength: float, trust: Tensor | None) -> Tensor:
         assert self.decoder is not None
         x = images.float() * 2 - 1
-        delta = self.decoder(x, None if source is None else source.to(images).float() * 2 - 1, trust=trust).delta
+        delta, _, _, proven = self.decoder(x, None if source is None else _centered(source, images), trust=trust)
         # What it makes good, carrying and decoding of sources, captions alone have not lost.
         if self.finest_log_gain != 0 and (source is not None or self.source_channels == 0):
-            louder = math.expm1(self.finest_log_gain) * split_bands(x + delta, 1)[0][0]
+            finest = split_bands(x + delta, 1)[0]
+            louder = torch.expm1(finest_log_gains(finest, proven, self.finest_log_gain))[:, None] * finest[0]
             delta = delta + (louder if trust is None else louder * trust.to(louder).view(-1, 1, 1, 1))
         return (images.float() + 0.5 * strength * delta).clamp(0, 1).to(images.dtype)
+
+    @torch.no_grad()
+    def lacking(self, images: Tensor, source: Tensor | None) -> Tensor:
+        """How much weaker the finest band of finished ``images`` is than the source's, (B, H, W), natural log of
+        amplitudes, not below 0; infinite without a source. Arguments as ``refine``."""
+        assert self.decoder is not None
+        shown = None if source is None else _centered(source, images)
+        x = images.float() * 2 - 1
+        return finest_log_gains(split_bands(x, 1)[0], self.decoder(x, shown).proven, math.inf)
+
+
+def finest_log_gains(finest: Tensor, proven: Tensor | None, most: float) -> Tensor:
+    """Log gains (B, H, W) of the band ``finest`` (1, B, C, H, W): up to ``most`` where a source's local log energy
+    ``proven`` (B, H, W) says that there is more; everywhere without one, or where it is to be weaker."""
+    even = finest.new_full((finest.shape[1], *finest.shape[3:]), most)
+    if proven is None or most < 0:
+        return even
+    return (0.5 * (proven - local_log_energy(finest)[:, 0])).clamp_min(0).minimum(even)
+
+
+def _centered(photos: Tensor, like: Tensor) -> Tensor:
+    """[0, 1] to [-1, 1], float32, where ``like`` is."""
+    return photos.to(like.device).float() * 2 - 1
 
 
 def _pieces(x: Tensor | None, count: int, size: int) -> list[Tensor | None]:

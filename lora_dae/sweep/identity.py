@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from lora_dae.config import LOSSES, Config, from_dict, to_dict
 
 TRAINING_VERSION = 5  # raise it when the same config begins to train to other weights
-ENHANCEMENT_VERSION = 3  # raise it when the same config begins to give another enhancement on the same adapter
+ENHANCEMENT_VERSION = 4  # raise it when the same config begins to give another enhancement on the same adapter
 
 NOT_TRAINING = ("name", "run_dir", "ckpt_path", "store", "sampling", "evaluation", "tracking")
 NOT_TRAINING_IN = {

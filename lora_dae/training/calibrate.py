@@ -6,8 +6,8 @@ finished module draws validation pairs with all, half and none of its gain, and 
 nearest to the real photos' is what the run saves: none, where none is needed.
 
 The finest band of pictures is weaker than photos' because the autoencoder cannot keep all of it and no gate can say
-where what is missing would go; all of it a little louder costs hardly any fidelity. The decoder stage is given what
-brings its power on the drawn pairs to that of the real ones.
+where what is missing would go. Where the source photo has more of it than the picture, the picture's own is made
+louder, by at most what brings its power on the drawn pairs to that of the real ones.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from lora_dae.adapter.fused import merged_once
@@ -67,14 +68,14 @@ def calibrate_gain(drawer: Drawer, held_out: HeldOut, captions: Sequence[str]) -
 
 @dataclass(frozen=True)
 class Finest:
-    """log_gain of the finest band; power: drawn over real without it."""
+    """log_gain of the finest band, the most there is; power: drawn over real without it."""
 
     log_gain: float
     power: float
 
     def __str__(self) -> str:
         return (
-            f"finest band of pictures: {self.power:.0%} of the real photos' power on validation pairs, made "
+            f"finest band of pictures: {self.power:.0%} of the real photos' power on validation pairs, made up to "
             f"{math.exp(self.log_gain):.2f} times as large"
         )
 
@@ -92,22 +93,49 @@ def calibrate_finest(drawer: Drawer, held_out: HeldOut, captions: Sequence[str],
     drawn = drawer.images(captions, held_out.sources, 1.0)
     masks = held_out.masks if placed and held_out.sources is not None else None
     photos = np.stack([pair.image for pair in held_out.pairs])
-    energies = finest_energy(photos, masks), finest_energy(drawn, masks)
+    real, made = finest_energy(photos, masks), finest_energy(drawn, masks)
+    room = torch.full(made.shape, math.inf)  # of whole pictures no source tells all
+    if masks is not None and held_out.sources is not None:
+        seen = (_pixels(drawn), _pixels(held_out.sources))
+        parts = zip(*(x.split(drawer.cfg.batch_size) for x in seen), strict=True)
+        room = torch.cat([module.lacking(x.to(module.device), source).cpu() for x, source in parts])
 
     def missing(some: slice) -> float:
-        real, made = (float(energy[some].sum()) for energy in energies)
-        return 0.5 * math.log(real / made) if min(real, made) > 0 else 0.0
+        return louder_by(made[some], room[some], float(real[some].sum()))
 
     even, odd, asked = missing(slice(0, None, 2)), missing(slice(1, None, 2)), missing(slice(None))
     if abs(odd - even) < min(abs(odd), abs(even)):
-        module.finest_log_gain = max(-PIXEL_GAIN, min(PIXEL_GAIN, asked))
-    return Finest(module.finest_log_gain, math.exp(-2 * asked))
+        module.finest_log_gain = asked
+    return Finest(module.finest_log_gain, float(made.sum() / real.sum()) if real.any() else 1.0)
 
 
 def finest_energy(images: np.ndarray, masks: Tensor | None) -> Tensor:
-    """(N,) sums of squares of the finest band of uint8 (N, H, W, 3), inside ``masks`` (N, H, W) of 0 and 255."""
-    bands = split_bands(torch.from_numpy(images).permute(0, 3, 1, 2), 1)[0][0].square().sum(1)
-    return (bands if masks is None else bands * (masks > 127)).sum((1, 2))
+    """(N, H, W): squares of the finest band of uint8 (N, H, W, 3), 0 outside ``masks`` (N, H, W) of 0 and 255."""
+    energy = split_bands(_pixels(images), 1)[0][0].square().sum(1)
+    return energy if masks is None else energy * (masks > 127)
+
+
+def louder_by(energy: Tensor, room: Tensor, wanted: float) -> float:
+    """The log gain within PIXEL_GAIN of 0 that brings the sum of ``energy`` nearest to ``wanted``.
+
+    At no place it adds more than ``room`` (as energy, of amplitudes). 0 where there is nothing to bring there.
+    """
+    if wanted <= 0 or float(energy.sum()) <= 0:
+        return 0.0
+
+    def beyond(log_gain: float) -> float:
+        return float((energy.double() * (2 * room.clamp(max=log_gain).double()).exp()).sum()) - wanted
+
+    ends = -PIXEL_GAIN, PIXEL_GAIN
+    at = [beyond(end) for end in ends]
+    if at[0] >= 0 or at[1] <= 0:
+        return ends[0] if at[0] >= 0 else ends[1]
+    return float(brentq(beyond, *ends))
+
+
+def _pixels(images: np.ndarray) -> Tensor:
+    """uint8 (N, H, W, 3) as (N, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
 def with_share(module: EnhancementModule, share: float, needed: bool = False) -> EnhancementModule:

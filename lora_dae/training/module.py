@@ -198,9 +198,8 @@ class LoraDae(lightning.LightningModule):
                 unet, self.noise_scheduler, module, batch, null_text, draws, self.photos, self.decode, global_batch,
                 cfg.losses,
             )  # fmt: skip
-        loss, before = texture_loss(unet, self.noise_scheduler, module, batch, null_text, draws, global_batch)
-        edited, plain = self._mean(torch.stack([loss, before]))
-        self.log("enhancement/band_error", edited / plain)  # 1 = as without the module
+        loss = texture_loss(unet, self.noise_scheduler, module, batch, null_text, draws, global_batch)
+        self.log("enhancement/band_error", self._mean(loss))
         return loss
 
     def _mean(self, own: Tensor) -> Tensor:

@@ -89,10 +89,11 @@ def texture_loss(
     null_text: Tensor,
     draws: PairedDraws,
     gather: Gather = lambda own: own,
-) -> tuple[Tensor, Tensor]:
-    """(loss, the same without the module): errors of x0's bands, each in units of white noise.
+) -> Tensor:
+    """Errors of x0's bands, each in units of white noise, over those without the module: 1 where it does nothing.
 
-    The network sees the right source always: gates must learn to tell a wrong one from the image itself.
+    A share, for a step's errors grow with its guidance: else the strongest alone would be learned from. The network
+    sees the right source always: gates must learn to tell a wrong one from the image itself.
     """
     assert module.texture is not None
     clean = batch["latent_mean"]
@@ -103,9 +104,9 @@ def texture_loss(
     def error(x: Tensor) -> Tensor:
         bands = split_bands(x - clean, module.levels)[0]
         variances = noise_variances(module.levels)
-        return torch.stack([b.square().mean() / v for b, v in zip(bands, variances, strict=True)]).sum()
+        return torch.stack([b.square().mean((1, 2, 3)) / v for b, v in zip(bands, variances, strict=True)]).sum(0)
 
-    return error(edited), error(x0)
+    return error(edited).mean() / gather(error(x0)).mean()  # of all processes, so that any number trains the same
 
 
 def joint_loss(
