@@ -85,12 +85,20 @@ def test_refining_picture_by_picture_changes_nothing(monkeypatch):
     torch.nn.init.normal_(module.decoder.output.weight)
     pictures, photos = (torch.cat([smooth(k, 32, 3) for k in ks]).sigmoid() for ks in ((5, 6), (7, 8)))
     trust = torch.tensor([0.0, 0.3, 0.7, 1.0])
-    whole = [module.refine(pictures, photos, trust=trust), module.refine(pictures, None)]
+    whole = [
+        module.refine(pictures, photos, trust=trust),
+        module.refine(pictures, None),
+        module.lacking(pictures, photos),
+    ]
     monkeypatch.setattr("lora_dae.enhancement.module._REFINED", 3 * 32 * 32)
     calls = []
     module.decoder.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
-    parts = [module.refine(pictures, photos, trust=trust), module.refine(pictures, None)]
-    assert calls == [1] * 8
+    parts = [
+        module.refine(pictures, photos, trust=trust),
+        module.refine(pictures, None),
+        module.lacking(pictures, photos),
+    ]
+    assert calls == [1] * 12 and parts[2].max() > 0.1
     torch.testing.assert_close(parts, whole)
 
 

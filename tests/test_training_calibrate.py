@@ -104,7 +104,6 @@ class Blurred:
     enhancement: EnhancementModule
     photos: HeldOut
     kept: tuple[float, float]
-    cfg: SamplingConfig = field(default_factory=lambda: SamplingConfig(batch_size=3))
 
     def images(self, captions: list[str], sources: np.ndarray | None, strength: float) -> np.ndarray:
         photos = torch.from_numpy(np.stack([pair.image for pair in self.photos.pairs])).permute(0, 3, 1, 2) / 255

@@ -20,7 +20,7 @@ from lora_dae.diffusion import Level
 from lora_dae.enhancement.agreement import Agreement
 from lora_dae.enhancement.bands import local_log_energy, split_bands
 from lora_dae.enhancement.gates import NOISE_FEATURES, BandGain, NoiseStep, Observed, noise_step, observe
-from lora_dae.enhancement.match import Match
+from lora_dae.enhancement.match import Match, warp
 from lora_dae.enhancement.texture import Blend, SourceTexture
 
 PIXEL_GAIN = 0.405  # log(1.5)
@@ -179,11 +179,13 @@ class EnhancementModule(nn.Module):
     def _refine(self, images: Tensor, source: Tensor | None, strength: float, trust: Tensor | None) -> Tensor:
         assert self.decoder is not None
         x = images.float() * 2 - 1
-        delta, _, _, proven = self.decoder(x, None if source is None else _centered(source, images), trust=trust)
+        shown = None if source is None else _centered(source, images)
+        delta, _, match = self.decoder(x, shown, trust=trust)
         # What it makes good, carrying and decoding of sources, captions alone have not lost.
         if self.finest_log_gain != 0 and (source is not None or self.source_channels == 0):
             finest = split_bands(x + delta, 1)[0]
-            louder = torch.expm1(finest_log_gains(finest, proven, self.finest_log_gain))[:, None] * finest[0]
+            log_gains = finest_log_gains(finest, shown, match, self.finest_log_gain)
+            louder = torch.expm1(log_gains)[:, None] * finest[0]
             delta = delta + (louder if trust is None else louder * trust.to(louder).view(-1, 1, 1, 1))
         return (images.float() + 0.5 * strength * delta).clamp(0, 1).to(images.dtype)
 
@@ -192,18 +194,27 @@ class EnhancementModule(nn.Module):
         """How much weaker the finest band of finished ``images`` is than the source's, (B, H, W), natural log of
         amplitudes, not below 0; infinite without a source. Arguments as ``refine``."""
         assert self.decoder is not None
-        shown = None if source is None else _centered(source, images)
-        x = images.float() * 2 - 1
-        return finest_log_gains(split_bands(x, 1)[0], self.decoder(x, shown).proven, math.inf)
+        found, size = [], max(1, _REFINED // images[0].numel())
+        for some, photos in zip(*(_pieces(x, len(images), size) for x in (images, source)), strict=True):
+            assert some is not None
+            x = some.to(self.device).float() * 2 - 1
+            shown = None if photos is None else _centered(photos, x)
+            log_gains = finest_log_gains(split_bands(x, 1)[0], shown, self.decoder(x, shown).match, math.inf)
+            found.append(log_gains.to(images.device))
+        return torch.cat(found)
 
 
-def finest_log_gains(finest: Tensor, proven: Tensor | None, most: float) -> Tensor:
-    """Log gains (B, H, W) of the band ``finest`` (1, B, C, H, W): up to ``most`` where a source's local log energy
-    ``proven`` (B, H, W) says that there is more; everywhere without one, or where it is to be weaker."""
+def finest_log_gains(finest: Tensor, source: Tensor | None, match: Match | None, most: float) -> Tensor:
+    """Log gains (B, H, W) of the band ``finest`` (1, B, C, H, W): up to ``most`` where the matched ``source`` has more.
+
+    Everywhere without one, or where the band is to be weaker.
+    """
     even = finest.new_full((finest.shape[1], *finest.shape[3:]), most)
-    if proven is None or most < 0:
+    if source is None or match is None or most < 0:
         return even
-    return (0.5 * (proven - local_log_energy(finest)[:, 0])).clamp_min(0).minimum(even)
+    # The source's energy is carried, not the source: that would lose some between the pixels.
+    proven = warp(local_log_energy(split_bands(source, 1)[0]), match.flow)
+    return (0.5 * (proven - local_log_energy(finest))).squeeze(1).clamp_min(0).minimum(even)
 
 
 def _centered(photos: Tensor, like: Tensor) -> Tensor:

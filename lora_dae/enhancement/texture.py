@@ -26,13 +26,11 @@ _FLOOR = 1e-4
 
 
 class Blend(NamedTuple):
-    """What ``SourceTexture`` did: delta (B, C, H, W), gates (B, levels, H, W), the match, and how much finest texture
-    the source proves where, local log energy (B, H, W); the last three are None without a source."""
+    """What ``SourceTexture`` did: delta (B, C, H, W), gates (B, levels, H, W), the match (None without source)."""
 
     delta: Tensor
     gates: Tensor | None
     match: Match | None
-    proven: Tensor | None
 
 
 class SourceTexture(nn.Module):
@@ -81,15 +79,12 @@ class SourceTexture(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             own, rest = split_bands(x, self.levels) if seen is None else (seen.bands, seen.rest)
-            match, proven, carried, carried_rest = None, None, own, rest
+            match, carried, carried_rest = None, own, rest
             sure, flag = x.new_zeros(2, len(x), 1, *x.shape[2:])
             if source is not None:
                 source = source.float()
                 # The finest band repeats itself, and a blurred image lacks it: the others say what belongs where.
-                finest = split_bands(source, 1)[0]
-                match = self.matcher(x - own[0], source - finest[0])
-                # Its energy is carried, not the energy of what is carried: that has lost some between the pixels.
-                proven = warp(local_log_energy(finest), match.flow)[:, 0]
+                match = self.matcher(x - own[0], source - split_bands(source, 1)[0][0])
                 carried, carried_rest = split_bands(warp(source, match.flow), self.levels)
                 sure, flag = match.confidence, torch.ones_like(flag)
                 if trust is not None:
@@ -113,7 +108,7 @@ class SourceTexture(nn.Module):
             if source is not None:
                 gates = torch.tanh(gate)
                 delta = delta + weighted(gates, gaps)
-            return Blend(delta, gates, match, proven)
+            return Blend(delta, gates, match)
 
     def _gates(self, energies: Tensor, far: Tensor, sure: Tensor, flag: Tensor, conditions: Tensor | None) -> Tensor:
         """(B, 2 * levels, H, W): what gain and gate are the tanh of."""

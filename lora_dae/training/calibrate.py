@@ -84,8 +84,8 @@ def calibrate_finest(drawer: Drawer, held_out: HeldOut, captions: Sequence[str],
     """Set ``drawer.enhancement.finest_log_gain``, in place; it draws as the drawer is set.
 
     On the garments where pairs have masks and sources and drawn garments lie where the photos' do (``placed``), else
-    on whole pictures. What one half of the pairs asks for has
-    to bring the other half nearer to its photos as well, else it is 0.
+    on whole pictures. What one half of the pairs asks for has to bring the other half nearer to its photos as well,
+    else it is 0.
     """
     module = drawer.enhancement
     assert module is not None
@@ -96,9 +96,7 @@ def calibrate_finest(drawer: Drawer, held_out: HeldOut, captions: Sequence[str],
     real, made = finest_energy(photos, masks), finest_energy(drawn, masks)
     room = torch.full(made.shape, math.inf)  # of whole pictures no source tells all
     if masks is not None and held_out.sources is not None:
-        seen = (_pixels(drawn), _pixels(held_out.sources))
-        parts = zip(*(x.split(drawer.cfg.batch_size) for x in seen), strict=True)
-        room = torch.cat([module.lacking(x.to(module.device), source).cpu() for x, source in parts])
+        room = module.lacking(_pixels(drawn), _pixels(held_out.sources))
 
     def missing(some: slice) -> float:
         return louder_by(made[some], room[some], float(real[some].sum()))
