@@ -162,6 +162,11 @@ def check(cfg: Config) -> None:
         )
     if cfg.enhancement.placement == "direction" and cfg.enhancement.enabled and not cfg.enhancement.gain:
         raise ConfigError("enhancement.placement=direction edits by the gain, which enhancement.gain=false leaves out.")
+    if cfg.enhancement.placement == "direction" and cfg.enhancement.texture and cfg.conditioning == "source":
+        raise ConfigError(
+            "enhancement.placement=direction leaves no place for the source photo's texture: use enhancement=direction "
+            "or enhancement.texture=false."
+        )
     for name, least, most in (("guidance_range", 0, math.inf), ("steps_range", 2, MOST_STEPS)):
         given = getattr(cfg.enhancement, name)
         if len(given) != 2 or not least <= given[0] <= given[1] <= most:

@@ -11,6 +11,7 @@ from lora_dae.sweep.budget import budget
 from lora_dae.sweep.cells import Wanted, read_comparison, wanted_cells
 from lora_dae.sweep.compare import read_studies
 from lora_dae.sweep.results import read_results
+from lora_dae.training.finish import judging
 
 
 def test_studies_are_those_that_the_project_promises() -> None:
@@ -40,6 +41,25 @@ def test_all_comparisons_together_take_ten_hours_at_most() -> None:
         assert [one.seed for one in study.cells[: len(study.grid.cells)]] == [0] * len(study.grid.cells)
 
 
+@pytest.mark.parametrize("name", ["mainstream", "mainstream_text"])
+def test_the_comparison_has_every_mainstream_method(name: str) -> None:
+    cells = read_comparison(ROOT / "experiments" / name).cells
+
+    def given(key: str) -> set[str]:
+        return {o.removeprefix(f"{key}=") for cell in cells for o in cell.overrides if o.startswith(f"{key}=")}
+
+    assert given("experiment") == {
+        "rank16", "attention_only", "full_finetune", "dora", "rslora", "loha", "lokr", "dreambooth",
+        "textual_inversion",
+    }  # fmt: skip
+    assert given("method") == {
+        "freeu", "sag", "pag", "apg", "rescale", "frequency", "detail_daemon", "wavelet", "unsharp",
+    }  # fmt: skip
+    assert any(cell.row == "frozen backbone" for cell in cells)
+    as_diffusers = "adapter.targets=[cross_attention,self_attention]"  # its example's layers
+    assert any(as_diffusers in cell.overrides for cell in cells)
+
+
 def test_the_evidence_is_on_guidance_and_settings_that_were_tuned() -> None:
     """Guidance and controls' settings have tuning's least distance on those pairs; 513 captions, 3 seeds."""
     evidence, tuning = (read_comparison(ROOT / "experiments" / name) for name in ("enhancement", "tuning"))
@@ -65,8 +85,24 @@ def test_the_evidence_is_on_guidance_and_settings_that_were_tuned() -> None:
             method = one.cfg.sampling.method
             found_best = min((o for o in known if o.cfg.sampling.method == method), key=distance)
             assert one.cfg.sampling.method_options == found_best.cfg.sampling.method_options
+        module, drawn = one.cfg.enhancement, one.cfg.sampling
+        if module.enabled and (module.gain or module.decoder):
+            judged = judging(one.cfg, drawn.scheduler)
+            assert judged.num_inference_steps == drawn.num_inference_steps
+            assert judged.guidance_scale == drawn.guidance_scale
+            assert judged.source_guidance_scale == drawn.source_guidance_scale or one.cfg.conditioning == "none"
         if one.cell.row is None and one.cfg.conditioning == "source" and "guidance" not in one.cell.name:
             assert one.cfg.sampling.guidance_scale == one.cfg.sampling.source_guidance_scale
+
+
+def test_the_evidence_compares_rows_of_the_same_pairs_and_solver() -> None:
+    evidence = read_comparison(ROOT / "experiments" / "enhancement")
+    rows = {one.cell.name: one for one in wanted_cells(evidence)}
+
+    def shown(one: Wanted) -> tuple[str, ...]:
+        return one.cfg.conditioning, one.cfg.data.difficulty, one.cfg.sampling.scheduler
+
+    assert all(shown(one) == shown(rows[one.cell.against or evidence.baseline]) for one in rows.values())
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)

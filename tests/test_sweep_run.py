@@ -19,7 +19,7 @@ from lightning import Trainer
 
 from lora_dae.config import ConfigError
 from lora_dae.sweep.files import read_json
-from lora_dae.training.stages import check_processes
+from lora_dae.training.trainer import check_processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -144,6 +144,20 @@ def test_another_number_of_processes_than_was_asked_for_is_refused(monkeypatch: 
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"trainer.devices=1 .* needs 1 processes, but 2 were started"):
         check_processes(Trainer(**options, devices=1))
+
+
+def test_processes_that_nobody_could_start_are_refused(
+    tmp_path: Path, tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning gives a process's command again: in Hydra's own sweep and in a worker that is no training's."""
+    done = sweep(tmp_path, tiny_backbone, "trainer=ddp", "trainer.devices=2", "hydra/launcher=basic")
+    assert done.returncode == 1 and "from here no other process can be started" in done.stderr, done.stderr[-3000:]
+    assert not list((tmp_path / "multirun" / "store").glob("*/checkpoints"))
+    monkeypatch.setattr(sys, "argv", ["-c"])  # as the processes of sweep.compare
+    options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    check_processes(Trainer(**options, devices=1))
+    with pytest.raises(ConfigError, match="trainer.devices=2: from here no other process"):
+        check_processes(Trainer(**options, devices=2, strategy="ddp"))
 
 
 def test_ray_leaves_the_same_folders(tmp_path: Path, tiny_backbone: Path) -> None:

@@ -98,10 +98,15 @@ def test_strength_is_no_part_of_a_training_and_rank_is() -> None:
     weak = replace(one, enhancement=replace(one.enhancement, strength=0.3))
     wide = replace(one, adapter=replace(one.adapter, rank=64))
     moved = replace(one, backbone=replace(one.backbone, path="copy"))
-    assert training_hash(one, "d", "b") == training_hash(weak, "d", "b") == training_hash(moved, "d", "b")
-    hashes = {training_hash(one, "d", "b"), training_hash(wide, "d", "b"), training_hash(one, "other photos", "b"),
-              training_hash(one, "d", "other weights")}  # fmt: skip
+    photos, others, judges = ({"train": t, "val": v} for t, v in (("d", "v"), ("other photos", "v"), ("d", "other")))
+    assert len({training_hash(cfg, photos, "b") for cfg in (one, weak, moved)}) == 1
+    hashes = {training_hash(one, photos, "b"), training_hash(wide, photos, "b"), training_hash(one, others, "b"),
+              training_hash(one, photos, "other weights")}  # fmt: skip
     assert len(hashes) == 4
+    # What the enhancement is judged on, and where a training may stop; the studio's is told by its size.
+    own = replace(one, data=replace(one.data, name="folder"))
+    assert training_hash(own, photos, "b") != training_hash(own, judges, "b")
+    assert training_hash(one, photos, "b") == training_hash(one, judges, "b")
 
 
 def test_a_lora_to_begin_with_counts_by_its_content_and_not_by_its_place(tmp_path: Path) -> None:
@@ -110,7 +115,8 @@ def test_a_lora_to_begin_with_counts_by_its_content_and_not_by_its_place(tmp_pat
         path = tmp_path / f"{name}.safetensors"
         path.write_bytes(content)
         one = Config(run_dir="here")
-        found.append(training_hash(replace(one, adapter=replace(one.adapter, init_from=str(path))), "d", "b"))
+        begun = replace(one, adapter=replace(one.adapter, init_from=str(path)))
+        found.append(training_hash(begun, {"train": "d"}, "b"))
     assert found[0] == found[1] != found[2]
 
 

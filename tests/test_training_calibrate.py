@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,13 +42,17 @@ def test_it_is_judged_at_the_guidance_that_it_will_be_drawn_with() -> None:
 
     for name in ("sd15_rank16", "sd15_rank16_paired", "sd21_rank16", "sdxl_rank16"):
         cfg = composed(f"experiment={name}")
-        found = judging(cfg)
+        assert judging(cfg, "dpm++").scheduler == "dpm++"
+        assert judging(replace(cfg, sampling=replace(cfg.sampling, tiled_decode=True)), "dpm++").tiled_decode
+        found = judging(cfg, "ddim")
+        assert found.scheduler == "ddim" and not found.tiled_decode
         assert found.num_inference_steps == cfg.sampling.num_inference_steps
         assert found.guidance_scale == cfg.sampling.guidance_scale
         assert found.source_guidance_scale == cfg.sampling.source_guidance_scale
         check(composed(f"experiment={name}", "conditioning=source"))
-    assert judging(Config(conditioning="source")).guidance_scale == SamplingConfig.guidance_scale
-    assert judging(Config(conditioning="none")).guidance_scale == 3.0
+        assert cfg.enhancement.texture_batch_size <= cfg.data.batch_size  # what fits into memory for the adapter
+    assert judging(Config(conditioning="source"), "ddim").guidance_scale == SamplingConfig.guidance_scale
+    assert judging(Config(conditioning="none"), "ddim").guidance_scale == 3.0
     alone = ("experiment=sd15_rank16", "conditioning=source", "enhancement.batch_size=1")
     with pytest.raises(ConfigError, match="no second one"):
         check(composed(*alone))
@@ -78,10 +82,14 @@ REAL = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
 @dataclass
 class Chain:
-    """A sampler in closed form: the real latents, ``deficit`` times too weak, made louder by the module's cap."""
+    """A sampler in closed form: the real latents, ``deficit`` times too weak, made louder by the module's cap.
+
+    ``deaf``: a solver with which the gain does nothing.
+    """
 
     enhancement: EnhancementModule | None
     deficit: float
+    deaf: bool = False
     placement: str = "prediction"
     cfg: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(batch_size=3)
@@ -93,7 +101,7 @@ class Chain:
 
     def latents(self, captions: list[str], sources: None, strength: float, indices: list[int]) -> Tensor:
         assert self.enhancement is not None
-        gain = 0.0 if self.enhancement.gain is None else self.enhancement.gain.max_log_gain
+        gain = 0.0 if self.deaf or self.enhancement.gain is None else self.enhancement.gain.max_log_gain
         return REAL[indices] / self.deficit * math.exp(gain)
 
 
@@ -105,10 +113,11 @@ class Blurred:
     photos: HeldOut
     kept: tuple[float, float]
 
-    def images(self, captions: list[str], sources: np.ndarray | None, strength: float) -> np.ndarray:
-        photos = torch.from_numpy(np.stack([pair.image for pair in self.photos.pairs])).permute(0, 3, 1, 2) / 255
+    def images(self, captions: list[str], sources: np.ndarray | None, strength: float, numbers: range) -> np.ndarray:
+        shown = np.stack([self.photos.pairs[i].image for i in numbers])
+        photos = torch.from_numpy(shown).permute(0, 3, 1, 2) / 255
         finest = split_bands(photos, 1)[0][0]
-        kept = torch.tensor(self.kept * (len(photos) // 2)).view(-1, 1, 1, 1)
+        kept = torch.tensor([self.kept[i % 2] for i in numbers]).view(-1, 1, 1, 1)
         shown = None if sources is None else torch.from_numpy(sources).permute(0, 3, 1, 2) / 255
         drawn = self.enhancement.refine(photos - (1 - kept) * finest, shown, strength)
         return (drawn.permute(0, 2, 3, 1) * 255).round().byte().numpy()
@@ -122,10 +131,10 @@ def test_the_finest_band_gets_what_it_lacks(kept: tuple[float, float], expected:
     noise = np.random.default_rng(0).integers(80, 176, (8, 32, 32, 3), dtype=np.uint8)
     photos = HeldOut([Pair(id=str(i), group_id=str(i), caption="a shirt", image=x) for i, x in enumerate(noise)])
     drawer = Blurred(EnhancementModule(decoder=True), photos, kept)
-    found = calibrate_finest(drawer, photos, ["a shirt"] * 8)  # type: ignore[arg-type]
+    found = calibrate_finest((drawer, drawer), photos, ["a shirt"] * 8)  # type: ignore[arg-type]
     assert math.exp(drawer.enhancement.finest_log_gain) == pytest.approx(expected, rel=0.04)  # bands overlap
     if 1 < expected < 1.4:
-        energies = [finest_energy(x, None).sum() for x in (noise, drawer.images([], None, 1.0))]
+        energies = [finest_energy(x, None).sum() for x in (noise, drawer.images([], None, 1.0, range(8)))]
         assert float(energies[1] / energies[0]) == pytest.approx(1, abs=0.05) and found.power < 0.72
 
 
@@ -148,9 +157,9 @@ def test_the_finest_band_gets_louder_where_the_source_has_more() -> None:
     masks = np.full((8, 64, 64), 255, np.uint8)
     photos = HeldOut([Pair(str(i), str(i), "a shirt", noise[i], source[i], masks[i]) for i in range(8)])
     drawer = Blurred(EnhancementModule(decoder=True), photos, (0.8, 0.8))
-    before = drawer.images([], source, 1.0)
-    calibrate_finest(drawer, photos, ["a shirt"] * 8)  # type: ignore[arg-type]
-    after = drawer.images([], source, 1.0)
+    before = drawer.images([], source, 1.0, range(8))
+    calibrate_finest((drawer, drawer), photos, ["a shirt"] * 8)  # type: ignore[arg-type]
+    after = drawer.images([], source, 1.0, range(8))
     energies = [finest_energy(x, None) for x in (before, after, noise, source)]
     left, right = ([float(e[:, 8:-8, part].sum()) for e in energies] for part in (slice(8, 24), slice(40, 56)))
     assert left[1] / left[2] == pytest.approx(1, abs=0.06) and left[0] / left[2] < 0.72
@@ -169,10 +178,19 @@ def test_a_cap_that_brings_what_is_wanted() -> None:
 @pytest.mark.parametrize(("deficit", "kept"), [(1.5, 1.0), (1.5**0.5, 0.5), (1.0, 0.0), (0.8, 0.0)])
 def test_what_is_missing_decides(deficit: float, kept: float) -> None:
     made = module(decoder=True)
-    found = calibrate_gain(Chain(made, deficit), pairs(8), ["a shirt"] * 8)  # type: ignore[arg-type]
+    chain = Chain(made, deficit)
+    found = calibrate_gain((chain, chain), pairs(8), ["a shirt"] * 8)  # type: ignore[arg-type]
     assert found.share == kept
     assert made.max_log_gain == pytest.approx(kept * CAP)
     assert (made.gain is None) == (kept == 0)
+
+
+@pytest.mark.parametrize(("other", "kept"), [((1.0, True), 1.0), ((1.5, False), 1.0), ((1.0, False), 0.0)])
+def test_a_gain_is_judged_with_a_solver_of_each_kind(other: tuple[float, bool], kept: float) -> None:
+    """What one solver needs is kept where the other does not hear it, and not where it would be too loud with that."""
+    made = module(decoder=True)
+    found = calibrate_gain((Chain(made, *other), Chain(made, 1.5)), pairs(8), ["a shirt"] * 8)  # type: ignore[arg-type]
+    assert found.share == kept
 
 
 def test_a_direction_term_keeps_its_gain() -> None:

@@ -56,6 +56,7 @@ def make(tiny_backbone: Path, tmp_path: Path) -> Make:
         (("enhancement.losses=[edges]",), "nothing to learn from"),
         (("backbone.gradient_checkpointing=some",), "backbone.gradient_checkpointing=some"),
         (("enhancement=direction", "enhancement.gain=false"), "placement=direction edits by the gain"),
+        (("enhancement.placement=direction", "sampling.scheduler=ddim"), "no place for the source photo's texture"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

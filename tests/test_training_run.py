@@ -253,6 +253,19 @@ def test_nan_loss_stops_and_keeps_the_last_checkpoint(every: int, make: Make, mo
     assert all(v.isfinite().all() for v in checkpoint["state_dict"].values())
 
 
+def test_no_mishap_in_judging_costs_the_adapter(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written first, without an enhancement that nobody has judged."""
+
+    def too_much(*_: Any) -> None:
+        raise torch.OutOfMemoryError("too little memory")
+
+    monkeypatch.setattr("lora_dae.training.finish.calibrate_gain", too_much)
+    with pytest.raises(torch.OutOfMemoryError):
+        training.train(make())
+    written = {path.name for path in (Path(make().run_dir) / "adapter").iterdir()}
+    assert "pytorch_lora_weights.safetensors" in written and "enhancement.safetensors" not in written
+
+
 def test_sampling_and_evaluating_commands(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
@@ -338,6 +351,19 @@ def test_checkpoint_of_another_config_is_refused(make: Make, finished: Path) -> 
             training.run(make(override, last))
         assert "\n" not in str(caught.value)
     assert list(find_checkpoints(make("backbone.attention=sdpa", last), Path("unused"))) == ["gain"]  # rounding alone
+
+
+def test_a_module_that_does_not_train_is_no_other_one(make: Make) -> None:
+    """Two ways of leaving it out are one training, in the store and for its checkpoints."""
+    without = make("enhancement=none")
+    training.write_config(without)
+    checkpoint = Path(without.run_dir) / "checkpoints" / "adapter.ckpt"
+    checkpoint.parent.mkdir()
+    checkpoint.touch()
+    again = make("enhancement=gain", "enhancement.placement=none", "ckpt_path=last")
+    assert find_checkpoints(again, Path(without.run_dir)) == {"adapter": checkpoint}
+    with pytest.raises(ConfigError, match="another `enhancement`"):
+        find_checkpoints(make("enhancement=gain", "ckpt_path=last"), Path(without.run_dir))
 
 
 def test_a_checkpoint_is_of_weights_and_not_of_the_place_where_they_lie(

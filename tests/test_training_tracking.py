@@ -83,6 +83,19 @@ def read_offline(run_dir: Path) -> tuple[Any, list[dict[str, Any]], dict[str, An
     return run, rows, metrics
 
 
+def kept_summary(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Filled with the run's summary as W&B has it when the run ends: what its plots over runs read."""
+    found: dict[str, Any] = {}
+    finish = wandb.Run.finish
+
+    def look(run: Any, *args: Any, **options: Any) -> None:
+        found.update({key: run.summary.get(key) for key in ("test/fd_effnet", "test/table")})
+        finish(run, *args, **options)
+
+    monkeypatch.setattr(wandb.Run, "finish", look)
+    return found
+
+
 @pytest.fixture
 def make(tiny_backbone: Path, tmp_path: Path) -> Make:
     def build(*overrides: str) -> Config:
@@ -99,6 +112,7 @@ def test_offline_run_holds_everything(make: Make, monkeypatch: pytest.MonkeyPatc
         "enhancement.strength=0.5", "trainer.log_every_n_steps=1", "tracking.num_grid_prompts=3",
         "tracking.distance_every_n_steps=2",
     )  # fmt: skip
+    summary = kept_summary(monkeypatch)
     result = training.run(cfg)
     assert result.table is not None
     assert wandb.run is None  # closed: the next run of this process gets one of its own
@@ -134,6 +148,8 @@ def test_offline_run_holds_everything(make: Make, monkeypatch: pytest.MonkeyPatc
     rows = {(row[0], row[2]): row[3] for row in json.loads(table.read_text())["data"]}
     assert rows["strength 0", "fd_effnet"] == pytest.approx(result.table.methods["strength 0"]["fd_effnet"].value)
     assert metrics["val/loss"].summary.min and metrics["images/s"].summary.max
+    assert [summary["test/fd_effnet"]] == columns["test/fd_effnet"]
+    assert summary["test/table"]["_type"] == "table-file"
 
 
 def test_a_page_of_finished_pictures_goes_to_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

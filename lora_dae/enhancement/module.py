@@ -186,6 +186,7 @@ class EnhancementModule(nn.Module):
             finest = split_bands(x + delta, 1)[0]
             log_gains = finest_log_gains(finest, shown, match, self.finest_log_gain)
             louder = torch.expm1(log_gains)[:, None] * finest[0]
+            louder = louder - louder.mean((2, 3), keepdim=True)  # its zero mean, which a gain in space has moved
             delta = delta + (louder if trust is None else louder * trust.to(louder).view(-1, 1, 1, 1))
         return (images.float() + 0.5 * strength * delta).clamp(0, 1).to(images.dtype)
 

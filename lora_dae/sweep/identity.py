@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from lora_dae.config import LOSSES, Config, from_dict, to_dict
 
 TRAINING_VERSION = 5  # raise it when the same config begins to train to other weights
-ENHANCEMENT_VERSION = 4  # raise it when the same config begins to give another enhancement on the same adapter
+ENHANCEMENT_VERSION = 5  # raise it when the same config begins to give another enhancement on the same adapter
 
 NOT_TRAINING = ("name", "run_dir", "ckpt_path", "store", "sampling", "evaluation", "tracking")
 NOT_TRAINING_IN = {
@@ -92,18 +93,18 @@ def inputs_of(cfg: DictConfig) -> dict[str, str]:
 
 def inputs(cfg: Config) -> dict[str, str]:
     """The hash of a run's training, and of the photos that it is measured on."""
-    train, test, backbone = _fingerprints(json.dumps({key: to_dict(cfg)[key] for key in ("data", "backbone")}))
-    return {"hash": training_hash(cfg, train, backbone), "measured_on": test}
+    photos, backbone = _fingerprints(json.dumps({key: to_dict(cfg)[key] for key in ("data", "backbone")}))
+    return {"hash": training_hash(cfg, photos, backbone), "measured_on": photos[cfg.evaluation.split]}
 
 
 @functools.cache  # the jobs of a sweep share most of it
-def _fingerprints(sections: str) -> tuple[str, str, str]:
+def _fingerprints(sections: str) -> tuple[dict[str, str], str]:
     from lora_dae.backbone.layout import inspect_backbone
     from lora_dae.data.sources import load_splits
 
     cfg = from_dict({"run_dir": "", **json.loads(sections)})
     splits, backbone = load_splits(cfg.data), inspect_backbone(cfg.backbone, cfg.data.resolution)
-    return splits["train"].fingerprint, splits["test"].fingerprint, backbone.fingerprint()
+    return {name: split.fingerprint for name, split in splits.items()}, backbone.fingerprint()
 
 
 def _typed(cfg: DictConfig) -> Config:
@@ -113,8 +114,12 @@ def _typed(cfg: DictConfig) -> Config:
     return from_dict(OmegaConf.to_container(OmegaConf.create(plain), resolve=True))  # type: ignore[arg-type]
 
 
-def training_hash(cfg: Config, data_fingerprint: str, backbone_fingerprint: str) -> str:
-    """The hash under which a finished training is kept: config, photos and frozen weights, wherever they lie."""
+def training_hash(cfg: Config, photos: Mapping[str, str], backbone_fingerprint: str) -> str:
+    """The hash under which a finished training is kept: config, photos and frozen weights, wherever they lie.
+
+    ``photos``: fingerprints of the splits by name. Validation photos end trainings early, and judge the enhancement;
+    the studio's are told by the config.
+    """
     config = training_part(cfg)
     config["data"].pop("root")
     config["backbone"].pop("path")
@@ -127,7 +132,7 @@ def training_hash(cfg: Config, data_fingerprint: str, backbone_fingerprint: str)
         {
             "version": TRAINING_VERSION,
             "config": config,
-            "data": data_fingerprint,
+            "data": photos["train"] if cfg.data.name == "studio" else [photos["train"], photos["val"]],
             "backbone": backbone_fingerprint,
         }
     )

@@ -61,7 +61,7 @@ def run_in_store(cfg: Config) -> Result:
     take_over(folder, run_dir)
     (run_dir / "adapter" / "README.md").unlink(missing_ok=True)  # a link into the store: this run's strength is its own
     write_config(cfg)
-    told = {**read_json(folder / "trained.json"), "measured_on": splits["test"].fingerprint}
+    told = {**read_json(folder / "trained.json"), "measured_on": splits[cfg.evaluation.split].fingerprint}
     write_json(run_dir / "trained.json", told)  # what a later start of the sweep compares: identity.inputs
     evaluated = replace(cfg, tracking=replace(cfg.tracking, job_type="evaluate"))
     loggers = tracking.build_trackers(evaluated, run_dir, to_dict(cfg), console)
@@ -121,7 +121,8 @@ def training_folder(cfg: Config) -> Path:
     """Where the store keeps the training of ``cfg``."""
     assert cfg.store is not None
     backbone = inspect_backbone(cfg.backbone, cfg.data.resolution)
-    return Path(cfg.store) / training_hash(cfg, load_splits(cfg.data)["train"].fingerprint, backbone.fingerprint())
+    photos = {name: split.fingerprint for name, split in load_splits(cfg.data).items()}
+    return Path(cfg.store) / training_hash(cfg, photos, backbone.fingerprint())
 
 
 def _begin_with(checkpoint: Path, own: Path) -> None:

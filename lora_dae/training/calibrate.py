@@ -1,9 +1,10 @@
-"""How loud the finished module is: judged on validation pairs, drawn with the default sampling.
+"""How loud the finished module is: judged on validation pairs, half of them drawn by each of two solvers.
 
 The gain learns from a few chains of random settings, each step judged on its own. Where a backbone can hardly draw
 its data, or guidance has filled every deficit already, small errors of many steps add up to too much texture. So the
 finished module draws validation pairs with all, half and none of its gain, and the share whose band energies come
-nearest to the real photos' is what the run saves: none, where none is needed.
+nearest to the real photos' is what the run saves: none, where none is needed. One half of the pairs is drawn with
+DPM++ 2M and one with DDIM, which loses energy of its own: what is kept is right for solvers of both kinds.
 
 The finest band of pictures is weaker than photos' because the autoencoder cannot keep all of it and no gate can say
 where what is missing would go. Where the source photo has more of it than the picture, the picture's own is made
@@ -46,21 +47,29 @@ class Calibration:
         return f"{self.share:.0%} of the gain is kept (gap of band energies on validation pairs: {tried})"
 
 
-def calibrate_gain(drawer: Drawer, held_out: HeldOut, captions: Sequence[str]) -> Calibration:
-    """Keep the best share of ``drawer.enhancement``'s gain, in place; it draws as the drawer is set.
+def calibrate_gain(drawers: tuple[Drawer, Drawer], held_out: HeldOut, captions: Sequence[str]) -> Calibration:
+    """Keep the best share of the drawers' one enhancement's gain, in place; the first draws even pairs, the other odd.
 
-    A share above 0 is kept only if it is nearer to the real photos than 0 is on both halves of the pairs.
+    A share above 0 is kept only if it is farther from the real photos than 0 is on neither half of the pairs, and
+    nearer on one: what the gain does for one solver alone changes nothing with the other.
     """
-    module = drawer.enhancement
+    module, backbone = drawers[0].enhancement, drawers[0].backbone
     assert module is not None and module.gain is not None
-    real = drawer.backbone.encode_images(np.stack([pair.image for pair in held_out.pairs]))[0]
-    gaps, size, needed = {}, drawer.cfg.batch_size, drawer.placement == "direction"
-    with merged_once(drawer.backbone.unet):
+    real = backbone.encode_images(np.stack([pair.image for pair in held_out.pairs]))[0]
+    gaps, needed = {}, drawers[0].placement == "direction"
+    with merged_once(backbone.unet):
         for share in SHARES:
-            trial = replace(drawer, enhancement=with_share(module, share, needed))
-            drawn = torch.cat([_drawn(trial, held_out, captions, k, size) for k in range(0, len(real), size)])
-            gaps[share] = (_gap(drawn[0::2], real[0::2], module.levels), _gap(drawn[1::2], real[1::2], module.levels))
-    better = [s for s in SHARES if s > 0 and all(g < g0 for g, g0 in zip(gaps[s], gaps[0.0], strict=True))]
+            trial = with_share(module, share, needed)
+            drawn = [
+                _drawn(replace(drawer, enhancement=trial), held_out, captions, range(half, len(real), 2))
+                for half, drawer in enumerate(drawers)
+            ]
+            even, odd = (_gap(latents, real[half::2], module.levels) for half, latents in enumerate(drawn))
+            gaps[share] = (even, odd)
+    none = gaps[0.0]
+    better = [
+        s for s in SHARES if all(g <= g0 for g, g0 in zip(gaps[s], none, strict=True)) and sum(gaps[s]) < sum(none)
+    ]
     share = min(better, key=lambda s: sum(gaps[s]), default=0.0)
     keep_share(module, share, needed)
     return Calibration(share, gaps)
@@ -80,23 +89,28 @@ class Finest:
         )
 
 
-def calibrate_finest(drawer: Drawer, held_out: HeldOut, captions: Sequence[str], placed: bool = True) -> Finest:
-    """Set ``drawer.enhancement.finest_log_gain``, in place; it draws as the drawer is set.
+def calibrate_finest(
+    drawers: tuple[Drawer, Drawer], held_out: HeldOut, captions: Sequence[str], placed: bool = True
+) -> Finest:
+    """Set ``finest_log_gain`` of the drawers' one enhancement, in place; the first draws even pairs, the other odd.
 
     On the garments where pairs have masks and sources and drawn garments lie where the photos' do (``placed``), else
     on whole pictures. What one half of the pairs asks for has to bring the other half nearer to its photos as well,
     else it is 0.
     """
-    module = drawer.enhancement
+    module, sources = drawers[0].enhancement, held_out.sources
     assert module is not None
     module.finest_log_gain = 0.0
-    drawn = drawer.images(captions, held_out.sources, 1.0)
-    masks = held_out.masks if placed and held_out.sources is not None else None
     photos = np.stack([pair.image for pair in held_out.pairs])
+    drawn = np.empty_like(photos)
+    for half, drawer in enumerate(drawers):
+        shown = None if sources is None else sources[half::2]
+        drawn[half::2] = drawer.images(captions[half::2], shown, 1.0, range(half, len(photos), 2))
+    masks = held_out.masks if placed and sources is not None else None
     real, made = finest_energy(photos, masks), finest_energy(drawn, masks)
     room = torch.full(made.shape, math.inf)  # of whole pictures no source tells all
-    if masks is not None and held_out.sources is not None:
-        room = module.lacking(_pixels(drawn), _pixels(held_out.sources))
+    if masks is not None and sources is not None:
+        room = module.lacking(_pixels(drawn), _pixels(sources))
 
     def missing(some: slice) -> float:
         return louder_by(made[some], room[some], float(real[some].sum()))
@@ -159,11 +173,14 @@ def keep_share(module: EnhancementModule, share: float, needed: bool = False) ->
         module.gain.output.bias.zero_()
 
 
-def _drawn(drawer: Drawer, held_out: HeldOut, captions: Sequence[str], first: int, size: int) -> Tensor:
-    """Latents of one batch, at strength 1."""
-    some, sources = list(captions[first : first + size]), held_out.sources
-    shown = None if sources is None else sources[first : first + size]
-    return drawer.latents(some, shown, 1.0, list(range(first, first + len(some))))
+def _drawn(drawer: Drawer, held_out: HeldOut, captions: Sequence[str], numbers: range) -> Tensor:
+    """Latents of the pairs of these numbers, at strength 1."""
+    sources, size, parts = held_out.sources, drawer.cfg.batch_size, []
+    for k in range(0, len(numbers), size):
+        some = list(numbers[k : k + size])
+        shown = None if sources is None else sources[some]
+        parts.append(drawer.latents([captions[i] for i in some], shown, 1.0, some))
+    return torch.cat(parts)
 
 
 def _gap(drawn: Tensor, real: Tensor, levels: int) -> float:

@@ -28,11 +28,16 @@ console = Console()
 ALONE = 3.0  # guidance from captions alone, the best at strength 0: experiments/tuning
 
 
-def calibrate(trained: Training) -> None:
+def export_enhancement(trained: Training) -> None:
+    """Write the enhancement into adapter/, once it is judged."""
+    if trained.enhancement is not None:
+        calibrate(trained, trained.enhancement)
+        save_enhancement(trained.enhancement, trained.run_dir / "adapter" / ENHANCEMENT_FILE)
+
+
+def calibrate(trained: Training, module: EnhancementModule) -> None:
     """Learn when to trust a source; give gain and finest band what validation pairs ask for; say all three."""
-    module, cfg, val = trained.enhancement, trained.cfg, trained.splits["val"]
-    if module is None:
-        return
+    cfg, val = trained.cfg, trained.splits["val"]
     trained.module.to(trained.device)  # Lightning leaves it on the CPU
     if module.texture is not None and cfg.enhancement.agreement:
         agreed = _agree(trained, module)
@@ -44,22 +49,25 @@ def calibrate(trained: Training) -> None:
         console.print("gain and finest band stay as they are: 4 validation pairs are needed to judge", highlight=False)
         return
     held_out = HeldOut.take(val, PAIRS, cfg.conditioning)
-    drawer = replace(trained.drawer(), enhancement=module, placement=cfg.enhancement.placement, cfg=judging(cfg))
+    drawer = replace(trained.drawer(), enhancement=module, placement=cfg.enhancement.placement)
+    drawers = (replace(drawer, cfg=judging(cfg, "dpm++")), replace(drawer, cfg=judging(cfg, "ddim")))
     prompts = trained.prompts(held_out)
     if module.gain is not None:
-        console.print(str(calibrate_gain(drawer, held_out, prompts)), highlight=False, soft_wrap=True)
+        console.print(str(calibrate_gain(drawers, held_out, prompts)), highlight=False, soft_wrap=True)
     if module.decoder is not None:  # where other photos' garments come to lie, no source says
-        found = calibrate_finest(drawer, held_out, prompts, placed=cfg.data.name == "studio")
+        found = calibrate_finest(drawers, held_out, prompts, placed=cfg.data.name == "studio")
         console.print(str(found), highlight=False, soft_wrap=True)
 
 
-def judging(cfg: Config) -> SamplingConfig:
-    """How validation pairs are drawn to judge gain and finest band.
+def judging(cfg: Config, scheduler: str) -> SamplingConfig:
+    """How validation pairs are drawn to judge gain and finest band, by DDIM alone where the direction term is edited.
 
     Not with the run's own sampling: trainings are kept by what they depend on, and that is not among it.
     """
-    scheduler = "ddim" if cfg.enhancement.placement == "direction" else SamplingConfig.scheduler
-    sampling = SamplingConfig(scheduler, batch_size=cfg.sampling.batch_size)
+    if cfg.enhancement.placement == "direction":
+        scheduler = "ddim"
+    own = cfg.sampling
+    sampling = SamplingConfig(scheduler, batch_size=own.batch_size, tiled_decode=own.tiled_decode)
     if cfg.enhancement.judged_steps:
         sampling.num_inference_steps = cfg.enhancement.judged_steps
     if cfg.enhancement.judged_guidance:
@@ -88,7 +96,7 @@ def _encoded(trained: Training, name: str, most: int) -> Iterator[tuple[dict[str
 
 
 def export(trained: Training) -> None:
-    """Write adapter/: the averaged weights in the formats that other programs read."""
+    """Write adapter/: the averaged weights in the formats that other programs read, all but the enhancement."""
     cfg, backbone, unet = trained.cfg, trained.backbone, trained.backbone.unet
     folder = trained.run_dir / "adapter"
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,6 +112,4 @@ def export(trained: Training) -> None:
             save_other(unet, folder, cfg.adapter, origin)
         if cfg.conditioning == "source":
             save_source_input(unet, folder)
-    if trained.enhancement is not None:
-        save_enhancement(trained.enhancement, folder / ENHANCEMENT_FILE)
     export_beside(trained.run_dir, cfg, backbone.folder.family, backbone.folder.unet_config, backbone.prediction_type)

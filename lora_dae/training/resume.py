@@ -52,7 +52,8 @@ def find_checkpoints(cfg: Config, run_dir: Path) -> dict[str, Path]:
             del plain["backbone"]["attention"]  # how it computes may change
             del plain["backbone"]["path"], plain["adapter"]["init_from"]  # what they hold counts: see check_origin
             own = plain["enhancement"]
-            plain["enhancement"] = {name: own[name] for name in OF_MODULE}
+            trains = own["enabled"] and own["placement"] != "none"  # as identity.training_part has it
+            plain["enhancement"] = {name: own[name] for name in OF_MODULE} if trains else None
         for key in ("adapter", "backbone", "conditioning", "enhancement"):
             if before[key] != now[key]:
                 raise _another(next(iter(found.values())), key)

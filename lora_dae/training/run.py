@@ -31,7 +31,7 @@ from lora_dae.export.command import write_card
 from lora_dae.rules import check
 from lora_dae.sampling.load import load_run
 from lora_dae.training import tracking
-from lora_dae.training.finish import calibrate, export
+from lora_dae.training.finish import export, export_enhancement
 from lora_dae.training.plan import make_plan, print_plan
 from lora_dae.training.resume import check_origin, find_checkpoints, origin
 from lora_dae.training.stages import Training, planned_stages
@@ -95,8 +95,8 @@ def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Tr
         write_config(cfg)
     trained.fit(checkpoints)
     if trained.rank == 0:
-        calibrate(trained)
-        export(trained)
+        export(trained)  # first: no mishap in judging costs the adapter
+        export_enhancement(trained)
     del trained.module
     trained.leave_device()
     return trained

@@ -38,7 +38,7 @@ from lora_dae.training.module import LoraDae, NonFiniteLossError
 from lora_dae.training.prior import PRIOR_FILE, Prior
 from lora_dae.training.resume import KeepOrigin, origin
 from lora_dae.training.shortcuts import see_keys
-from lora_dae.training.trainer import build_trainer, validation_interval
+from lora_dae.training.trainer import build_trainer, check_processes, validation_interval
 
 console = Console()
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -302,21 +302,6 @@ class Training:
             {f"step {step}": images}, held_out, self.run_dir / "samples" / f"step_{step:06d}.png", len(images)
         )
         tracking.log_image(self.loggers, "val/samples", grid, step - 1)  # as Lightning numbers steps
-
-
-def check_processes(trainer: lightning.Trainer) -> None:
-    """Raises ConfigError unless as many processes were started as the trainer asks for.
-
-    Inside Slurm and under torchrun Lightning starts none itself, and trains with those that are there.
-    """
-    started = trainer._accelerator_connector.cluster_environment.world_size()
-    devices, nodes = trainer.num_devices, trainer.num_nodes
-    if devices * nodes != started:
-        raise ConfigError(
-            f"trainer.devices={devices} with trainer.num_nodes={nodes} needs {devices * nodes} processes, but "
-            f"{started} were started: start {devices} on each node (srun --ntasks-per-node={devices}, or torchrun "
-            f"--nproc-per-node={devices}), or set trainer.devices to what there is."
-        )
 
 
 def planned_stages(cfg: Config, module: EnhancementModule | None) -> list[tuple[str, int, int]]:

@@ -17,7 +17,8 @@ from rich.console import Console
 from lora_dae.config import Config, ConfigError, TrackingConfig
 
 STEP = "trainer/global_step"  # Lightning's name for the axis
-SUMMARIES = {"train/loss": "min", "val/loss": "min", "images/s": "max", "test/*": "last"}
+# With any summary named, W&B keeps {"last": value}, which no plot of summaries and no sweep's metric finds.
+SUMMARIES = {"train/loss": "min", "val/loss": "min", "images/s": "max", "test/*": None}
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 OLD_MODES = {"dryrun": "offline", "run": "online"}  # W&B's; Lightning sets the first for an offline run
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch.strategies import DDPStrategy
 
 from lora_dae.config import Config, ConfigError
@@ -81,3 +84,29 @@ def quiet() -> None:
         ".*weights_only.*",
     ):
         warnings.filterwarnings("ignore", text)
+
+
+def check_processes(trainer: lightning.Trainer) -> None:
+    """Raises ConfigError unless as many processes were started as the trainer asks for, or can be.
+
+    Inside Slurm and under torchrun Lightning starts none itself, and trains with those that are there. Elsewhere it
+    gives this process's command again, which is no training's where Hydra runs a sweep in this process, or in a worker.
+    """
+    environment = trainer._accelerator_connector.cluster_environment
+    started, devices, nodes = environment.world_size(), trainer.num_devices, trainer.num_nodes
+    if devices * nodes > 1 and not environment.creates_processes_externally and _is_no_command_of_a_training():
+        raise ConfigError(
+            f"trainer.devices={devices}: from here no other process can be started. Sweep with hydra/launcher=process, "
+            f"its default, or on Slurm with hydra.launcher.tasks_per_node={devices}; compare studies on one device."
+        )
+    if devices * nodes != started:
+        raise ConfigError(
+            f"trainer.devices={devices} with trainer.num_nodes={nodes} needs {devices * nodes} processes, but "
+            f"{started} were started: start {devices} on each node (srun --ntasks-per-node={devices}, or torchrun "
+            f"--nproc-per-node={devices}), or set trainer.devices to what there is."
+        )
+
+
+def _is_no_command_of_a_training() -> bool:
+    sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return sweeping or sys.argv[0] == "-c"
