@@ -197,6 +197,10 @@ def test_a_job_that_asks_for_too_many_gpus_lets_none_start(start: Run, tmp_path:
     _, errors = named.communicate(timeout=120)
     assert named.returncode == 2 and not ran(tmp_path)
     assert "error: trainer.devices=[5, 7] in a sweep: give how many, and which ones there are by" in errors
+    batches = start("a=1,2", "hydra.sweeper.max_batch_size=1")
+    _, errors = batches.communicate(timeout=120)
+    assert batches.returncode == 2 and not ran(tmp_path)
+    assert "hydra.launcher.jobs says how many run at once" in errors
     on_cpu = start("a=1,2", *options, "+trainer.accelerator=cpu")
     on_cpu.communicate(timeout=120)
     assert on_cpu.returncode == 0 and len(ran(tmp_path)) == 2
@@ -286,6 +290,17 @@ def test_devices_are_given_out_once() -> None:
     with pytest.raises(ConfigError, match="jobs=0"):
         Devices(0, [])
     assert Devices(1, ["0", "1"]).take(2) == []  # a single job sees them all
+    named = Devices(1, ["5", "7"], chosen=True)
+    assert named.environment(named.take(1) or []) == {"CUDA_VISIBLE_DEVICES": "5,7"}
+    assert named.take(1) is None
+
+
+def test_jobs_share_the_cores_that_there_are_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under Slurm not all of the machine's; a job's processes share its own."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    threads = [Devices(jobs, []).environment([], processes) for jobs, processes in ((1, 1), (2, 1), (2, 2), (8, 4))]
+    assert threads == [{}, *({"OMP_NUM_THREADS": str(n)} for n in (4, 2, 1))]
 
 
 def test_sweep_name_is_that_of_the_command() -> None:

@@ -80,6 +80,14 @@ def test_search_goes_on_without_asking_twice() -> None:
     assert len(set(more)) == 6  # a sampler that began anew would ask for the first three again
 
 
+def test_another_space_under_the_same_name_is_one_sentence() -> None:
+    first = replace(REQUEST, trials=1, space={"x": {"choice": [1.0, 2.0]}})
+    run(first)
+    with pytest.raises(ConfigError, match="in another space: give another name"):
+        run(replace(first, trials=2, space={"x": {"choice": [1.0, 3.0]}}))
+    assert len([t for t in run(replace(first, trials=2)).trials if t.state == optuna.trial.TrialState.COMPLETE]) == 2
+
+
 def test_two_objectives_have_a_front_between_them() -> None:
     study = run(replace(REQUEST, objectives={"fd": "minimize", "lsd": "minimize"}, trials=5, pruning=False))
     front = [t.params["x"] for t in study.best_trials]
@@ -214,8 +222,11 @@ def test_shipped_search_composes_and_every_trial_is_a_config_that_trains() -> No
                 k: e["choice"][end] if "choice" in e else [e["low"], e["high"]][end] for k, e in request.space.items()
             }
             overrides = suggest(optuna.trial.FixedTrial(values), request.space)
-            command = train_command(overrides, Path("here"))
-            assert command[3] == "store=multirun/store" and command[-1] == 'hydra.run.dir="here"'
+            command = train_command(overrides, Path("search_x/0"))
+            assert {"store=multirun/store", 'tracking.group="search_x"'} < set(command)
+            assert command[-1] == 'hydra.run.dir="search_x/0"'
+            own = train_command(["tracking.group=mine", "store=there"], Path("search_x/0"))
+            assert own[3:] == ["tracking.group=mine", "store=there", 'hydra.run.dir="search_x/0"']
             check(typed(compose("train", [*overrides, "run_dir=here"])))
 
 
@@ -247,6 +258,7 @@ def test_search_trains_trials_of_two_processes(tmp_path: Path, tiny_backbone: Pa
     assert "best     trial 0: adapter.rank=2" in done.stdout
     assert "2 processes, " in (run_dir / "job.log").read_text()
     assert "\nseed: 5\n" in (run_dir / "config.yaml").read_text()
+    assert "\n  group: search_tiny\n" in (run_dir / "config.yaml").read_text()
     trained = list((tmp_path / "multirun" / "store").glob("*/trained.json"))
     assert len(trained) == 1 and len(list(trained[0].parent.glob("csv/metrics*.csv"))) == 1
     assert list((tmp_path / "multirun" / "search_tiny").glob("report.html"))

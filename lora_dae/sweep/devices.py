@@ -20,13 +20,21 @@ def visible_gpus() -> list[str]:
     return [str(i) for i, line in enumerate(x for x in listed.stdout.splitlines() if x.startswith("GPU "))]
 
 
-class Devices:
-    """Hands out devices to jobs. Without any, ``jobs`` alone limits how many run, and cores are shared out."""
+def cores() -> int:
+    """Those that this process may use: under Slurm not all that there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    def __init__(self, jobs: int, names: list[str]) -> None:
+
+class Devices:
+    """Hands out devices to jobs. Without any, ``jobs`` alone limits how many run, and cores are shared out.
+
+    ``chosen``: somebody named them, so that a job alone is told of them, too.
+    """
+
+    def __init__(self, jobs: int, names: list[str], chosen: bool = False) -> None:
         if jobs < 1:
             raise ConfigError(f"hydra.launcher.jobs={jobs} is below 1: give at least 1.")
-        self.jobs, self.names = jobs, names
+        self.jobs, self.names, self.chosen = jobs, names, chosen
         self.free = list(names)
         self.running = 0
 
@@ -44,6 +52,8 @@ class Devices:
             if count > len(self.free):
                 return None
             taken, self.free = self.free[:count], self.free[count:]
+        elif self.chosen:
+            taken, self.free = self.free, []
         self.running += 1
         return taken
 
@@ -51,10 +61,10 @@ class Devices:
         self.running -= 1
         self.free += devices
 
-    def environment(self, devices: list[str]) -> dict[str, str]:
-        """What a job's process is told of its share."""
+    def environment(self, devices: list[str], processes: int = 1) -> dict[str, str]:
+        """What a job of ``processes`` is told of its share."""
         if devices:
             return {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
         if self.jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
-            return {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // self.jobs, 1))}
+            return {"OMP_NUM_THREADS": str(max(cores() // (self.jobs * processes), 1))}
         return {}

@@ -57,6 +57,10 @@ def launch(
     setup_globals()
     console = Console()
     try:
+        if OmegaConf.select(config, "hydra.sweeper.max_batch_size") is not None:
+            raise ConfigError(  # a failure would end the sweep with its batch
+                "hydra.sweeper.max_batch_size is not for this launcher: hydra.launcher.jobs says how many run at once."
+            )
         given = {str(override).split("=")[0] for overrides in job_overrides for override in overrides}
         extra = [str(override) for override in options["overrides"] if str(override).split("=")[0] not in given]
         key, inputs = (_named(options[name]) if options[name] else None for name in ("same_work", "inputs"))
@@ -67,7 +71,7 @@ def launch(
         sweep_dir = Path(str(config.hydra.sweep.dir))
         console.print(f"sweep folder {sweep_dir}: {len(jobs)} jobs", soft_wrap=True, highlight=False)
         names = visible_gpus() if options["devices"] is None else [str(name) for name in options["devices"]]
-        devices = Devices(int(options["jobs"]), names)
+        devices = Devices(int(options["jobs"]), names, chosen=options["devices"] is not None)
         for job in jobs:
             devices.check(job.gpus)  # before any starts
         run_jobs(jobs, lambda job: command(job, config, bool(options["torchrun"])), devices, console)
@@ -185,7 +189,7 @@ def _start(job: Job, make_command: Callable[[Job], list[str]], devices: Devices)
         return
     job.lock, job.devices, job.state, job.started = lock, taken, RUNNING, time.time()
     job.save()
-    environment = {**environment_of_a_job(), **devices.environment(taken)}
+    environment = {**environment_of_a_job(), **devices.environment(taken, job.processes)}
     with job.log.open("ab") as log:
         job.log_start = log.tell()
         job.process = subprocess.Popen(

@@ -99,11 +99,13 @@ def written(value: Any) -> str:
 def train_command(overrides: list[str], run_dir: Path, options: Sequence[str] = ()) -> list[str]:
     """One trial as a single run that trains nothing twice; a module, which Lightning can start again for rank 1.
 
-    ``options`` of Hydra's own, as ``--config-dir=mine``.
+    ``options`` of Hydra's own, as ``--config-dir=mine``. Its W&B group is the search's.
     """
     arguments = [*overrides, f"hydra.run.dir={quoted(run_dir)}"]
-    if not any(override.startswith("store=") for override in overrides):
-        arguments.insert(0, "store=multirun/store")
+    given = {override.split("=")[0] for override in overrides}
+    for key, value in (("store", "multirun/store"), ("tracking.group", quoted(run_dir.parent.name))):
+        if key not in given:
+            arguments.insert(0, f"{key}={value}")
     return [sys.executable, "-m", "lora_dae.training", *options, *arguments]
 
 
@@ -173,7 +175,12 @@ def _one_trial(
     import optuna
 
     trial, watched = study.ask(), validation.ask()
-    overrides = suggest(trial, request.space)
+    try:
+        overrides = suggest(trial, request.space)
+    except ValueError as refused:  # Optuna keeps to the choices that it began with
+        for asked in ((study, trial), (validation, watched)):
+            asked[0].tell(asked[1], state=optuna.trial.TrialState.FAIL)
+        raise ConfigError(f"{folder} holds a search in another space: give another name ({refused}).") from refused
     run_dir = folder / str(trial.number)
     run_dir.mkdir(parents=True, exist_ok=True)
     states = optuna.trial.TrialState

@@ -21,7 +21,8 @@ HEAT_MAP_FIELDS = ("Predicted", "Actual", "nPredictions")
 def log_sweep(folder: Path, table: SweepTable, metrics: Sequence[str], tracking: TrackingConfig) -> None:
     """Log what report.html shows; nothing where the runs themselves are not logged to W&B.
 
-    ``folder`` holds the pictures (``plots/*.png``); its name is the group. Making the report again replaces the run.
+    ``folder`` holds the pictures (``plots/*.png``); its name is the group, unless the runs name another.
+    Making the report again replaces the run.
     """
     mode = wandb_mode(tracking.wandb)
     if tracking.logger != "wandb" or mode == "disabled":
@@ -35,7 +36,7 @@ def log_sweep(folder: Path, table: SweepTable, metrics: Sequence[str], tracking:
         dir=folder,
         mode="offline" if mode == "offline" else "online",
         project=tracking.project,
-        group=folder.name,
+        group=tracking.group or folder.name,
         job_type="sweep",
         name=f"sweep {folder.name}",
         tags=tracking.tags,
