@@ -195,13 +195,13 @@ def test_rows_of_a_comparison_are_timed_with_all_their_parts(
 ) -> None:
     """Each against the row that it is tested against; what is untrained draws as the network without it."""
     monkeypatch.chdir(tmp_path)
-    common = ", ".join([*SHORT, "experiment=rank4", f"backbone.path={tiny_backbone}"])
+    common = json.dumps([*SHORT, "experiment=rank4", f"backbone.path={tiny_backbone}"])
     study = write_study(tmp_path / "study", f"""
 title: A study
 seeds: [0]
 baseline: plain
 metrics: [fd_effnet]
-common: [{common}]
+common: {common}
 cells:
   plain: [enhancement.strength=0]
   ours: [sampling.guidance_scale=1.5, sampling.source_guidance_scale=2]
