@@ -10,6 +10,7 @@ from comparisons import ROOT, STUDIES, check_files
 from lora_dae.sweep.budget import budget
 from lora_dae.sweep.cells import Wanted, read_comparison, wanted_cells
 from lora_dae.sweep.compare import read_studies
+from lora_dae.sweep.files import read_json
 from lora_dae.sweep.results import read_results
 from lora_dae.training.finish import judging
 
@@ -108,3 +109,8 @@ def test_the_evidence_compares_rows_of_the_same_pairs_and_solver() -> None:
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.name)
 def test_tables_and_files_of_every_study_agree(study: Path) -> None:
     check_files(study)
+
+
+def test_no_cell_says_where_a_machine_keeps_its_files() -> None:
+    told = {path.name: read_json(path)["by"] for path in (ROOT / "experiments" / "cells").glob("*.json")}
+    assert told and not [name for name, by in told.items() if "lpips=" in by or "=/" in by]
