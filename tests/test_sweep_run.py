@@ -130,6 +130,7 @@ def test_submitit_leaves_the_same_folders_also_of_a_failure(tmp_path: Path, tiny
 
 def test_another_number_of_processes_than_was_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a script of sbatch without srun Lightning takes the one process that is there; under torchrun all of them."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])  # pytest's own workers are commands of no training
     options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
