@@ -63,11 +63,17 @@ def main() -> None:
     parser.add_argument("--project", default=TrackingConfig().project)
     parser.add_argument("--name", default="LoRA-DAE")
     given = parser.parse_args()
+    import wandb
+
     try:
         if wandb_mode("auto") != "online":
             raise ConfigError("the dashboard lives on the W&B server: log in first (wandb login, or WANDB_API_KEY).")
         made = workspace(given.entity, given.project, given.name)
-        made.save()
+        try:
+            made.save()
+        except (wandb.errors.Error, OSError) as error:  # the network's are OSErrors
+            said = str(error).splitlines()[:1] or [type(error).__name__]
+            raise ConfigError(f"W&B does not take a workspace of --entity {given.entity}: {said[0]}.") from error
         print(made.url)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

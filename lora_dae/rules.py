@@ -24,8 +24,11 @@ from lora_dae.config import (
 MOST_STEPS = 999  # of the 1000 timesteps that Stable Diffusion is trained on; solvers begin one further
 
 
-def check(cfg: Config) -> None:
-    """Every rule over the config alone; raises ConfigError before any weight is loaded."""
+def check(cfg: Config, trains: bool = True) -> None:
+    """Every rule over the config alone; raises ConfigError before any weight is loaded.
+
+    ``trains``: False for what draws with a finished run, which younger rules over training do not shut out.
+    """
     _one_of("conditioning", cfg.conditioning, CONDITIONINGS)
     _one_of("enhancement.placement", cfg.enhancement.placement, PLACEMENTS)
     _one_of("enhancement.gate_inputs", cfg.enhancement.gate_inputs, GATE_INPUTS)
@@ -162,7 +165,8 @@ def check(cfg: Config) -> None:
         )
     if cfg.enhancement.placement == "direction" and cfg.enhancement.enabled and not cfg.enhancement.gain:
         raise ConfigError("enhancement.placement=direction edits by the gain, which enhancement.gain=false leaves out.")
-    if cfg.enhancement.placement == "direction" and cfg.enhancement.texture and cfg.conditioning == "source":
+    e = cfg.enhancement
+    if trains and e.enabled and e.placement == "direction" and e.texture and cfg.conditioning == "source":
         raise ConfigError(
             "enhancement.placement=direction leaves no place for the source photo's texture: use enhancement=direction "
             "or enhancement.texture=false."

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from benchmarks import compare, ddp, evaluation, kinds, models, rows, steps, timing
 from lora_dae.adapter.inject import inject, trainable_parameters
 from lora_dae.backbone.load import load_backbone
-from lora_dae.config import AdapterConfig, BackboneConfig, OptimizerConfig
+from lora_dae.config import AdapterConfig, BackboneConfig, ConfigError, OptimizerConfig
 
 
 def parts(tiny_backbone: Path) -> models.Parts:
@@ -216,10 +217,14 @@ cells:
     assert set(rows.measure(rows.read_comparison(study), "froz", 2, 1)) == {"frozen"}
 
     plain, ours, *_ = (one for one in cells_of(study))
-    drawer = rows.untrained(ours.cfg)
+    drawer = rows.untrained(ours.cfg, bf16=False)
     module = drawer.enhancement
     assert module is not None and None not in (module.gain, module.texture, module.decoder, module.agreement)
-    assert rows.untrained(plain.cfg).enhancement is None
+    assert rows.untrained(plain.cfg, bf16=False).enhancement is None
+    bare = rows.untrained(replace(plain.cfg, conditioning="none"), bf16=False, frozen=True).backbone.unet
+    assert not any("lora" in name for name, _ in bare.named_parameters())
+    with pytest.raises(ConfigError, match="--match 'frozn' names no row"):
+        rows.measure(rows.read_comparison(study), "frozn", 2, 1)
     module.finest_log_gain = 0.0
     sources = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     without, whole = (drawer.images(["a shirt"] * 2, sources, strength) for strength in (0.0, 1.0))

@@ -158,3 +158,10 @@ def test_workflow_fits_the_node(node: ModuleType) -> None:
     assert used[0]["inputs"].keys() == wanted.keys()
     links = [v for step in flow.values() for v in step["inputs"].values() if isinstance(v, list)]
     assert all(link[0] in flow for link in links)
+
+
+def test_a_file_without_a_gain_is_no_silent_node(node: ModuleType, tmp_path: Path) -> None:
+    """A run whose judging has kept no gain has source texture alone."""
+    texture = save_enhancement(EnhancementModule(max_log_gain=0, source_channels=4), tmp_path / "texture.safetensors")
+    with pytest.raises(ConfigError, match=r"texture.safetensors has no gain, the one part that this node adds"):
+        patched(node, texture)

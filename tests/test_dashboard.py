@@ -63,3 +63,20 @@ def test_a_saved_workspace_prints_its_address(
     (one,) = saved
     assert (one.entity, one.project, one.name) == ("somebody", "clothes", "Mine")
     assert capsys.readouterr().out == "https://wandb.ai/somebody/clothes?nw=abc\n"
+
+
+def test_a_refusal_of_the_server_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspaces = pytest.importorskip("wandb_workspaces.workspaces.interface")
+
+    def refused(_: Any) -> None:
+        raise workspaces.wandb.errors.CommError("entity nobody not found\nand more")
+
+    monkeypatch.setattr(workspaces.Workspace, "save", refused)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(sys, "argv", ["dashboard", "--entity", "nobody"])
+    with pytest.raises(SystemExit, match="2"):
+        dashboard.main()
+    said = "error: W&B does not take a workspace of --entity nobody: entity nobody not found.\n"
+    assert capsys.readouterr().err == said

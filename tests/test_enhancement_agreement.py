@@ -145,7 +145,8 @@ def test_a_distrusted_source_leaves_the_picture_alone(tiny_backbone: Path) -> No
     assert np.array_equal(draw(asking), draw(never)) and not np.array_equal(draw(asking), plain)
 
 
-def test_the_file_keeps_it_and_files_from_before_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["3", "4", "5"])
+def test_the_file_keeps_it_and_files_from_before_are_read(version: str, tmp_path: Path) -> None:
     module, path = distrusting(0.3, 4, 16), tmp_path / "enhancement.safetensors"
     again = load_enhancement(save_enhancement(module, path))
     text, source = torch.randn(2, 5, 16), smooth(4)
@@ -166,11 +167,12 @@ def test_the_file_keeps_it_and_files_from_before_are_read(tmp_path: Path) -> Non
     old = save_enhancement(before, tmp_path / "old.safetensors")
     with safe_open(old, "pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
-    for later in ("text_channels", "text_tokens", "finest_log_gain"):
+    for later in ("sourced",) if version > "3" else ("sourced", "text_channels", "text_tokens", "finest_log_gain"):
         del metadata[later]
-    weight = tensors["texture.input.weight"]
-    tensors["texture.input.weight"] = torch.cat([weight[:, :9], weight[:, 12:]], dim=1)
-    save_file(tensors, old, {**metadata, "version": "3"})
+    if version < "5":
+        weight = tensors["texture.input.weight"]
+        tensors["texture.input.weight"] = torch.cat([weight[:, :9], weight[:, 12:]], dim=1)
+    save_file(tensors, old, {**metadata, "version": version})
     read, x0 = load_enhancement(old), smooth(3)
     assert read.trust(text, source) is None
     inputs = x0, 0.5 * x0, x0, *LEVEL

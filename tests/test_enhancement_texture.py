@@ -259,6 +259,8 @@ def test_the_finest_band_stays_where_captions_alone_were_drawn() -> None:
     """A run that learned with sources learned what is lost with them."""
     module, images = EnhancementModule(source_channels=4, decoder=True, finest_log_gain=0.1), torch.rand(2, 3, 16, 16)
     torch.testing.assert_close(module.refine(images, None), images)
+    decoder_alone = EnhancementModule(decoder=True, finest_log_gain=0.1, sourced=True)  # no source texture, but sources
+    torch.testing.assert_close(decoder_alone.refine(images, None), images)
     flatter = (images - 0.5) * 0.3 + 0.5
     torch.testing.assert_close(module.refine(images, flatter), images)  # a source that has less proves nothing
     louder = module.refine(flatter, images)

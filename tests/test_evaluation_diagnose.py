@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from compose import config
 from scipy import stats
 from test_training_on_policy import VARIANCE, ExactDenoiser, scheduler
 
+from lora_dae.enhancement.gates import WINDOW
 from lora_dae.evaluation.diagnose import Diagnosis, Watch, calibration_slope, missing_energy, told_apart
 from lora_dae.sampling.loop import Conditions, Guidance, sample_latents
 from lora_dae.sampling.schedulers import build_scheduler
@@ -65,6 +67,9 @@ def test_energies_along_a_chain_are_the_closed_form():
     start = torch.randn(8, 4, 32, 32, generator=torch.Generator().manual_seed(2))
     conditions = Conditions(torch.zeros(8, 2, 3), torch.zeros(2, 3))
     sample_latents(ExactDenoiser(base.alphas_cumprod), plain, start, conditions, Guidance(), 10, watch)
+    levels = [base.alphas_cumprod[t] / (1 - base.alphas_cumprod[t]) for t in plain.timesteps]  # (alpha / sigma)^2
+    seen = next(float(level) for level in levels if level >= math.exp(2 * WINDOW[1]))
+    assert watch.first is not None and (watch.first.alpha / watch.first.sigma) ** 2 == pytest.approx(seen, rel=1e-4)
     found = [(energies[:, 0] / energies[:, 1]).tolist() for energies in watch.energies]
     expected = 1.0
     for k, t in enumerate(plain.timesteps):
@@ -79,7 +84,8 @@ def test_energies_along_a_chain_are_the_closed_form():
 
 
 def test_the_command_diagnoses_a_finished_run(tiny_backbone: Path, tmp_path: Path) -> None:
-    cfg = config(tiny_backbone, tmp_path / "run", tmp_path / "cache", "evaluation.frozen=false")
+    options = ("evaluation.frozen=false", "sampling.batch_size=2")  # fewer than it shows
+    cfg = config(tiny_backbone, tmp_path / "run", tmp_path / "cache", *options)
     training.run(cfg)
     done = subprocess.run(
         [sys.executable, "-m", "lora_dae.enhancement", "diagnose", f"run={tmp_path / 'run'}", "num_samples=4"],

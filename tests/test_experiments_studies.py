@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 from comparisons import ROOT, STUDIES, check_files
 
 from lora_dae.sweep.budget import budget
-from lora_dae.sweep.cells import Wanted, read_comparison, wanted_cells
-from lora_dae.sweep.compare import read_studies
+from lora_dae.sweep.cells import Comparison, Wanted, read_comparison, wanted_cells
+from lora_dae.sweep.compare import Study
 from lora_dae.sweep.files import read_json
 from lora_dae.sweep.results import read_results
 from lora_dae.training.finish import judging
+
+
+@cache  # composing the evidence takes half a minute
+def composed(name: str) -> tuple[Comparison, list[Wanted]]:
+    grid = read_comparison(ROOT / "experiments" / name)
+    return grid, wanted_cells(grid)
 
 
 def test_studies_are_those_that_the_project_promises() -> None:
@@ -24,7 +31,7 @@ def test_studies_are_those_that_the_project_promises() -> None:
 def test_all_comparisons_together_take_ten_hours_at_most() -> None:
     """The headline table has 3 x 342 = 1,026 pictures a cell; what studies share is counted once. Only tuning sees the
     validation split. The module's evidence, tuning, and how to train faster are no comparisons of methods."""
-    studies = read_studies(STUDIES, [])
+    studies = [Study(folder, *composed(folder.name)) for folder in STUDIES]
     named = {study.grid.name: study for study in studies}
     assert {one.cfg.evaluation.split for one in named["tuning"].cells} == {"val"}
     for other in ("enhancement", "tuning", "training_shortcuts"):
@@ -63,8 +70,7 @@ def test_the_comparison_has_every_mainstream_method(name: str) -> None:
 
 def test_the_evidence_is_on_guidance_and_settings_that_were_tuned() -> None:
     """Guidance and controls' settings have tuning's least distance on those pairs; 513 captions, 3 seeds."""
-    evidence, tuning = (read_comparison(ROOT / "experiments" / name) for name in ("enhancement", "tuning"))
-    tried = wanted_cells(tuning)
+    _, tried = composed("tuning")
     measured = read_results(ROOT / "experiments" / "tuning")["cells"]
 
     def distance(one: Wanted) -> float:
@@ -73,7 +79,7 @@ def test_the_evidence_is_on_guidance_and_settings_that_were_tuned() -> None:
     def pairs(one: Wanted) -> tuple[str, str]:
         return one.cfg.conditioning, one.cfg.data.difficulty
 
-    found = wanted_cells(evidence)
+    _, found = composed("enhancement")
     assert {one.cfg.evaluation.first_pair for one in found} == {0, 171, 342} and len({o.seed for o in found}) == 3
     for one in found:
         known = [other for other in tried if pairs(other) == pairs(one)]
@@ -97,8 +103,8 @@ def test_the_evidence_is_on_guidance_and_settings_that_were_tuned() -> None:
 
 
 def test_the_evidence_compares_rows_of_the_same_pairs_and_solver() -> None:
-    evidence = read_comparison(ROOT / "experiments" / "enhancement")
-    rows = {one.cell.name: one for one in wanted_cells(evidence)}
+    evidence, found = composed("enhancement")
+    rows = {one.cell.name: one for one in found}
 
     def shown(one: Wanted) -> tuple[str, ...]:
         return one.cfg.conditioning, one.cfg.data.difficulty, one.cfg.sampling.scheduler

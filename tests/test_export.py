@@ -282,7 +282,8 @@ def test_merged_folder_of_a_paired_run_takes_the_source(tiny_backbone: Path, tmp
 def test_merged_folder_of_a_paired_full_finetuning_takes_the_source(tiny_backbone: Path, tmp_path: Path) -> None:
     """Its UNet has the source's channels in itself, without a source input beside it."""
     run_dir = tmp_path / "run"
-    cfg = config(tiny_backbone, run_dir, tmp_path / "cache", "adapter.full_finetune=true", "conditioning=source")
+    options = ("adapter.full_finetune=true", "conditioning=source", "enhancement=none")
+    cfg = config(tiny_backbone, run_dir, tmp_path / "cache", *options)
     unet = load_backbone(cfg.backbone).unet
     attach_source_input(unet)
     save_merged(unet, run_dir / "adapter" / "unet")

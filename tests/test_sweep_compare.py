@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 
 from lora_dae.cli import typed
 from lora_dae.config import ConfigError, conf_dir, register
-from lora_dae.sweep.budget import budget
+from lora_dae.sweep.budget import budget, drawn_calls
 from lora_dae.sweep.cell_files import write_cell
 from lora_dae.sweep.cells import compose_cell, distinct, read_comparison, with_seeds
 from lora_dae.sweep.compare import Study, main, make_jobs
@@ -126,6 +126,14 @@ def test_frozen_rows_depend_on_no_training_and_all_on_the_frozen_weights(tiny_ba
     assert [a.digest == b.digest for a, b in zip(one, other, strict=True)] == [False] * 4
     longer = cells_of(folder, f"backbone.path={tiny_backbone}", "trainer.max_steps=5")
     assert [a.digest == b.digest for a, b in zip(one, longer, strict=True)] == [False, False, False, True]
+    # It sees no source photo, so that a guidance of its own makes no call of its own.
+    apart = cells_of(folder, f"backbone.path={tiny_backbone}", "sampling.source_guidance_scale=2.5")
+    assert [drawn_calls(x) / y.cfg.sampling.num_inference_steps for x, y in zip(apart, apart, strict=True)] == [
+        3,
+        3,
+        3,
+        2,
+    ]
     rounded = cells_of(folder, f"backbone.path={tiny_backbone}", "trainer.precision=bf16-mixed")
     assert [a.digest == b.digest for a, b in zip(one, rounded, strict=True)] == [False] * 4
 

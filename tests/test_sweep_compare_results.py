@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from comparisons import PROTOCOL, STUDY, cells_of, check_files, fake, write_study
+from rich.console import Console
 
 from lora_dae.config import ConfigError
 from lora_dae.evaluation.report.table import MetricValue
-from lora_dae.sweep.cell_files import MeasuredCell, cell_file, is_measured, known_cells, read_cell, write_cell
+from lora_dae.sweep.cell_files import MeasuredCell, cell_file, is_measured, read_cell, write_cell
 from lora_dae.sweep.cells import Wanted, read_comparison
-from lora_dae.sweep.compare import Study, make_jobs, read_studies
+from lora_dae.sweep.compare import Study, already_measured, make_jobs, read_studies, write_tables
 from lora_dae.sweep.results import NOT_RUN, build_results, read_results, render, write_results
 
 Files = tuple[Path, list[Wanted], Path]
@@ -136,13 +138,27 @@ def test_the_table_says_what_makes_it_another_one(measured: Files) -> None:
 def test_a_damaged_measurement_is_made_again(measured: Files, tmp_path: Path) -> None:
     folder, found, files = measured
     study = Study(folder, read_comparison(folder), found)
-    whole = len(known_cells(files))
+    whole = already_measured(files, found)
     victim = next(iter(sorted(files.glob("*.json"))))
     before = {job.digest for job in make_jobs([study], tmp_path / "multirun")}
     path = study.results / victim.name
     path.write_text(path.read_text()[:100])
-    assert len(known_cells(files)) == whole - 1
+    assert whole - already_measured(files, found) == {victim.stem}
     assert {job.digest for job in make_jobs([study], tmp_path / "multirun")} != before
+
+
+def test_rows_that_leave_a_table_are_named(measured: Files, tmp_path: Path) -> None:
+    """Cells of another module, weights or renderer are not those that the study asks for."""
+    folder, found, files = measured
+    study = Study(folder, read_comparison(folder), found)
+    write_results(folder, build_results(study.grid, found, files))
+    for one in found:
+        if one.cell.name == "theirs":
+            cell_file(files, one.digest).unlink(missing_ok=True)  # one for all seeds
+    told = io.StringIO()
+    write_tables([study], tmp_path / "multirun", Console(file=told, width=500))
+    assert ": of the table that was there theirs goes" in told.getvalue()
+    assert list(read_results(folder)["cells"]) == ["plain", "ours"]
 
 
 def test_a_cell_comes_back_from_its_file(tmp_path: Path) -> None:

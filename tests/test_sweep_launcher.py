@@ -16,7 +16,7 @@ from rich.console import Console
 
 from lora_dae.cli import expand_jobs
 from lora_dae.config import ConfigError
-from lora_dae.sweep.devices import Devices
+from lora_dae.sweep.devices import Devices, named_devices
 from lora_dae.sweep.files import read_json, write_json
 from lora_dae.sweep.jobs import DONE, FAILED, RUNNING, WAITING, Job, last_error
 from lora_dae.sweep.launcher import may_start, quoted, run_jobs
@@ -293,6 +293,12 @@ def test_devices_are_given_out_once() -> None:
     named = Devices(1, ["5", "7"], chosen=True)
     assert named.environment(named.take(1) or []) == {"CUDA_VISIBLE_DEVICES": "5,7"}
     assert named.take(1) is None
+    assert Devices(1, [], chosen=True).environment([])["CUDA_VISIBLE_DEVICES"] == ""  # none was meant
+
+
+@pytest.mark.parametrize(("given", "names"), [([5, 7], ["5", "7"]), (5, ["5"]), ("5, 7", ["5", "7"]), ([], [])])
+def test_devices_may_be_named_as_a_list_a_number_or_text(given: object, names: list[str]) -> None:
+    assert named_devices(given) == names
 
 
 def test_jobs_share_the_cores_that_there_are_for_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,10 @@ from lora_dae.sweep.search import (
     _failures_in_a_row,
     _take_up,
     check_request,
+    distribution,
+    overrides_of,
     read_objectives,
     search,
-    suggest,
     train_command,
 )
 
@@ -80,12 +81,21 @@ def test_search_goes_on_without_asking_twice() -> None:
     assert len(set(more)) == 6  # a sampler that began anew would ask for the first three again
 
 
-def test_another_space_under_the_same_name_is_one_sentence() -> None:
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"x": {"choice": [1.0, 3.0]}},
+        {"x": {"low": 1.0, "high": 2.0}},
+    ],
+    ids=["choices", "kind"],
+)
+def test_another_space_under_the_same_name_is_one_sentence(other: dict[str, dict[str, object]]) -> None:
+    """And costs no trial: the search itself goes on where it was."""
     first = replace(REQUEST, trials=1, space={"x": {"choice": [1.0, 2.0]}})
     run(first)
-    with pytest.raises(ConfigError, match="in another space: give another name"):
-        run(replace(first, trials=2, space={"x": {"choice": [1.0, 3.0]}}))
-    assert len([t for t in run(replace(first, trials=2)).trials if t.state == optuna.trial.TrialState.COMPLETE]) == 2
+    with pytest.raises(ConfigError, match=r"in another space \(x differs\): give another name"):
+        run(replace(first, trials=2, space=other))
+    assert [t.state.name for t in run(replace(first, trials=2)).trials] == ["COMPLETE", "COMPLETE"]
 
 
 def test_two_objectives_have_a_front_between_them() -> None:
@@ -154,10 +164,13 @@ def test_a_trial_that_diverges_fails_alone() -> None:
     [
         ({"objectives": {"fd": "smaller"}}, "objectives.fd=smaller"),
         ({"space": {"x": {"low": 1}}}, "space.x"),
+        ({"space": {"x": {"low": 32, "high": 4}}}, "space.x=.* is no space: .*low"),
+        ({"space": {"x": {"low": 0, "high": 1, "log": True}}}, "space.x=.* is no space"),
+        ({"space": {"x": {"choice": []}}}, "space.x=.* is no space"),
         ({"space": {}}, "space"),
         ({"trials": 0}, "trials"),
     ],
-    ids=["direction", "half a range", "no space", "no trials"],
+    ids=["direction", "half a range", "turned round", "log of 0", "no choices", "no space", "no trials"],
 )
 def test_bad_requests_are_one_sentence(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -185,22 +198,26 @@ def test_texture_inside_the_garment_is_found_by_its_short_name(tmp_path: Path) -
 
 
 def test_whole_numbers_stay_whole() -> None:
-    trial = optuna.trial.FixedTrial({"adapter.rank": 8, "a": 0.5, "b": "x"})
+    values = {"adapter.rank": 8, "a": 0.5, "b": "x"}
     space = {
         "adapter.rank": {"low": 4, "high": 64, "log": True},
         "a": {"low": 0.1, "high": 1.0},
         "b": {"choice": ["x"]},
     }
-    assert suggest(trial, space) == ["adapter.rank=8", "a=0.5", "b=x"]
+    study = optuna.create_study()
+    study.enqueue_trial(values)
+    asked = {key: distribution(entry) for key, entry in space.items()}
+    assert overrides_of(study.ask(asked).params) == ["adapter.rank=8", "a=0.5", "b=x"]
+    assert isinstance(study.ask(asked).params["adapter.rank"], int)
 
 
 def test_choices_reach_the_config_as_what_they_are() -> None:
     """Written as overrides and read by Hydra: nothing is no text, and a comma makes no sweep."""
     read = OverridesParser.create().parse_override
     for choice in (None, True, 32, 1e-5, "rank8", "a,b", "null", "a=b", "choice(1,2)"):
-        written = suggest(optuna.trial.FixedTrial({"k": choice}), {"k": {"choice": [choice]}})[0]
+        written = overrides_of({"k": choice})[0]
         assert not read(written).is_sweep_override() and read(written).value() == choice, written
-    assert suggest(optuna.trial.FixedTrial({"k": "[a,b]"}), {"k": {"choice": ["[a,b]"]}}) == ["k=[a,b]"]
+    assert overrides_of({"k": "[a,b]"}) == ["k=[a,b]"]
 
 
 def test_shipped_search_composes_and_every_trial_is_a_config_that_trains() -> None:
@@ -221,7 +238,7 @@ def test_shipped_search_composes_and_every_trial_is_a_config_that_trains() -> No
             values = {
                 k: e["choice"][end] if "choice" in e else [e["low"], e["high"]][end] for k, e in request.space.items()
             }
-            overrides = suggest(optuna.trial.FixedTrial(values), request.space)
+            overrides = overrides_of(values)
             command = train_command(overrides, Path("search_x/0"))
             assert {"store=multirun/store", 'tracking.group="search_x"'} < set(command)
             assert command[-1] == 'hydra.run.dir="search_x/0"'

@@ -21,6 +21,7 @@ from lora_dae.sweep.files import read_json, write_json
 from lora_dae.sweep.identity import inputs, training_hash, training_part
 from lora_dae.sweep.locks import try_lock
 from lora_dae.training.module import LoraDae
+from lora_dae.training.stages import InterruptedRunError
 
 Make = Callable[..., Config]
 
@@ -246,6 +247,19 @@ def test_a_training_that_was_cut_off_is_taken_over(
     straight = store.run_in_store(make("straight", *options, *at("there"), f"store={tmp_path / 'other'}"))
     one, two = weights(resumed.run_dir), weights(straight.run_dir)
     assert one and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_training_in_the_store_that_is_stopped_goes_on_with_the_same_command(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ckpt_path, which a run of its own goes on with, is refused beside the store."""
+
+    def stopped(*_: Any) -> None:
+        raise InterruptedRunError("stopped at step 1 of 4; go on with: python train.py ckpt_path=last")
+
+    monkeypatch.setattr(store, "train", stopped)
+    with pytest.raises(InterruptedRunError, match=r"^stopped at step 1 of 4; the same command goes on$"):
+        store.run_in_store(make("stopped", "seed=8"))
 
 
 def test_a_training_tells_how_far_it_is(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,6 +138,31 @@ def test_the_finest_band_gets_what_it_lacks(kept: tuple[float, float], expected:
         assert float(energies[1] / energies[0]) == pytest.approx(1, abs=0.05) and found.power < 0.72
 
 
+def test_the_finest_band_is_judged_with_a_solver_of_each_kind() -> None:
+    """One draws it too weak and the other too strong: nothing is changed."""
+    noise = np.random.default_rng(0).integers(80, 176, (8, 32, 32, 3), dtype=np.uint8)
+    photos = HeldOut([Pair(id=str(i), group_id=str(i), caption="a shirt", image=x) for i, x in enumerate(noise)])
+    module = EnhancementModule(decoder=True)
+    weak, strong = (Blurred(module, photos, (kept, kept)) for kept in (0.8, 1.2))
+    calibrate_finest((weak, strong), photos, ["a shirt"] * 8)  # type: ignore[arg-type]
+    assert module.finest_log_gain == 0
+    calibrate_finest((weak, weak), photos, ["a shirt"] * 8)  # type: ignore[arg-type]
+    assert module.finest_log_gain > 0.1
+
+
+def test_the_cap_makes_up_for_places_whose_source_allows_less() -> None:
+    """Drawn with .8 of the real amplitude; the left half's source has .9, the right half's all that could be asked:
+    (2 - .9 ** 2) ** .5 / .8 there, where .8 ** -1 everywhere would do if all sources had enough."""
+    noise = np.random.default_rng(0).integers(104, 152, (8, 64, 64, 3), dtype=np.uint8)
+    share = np.where(np.arange(64) < 32, 0.9, 3.0)[None, None, :, None]
+    source = ((noise.astype(np.float32) - 128) * share + 128).round().astype(np.uint8)
+    masks = np.full((8, 64, 64), 255, np.uint8)
+    photos = HeldOut([Pair(str(i), str(i), "a shirt", noise[i], source[i], masks[i]) for i in range(8)])
+    drawer = Blurred(EnhancementModule(decoder=True), photos, (0.8, 0.8))
+    calibrate_finest((drawer, drawer), photos, ["a shirt"] * 8)  # type: ignore[arg-type]
+    assert math.exp(drawer.enhancement.finest_log_gain) == pytest.approx((2 - 0.9**2) ** 0.5 / 0.8, rel=0.04)
+
+
 def test_the_finest_band_is_judged_on_the_garments() -> None:
     image = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     masks = torch.zeros(4, 16, 16, dtype=torch.uint8)

@@ -9,6 +9,7 @@ import pytest
 from compose import config
 
 from lora_dae.config import Config, ConfigError
+from lora_dae.rules import check
 from lora_dae.sampling.load import load_run
 from lora_dae.training import run as training
 
@@ -65,6 +66,12 @@ def test_bad_input_is_one_sentence(overrides: tuple[str, ...], message: str, mak
         training.run(make(*overrides))
     assert "\n" not in str(caught.value)
     assert not Path(make().run_dir).exists()  # nothing was begun
+
+
+def test_younger_rules_over_training_shut_no_finished_run_out(make: Make) -> None:
+    """A direction term beside source texture trained the gain alone once; such runs are drawn with as before."""
+    check(make("enhancement.placement=direction", "sampling.scheduler=ddim"), trains=False)
+    check(make("enhancement.placement=direction", "sampling.scheduler=ddim", "enhancement.enabled=false"))
 
 
 def test_source_conditioning_needs_pairs(make: Make, tiny_folder: Path) -> None:

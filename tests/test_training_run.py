@@ -264,6 +264,8 @@ def test_no_mishap_in_judging_costs_the_adapter(make: Make, monkeypatch: pytest.
         training.train(make())
     written = {path.name for path in (Path(make().run_dir) / "adapter").iterdir()}
     assert "pytorch_lora_weights.safetensors" in written and "enhancement.safetensors" not in written
+    with pytest.raises(ConfigError, match=r"not finished: it stopped while its enhancement was judged.*ckpt_path=last"):
+        load_run(Path(make().run_dir))  # else it would be drawn without one, and called strength 1
 
 
 def test_sampling_and_evaluating_commands(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lora_dae.config import ConfigError
 from lora_dae.enhancement.denoised import enhance_denoised
 from lora_dae.enhancement.files import load_enhancement
 
@@ -35,6 +36,11 @@ class LoraDaeEnhancement:
     ) -> tuple[Any]:
         """A clone of ``model`` whose samplers call the module after guidance."""
         module = load_enhancement(enhancement).eval().requires_grad_(False)
+        if module.gain is None:
+            raise ConfigError(
+                f"{enhancement} has no gain, the one part that this node adds: its training kept or asked for none. "
+                "Leave the node out, or draw with lora_dae.attach for source texture and decoder stage."
+            )
         sampling = model.get_model_object("model_sampling")
         begin, end = sampling.percent_to_sigma(start_percent), sampling.percent_to_sigma(end_percent)
 

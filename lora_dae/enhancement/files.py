@@ -30,6 +30,7 @@ def save_enhancement(module: EnhancementModule, path: str | Path) -> Path:
         "decoder": str(int(module.decoder is not None)),
         "gate_inputs": module.gate_inputs,
         "finest_log_gain": repr(module.finest_log_gain),
+        "sourced": str(int(module.sourced)),
         "text_channels": str(0 if module.agreement is None else module.agreement.text.in_features),
         "text_tokens": str(77 if module.agreement is None else module.agreement.tokens),
     }
@@ -58,6 +59,7 @@ def load_enhancement(path: str | Path) -> EnhancementModule:
             int(metadata["source_channels"]), metadata["decoder"] == "1",
             metadata.get("gate_inputs", "energy"), float(metadata.get("finest_log_gain", 0)),  # older files do not say
             int(metadata.get("text_channels", 0)), int(metadata.get("text_tokens", 77)),
+            metadata.get("sourced", "0") == "1",
         )  # fmt: skip
         if metadata["version"] in ("3", "4") and module.texture is not None:
             tensors["texture.input.weight"] = _blind_to_guidance(tensors["texture.input.weight"], module.levels)

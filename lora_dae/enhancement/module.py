@@ -43,9 +43,9 @@ class EnhancementModule(nn.Module):
     ``levels`` bands, ``hidden`` channels, gains within ``exp(+-max_log_gain)`` at strength 1; ``max_log_gain=0``
     leaves the gain out. ``gate_inputs`` as in ``gates.visible``. ``finest_log_gain``: of the decoder stage, how much
     louder the finest band of all pictures may get besides, place by place up to what the source photo has there.
-    ``text_channels`` of captions' embeddings,
-    whose first ``text_tokens`` are read: where a caption and
-    its source photo disagree, the source's bands are kept out (agreement.py); 0 = always trusted. Every last layer
+    ``text_channels`` of captions' embeddings, whose first ``text_tokens`` are read: where a caption and its source
+    photo disagree, the source's bands are kept out (agreement.py); 0 = always trusted. ``sourced``: it learned with
+    source photos, as source texture always does, so that the finest band stays where none is shown. Every last layer
     starts at zero: a new module is the exact identity. Under 60 k parameters. Values that make no sense, or leave
     nothing, raise ConfigError.
     """
@@ -61,6 +61,7 @@ class EnhancementModule(nn.Module):
         finest_log_gain: float = 0.0,
         text_channels: int = 0,
         text_tokens: int = 77,
+        sourced: bool = False,
     ) -> None:
         super().__init__()
         if not -PIXEL_GAIN <= finest_log_gain <= PIXEL_GAIN:
@@ -76,7 +77,7 @@ class EnhancementModule(nn.Module):
             )
         self.levels, self.hidden, self.max_log_gain = levels, hidden, max_log_gain
         self.source_channels, self.gate_inputs = source_channels, gate_inputs
-        self.finest_log_gain = finest_log_gain
+        self.finest_log_gain, self.sourced = finest_log_gain, sourced or source_channels > 0
         self.gain = BandGain(levels, hidden, max_log_gain, gate_inputs) if max_log_gain > 0 else None
         self.texture = None
         if source_channels:
@@ -182,7 +183,7 @@ class EnhancementModule(nn.Module):
         shown = None if source is None else _centered(source, images)
         delta, _, match = self.decoder(x, shown, trust=trust)
         # What it makes good, carrying and decoding of sources, captions alone have not lost.
-        if self.finest_log_gain != 0 and (source is not None or self.source_channels == 0):
+        if self.finest_log_gain != 0 and (source is not None or not self.sourced):
             finest = split_bands(x + delta, 1)[0]
             log_gains = finest_log_gains(finest, shown, match, self.finest_log_gain)
             louder = torch.expm1(log_gains)[:, None] * finest[0]
@@ -239,4 +240,6 @@ def build_enhancement(cfg: EnhancementConfig, latent_channels: int, conditioning
             "this enhancement brings back the source photo's texture, but conditioning=none shows none: use "
             "enhancement=gain, or conditioning=source."
         )
-    return EnhancementModule(cfg.levels, cfg.hidden, max_log_gain, channels, cfg.decoder, cfg.gate_inputs)
+    return EnhancementModule(
+        cfg.levels, cfg.hidden, max_log_gain, channels, cfg.decoder, cfg.gate_inputs, sourced=conditioning == "source"
+    )

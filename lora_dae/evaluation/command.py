@@ -99,7 +99,7 @@ def _run(request: EvaluateRequest, console: Console, on_page: OnPage | None) -> 
     run_dir = Path(str(request.run))
     own = read_config(run_dir)
     cfg = requested(own, request)
-    check(cfg)
+    check(cfg, trains=False)
     mode = photo_mode(request.mode, request.noise_strength)
     output = folder_of(run_dir, own, cfg, mode) if request.output is None else Path(request.output)
     if output != run_dir:

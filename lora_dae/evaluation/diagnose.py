@@ -128,7 +128,9 @@ def diagnose(
     (output / "diagnosis.json").write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
     _plot(found, output / "energy.png")
     if maps is not None and sources is not None:
-        _plot_matches(sources, run.backbone.decode(plain[0].x0[:_SHOWN]), maps, output / "matches.png")
+        _plot_matches(
+            sources, run.backbone.decode(torch.cat([step.x0 for step in plain])[:_SHOWN]), maps, output / "matches.png"
+        )
     console.print(_table(found))
     for sentence in found.verdict():
         console.print(sentence, soft_wrap=True, highlight=False)
@@ -167,18 +169,23 @@ def _batches(run: LoadedRun, conditions: Conditions) -> Iterator[tuple[slice, Co
 
 
 class Watch(Method):
-    """Changes nothing; keeps energies of reached and really noised states, and the step where gates are first on."""
+    """Changes nothing; keeps energies of reached and really noised states, and the step where gates are first on.
+
+    The last step, where they never are.
+    """
 
     def __init__(self, latents: Tensor, noise: Tensor) -> None:
         self.latents, self.noise = latents, noise
         self.energies: list[Tensor] = []  # of each step, (bands, reached and real)
         self.first: GateInputs | None = None  # what gates see there: later the picture has a texture of its own
+        self.on = False
 
     def guide(self, step: Step) -> Tensor:
         guided = super().guide(step)
         alpha, sigma = step.level
-        if self.first is None and alpha >= sigma * math.exp(WINDOW[1]):
+        if not self.on:
             self.first = gate_inputs(step.scheduler, guided, step.timestep, step.sample, step.conditional)
+            self.on = alpha >= sigma * math.exp(WINDOW[1])
         return guided
 
     def after(self, step: Step, guided: Tensor, reached: Tensor, level: tuple[float, float]) -> Tensor:
@@ -218,7 +225,7 @@ def _on_policy(
             steps = [int(t) for t in scheduler.timesteps]
             total = total + torch.stack(watch.energies)
             if strength == 0:
-                assert watch.first is not None  # every schedule ends at low noise
+                assert watch.first is not None
                 plain.append(watch.first)
         assert isinstance(total, Tensor)
         energy[f"strength {strength:g}"] = (total[:, :, 0] / total[:, :, 1]).tolist()

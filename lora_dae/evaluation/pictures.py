@@ -159,7 +159,7 @@ def draw_pictures(
     if strength > 0 and not cfg.enhancement.enabled:
         raise ConfigError(f"{run_dir} was trained without enhancement: give it without @{strength:g}, or with @0.")
     cfg = replace(cfg, enhancement=replace(cfg.enhancement, strength=strength))
-    check(cfg)
+    check(cfg, trains=False)
     held_out = HeldOut.take(load_splits(cfg.data)[split], count, cfg.conditioning)
     folder = run_dir / "pictures" / (f"{split}_strength_{strength:g}" + ("" if mode is None else mode.folder))
     settings = {

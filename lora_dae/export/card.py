@@ -135,7 +135,7 @@ def _use(cfg: Config, family: str, files: list[str]) -> list[str]:
     if KOHYA_FILE in files:
         lines += [
             f"**ComfyUI, A1111, Forge, kohya**: put `{KOHYA_FILE}` into the LoRA folder and use it at weight 1.",
-            "In ComfyUI the node of `integrations/comfyui` adds the enhancement's gain.", "",
+            "In ComfyUI the node of `integrations/comfyui` adds the enhancement's gain, if the run has kept one.", "",
         ]  # fmt: skip
         if cfg.adapter.use_dora:
             lines += [

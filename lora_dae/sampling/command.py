@@ -46,7 +46,7 @@ def draw_samples(request: SampleRequest, console: Console) -> Path:
     """Draw and save; returns the picture's path. All input is checked before weights are loaded."""
     cfg = read_config(Path(request.run))
     cfg = replace(cfg, sampling=overridden_sampling(cfg.sampling, request))
-    check(cfg)
+    check(cfg, trains=False)
     strengths = _strengths(request, cfg)
     if request.num_images < 1:
         raise ConfigError(f"num_images={request.num_images} is below 1: give at least 1.")

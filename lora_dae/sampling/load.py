@@ -71,12 +71,19 @@ def load_run(
     """Load backbone, adapter, source input and enhancement of a run, frozen, in eval mode.
 
     ``weights`` (fp32, bf16 or fp16) instead of the run's own ``backbone.weights``, ``vae`` instead of its
-    ``backbone.vae_path``: a folder with one of the same latents, such as a TAESD for previews.
+    ``backbone.vae_path``: a folder with one of the same latents, such as a TAESD for previews. Raises ConfigError,
+    before weights load, for what ``read_config`` refuses, and where an enhancement was trained and not written.
     """
     cfg = read_config(run_dir)
+    adapter = run_dir / "adapter"
+    expected = cfg.enhancement.enabled and cfg.enhancement.placement != "none"
+    if expected and not (adapter / ENHANCEMENT_FILE).is_file():
+        raise ConfigError(
+            f"run={run_dir} is not finished: it stopped while its enhancement was judged, and {adapter} has no "
+            f"{ENHANCEMENT_FILE}. Finish it with ckpt_path=last; its LoRA alone loads in diffusers."
+        )
     own = cfg.backbone
     backbone = load_backbone(replace(own, weights=weights or own.weights, vae_path=vae or own.vae_path), device)
-    adapter = run_dir / "adapter"
     if (adapter / "unet").is_dir():
         unet = UNet2DConditionModel.from_pretrained(adapter / "unet", torch_dtype=torch.float32, use_safetensors=True)
         hook_into(unet, backbone.vae_scale_factor)

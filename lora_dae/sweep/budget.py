@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_dae.config import Config, SamplingConfig
 from lora_dae.evaluation.references import CEILING
@@ -75,8 +75,15 @@ def module_seconds(cfg: Config) -> float:
     return seconds + judged * PAIRS * 2 * SamplingConfig().num_inference_steps * NETWORK_CALL
 
 
+def drawn_calls(one: Wanted) -> float:
+    """Network calls for a picture of the cell; the frozen backbone sees no source photo."""
+    if one.cell.row == FROZEN:
+        return network_calls(replace(one.cfg, conditioning="none"))
+    return network_calls(one.cfg) if one.cell.row is None else 0.0
+
+
 def cell_seconds(one: Wanted) -> float:
     """Drawing and measuring one cell."""
-    calls = network_calls(one.cfg) if one.cell.row in (None, FROZEN) else 0.0
+    calls = drawn_calls(one)
     extra = 1.0 if one.cell.row == CEILING else 0.0  # encoding and decoding
     return one.cfg.evaluation.num_samples * ((calls + extra) * NETWORK_CALL + MEASURED_IMAGE)

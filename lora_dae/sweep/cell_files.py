@@ -73,11 +73,6 @@ def is_measured(results: Path, digest: str, lpips: bool) -> bool:
     return cell is not None and not (lpips and "psnr" in cell.metrics and "lpips_alex" not in cell.metrics)
 
 
-def known_cells(results: Path) -> set[str]:
-    """The digests of all whole files; a damaged one is measured again."""
-    return {path.stem for path in results.glob("*.json") if read_json(path)}
-
-
 def pack(metric: MetricValue) -> dict[str, Any] | None:
     """Replicates as half-precision multiples of their spread around the value, base64."""
     if metric.replicates is None or len(metric.replicates) == 0:

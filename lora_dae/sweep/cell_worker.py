@@ -29,13 +29,13 @@ from lora_dae.evaluation.references import CEILING, CONTROLS, reconstructed, rec
 from lora_dae.evaluation.run import FROZEN, measure_rows, row_name
 from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet
+from lora_dae.sweep.budget import drawn_calls
 from lora_dae.sweep.cell_files import MeasuredCell, is_measured, write_cell
 from lora_dae.sweep.cells import Cell, Wanted, with_seeds
 from lora_dae.sweep.files import read_json, write_json
 from lora_dae.sweep.identity import content_hash, training_part
 from lora_dae.sweep.status import say
 from lora_dae.sweep.store import train_shared
-from lora_dae.sweep.table import network_calls
 from lora_dae.training.module import NonFiniteLossError
 
 PICTURES = 3  # of every cell are kept, for crops
@@ -120,7 +120,7 @@ class Work:
         return MeasuredCell(
             one.matters, table.methods[name], table.protocol,
             0.0 if trained is None else trained_megabytes(trained / "adapter"),
-            network_calls(cfg) if one.cell.row in (None, FROZEN) else 0.0, round(time.time() - started, 1),
+            drawn_calls(one), round(time.time() - started, 1),
             _precision(cfg),
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lora_dae.backbone.layout import inspect_backbone
-from lora_dae.config import Config, ConfigError, EnhancementConfig, conf_dir, from_dict, register, to_dict
+from lora_dae.config import Config, ConfigError, EnhancementConfig, conf_dir, from_dict, register
 from lora_dae.data.studio.dataset import RENDERER_VERSION
 from lora_dae.evaluation.references import CEILING, CONTROLS
 from lora_dae.evaluation.run import FROZEN
@@ -153,15 +153,28 @@ def wanted_cells(grid: Comparison, extra: Sequence[str] = ()) -> list[Wanted]:
             continue
         if any("evaluation.first_pair" in override for override in overrides):
             raise ConfigError(f"{cell.name}: own_pairs gives each seed its evaluation.first_pair: leave it out.")
-        count = compose_cell(overrides).evaluation.num_samples
-        own = [(seed, (*overrides, f"evaluation.first_pair={k * count}")) for k, seed in enumerate(grid.seeds)]
-        found.append([one for seed, with_pairs in own for one in with_seeds(cell, [seed], with_pairs)])
+        found.append(_with_own_pairs(cell, grid.seeds, overrides))
     return [of_seed for together in zip(*found, strict=True) for of_seed in together]
+
+
+def _with_own_pairs(cell: Cell, seeds: Sequence[int], overrides: tuple[str, ...]) -> list[Wanted]:
+    """The cell with each seed on pairs of its own, composed once: composing is what takes a study's start its time."""
+    cfg = compose_cell(overrides)
+    found = []
+    for k, seed in enumerate(seeds):
+        first = k * cfg.evaluation.num_samples
+        own = replace(cfg, evaluation=replace(cfg.evaluation, first_pair=first))
+        check(own)
+        found += _of_config(cell, [seed], (*overrides, f"evaluation.first_pair={first}"), own)
+    return found
 
 
 def with_seeds(cell: Cell, seeds: Sequence[int], overrides: tuple[str, ...]) -> list[Wanted]:
     """The cell that all of ``overrides`` compose, with each seed."""
-    cfg = compose_cell(overrides)
+    return _of_config(cell, seeds, overrides, compose_cell(overrides))
+
+
+def _of_config(cell: Cell, seeds: Sequence[int], overrides: tuple[str, ...], cfg: Config) -> list[Wanted]:
     enhanced = cell.row is None and cfg.enhancement.enabled and cfg.enhancement.placement != "none"
     together = enhanced and cfg.enhancement.joint
     if not enhanced or (cfg.enhancement.strength == 0 and not together):  # such a module draws nothing
@@ -191,7 +204,7 @@ def what_matters(cfg: Config, row: str | None) -> dict[str, Any]:
     training["adapter"]["init_from"] = _content(cfg.adapter.init_from)
     training["data"]["captions"] = {**training["data"]["captions"], "file": _content(cfg.data.captions.file)}
     del training["backbone"]["path"]  # what lies there counts
-    asked = {k: v for k, v in to_dict(cfg.evaluation).items() if k not in ("frozen", "controls")}
+    asked = {k: v for k, v in asdict(cfg.evaluation).items() if k not in ("frozen", "controls")}
     asked["lpips"] = None  # adds a metric and changes none: ``is_measured`` asks whether a file has it
     if row is not None:
         asked["wrong_source"] = False  # they see none
@@ -201,7 +214,7 @@ def what_matters(cfg: Config, row: str | None) -> dict[str, Any]:
         "row": row,
         "evaluation": {k: v for k, v in asked.items() if k not in LATER or v != LATER[k]},
     }
-    sampling = {key: value for key, value in to_dict(cfg.sampling).items() if key != "batch_size"}
+    sampling = {key: value for key, value in asdict(cfg.sampling).items() if key != "batch_size"}
     if not sampling["tiled_decode"]:
         del sampling["tiled_decode"]  # younger than measured cells, which are without
     if row is None:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from lora_dae.config import ConfigError
 from lora_dae.sweep.budget import budget
-from lora_dae.sweep.cell_files import is_measured, known_cells
+from lora_dae.sweep.cell_files import is_measured
 from lora_dae.sweep.cell_worker import write_list
 from lora_dae.sweep.cells import FILE, Comparison, Wanted, distinct, read_comparison, wanted_cells
 from lora_dae.sweep.devices import Devices, visible_gpus
@@ -26,7 +26,7 @@ from lora_dae.sweep.figures import draw_crops, draw_plots
 from lora_dae.sweep.identity import content_hash
 from lora_dae.sweep.jobs import DONE, Job
 from lora_dae.sweep.launcher import InterruptedSweepError, run_jobs
-from lora_dae.sweep.results import build_results, check_readme, write_results
+from lora_dae.sweep.results import build_results, check_readme, read_results, write_results
 
 MULTIRUN = Path("multirun")
 CAPTION = (
@@ -66,6 +66,11 @@ def _study(folder: Path, grid: Comparison, extra: Sequence[str]) -> Study:
     return Study(folder, grid, cells, () if same else tuple(extra))
 
 
+def already_measured(results: Path, cells: Sequence[Wanted]) -> set[str]:
+    """The digests of those ``cells`` that a run would not measure again."""
+    return {one.digest for one in cells if is_measured(results, one.digest, one.cfg.evaluation.lpips is not None)}
+
+
 def plan_table(studies: Sequence[Study]) -> Table:
     """A line per study: what it costs alone, and what it adds to those above it; the sum; what is left to do."""
     table = Table("study", "cells", "pictures", "measured", "trained", "hours", "added", caption=CAPTION)
@@ -82,8 +87,7 @@ def plan_table(studies: Sequence[Study]) -> Table:
             f"{alone.hours:.1f}", f"{added:.1f}",
         )  # fmt: skip
     whole = budget(before)
-    known = known_cells(studies[0].results)
-    left = budget(before, known)
+    left = budget(before, already_measured(studies[0].results, before))
     table.add_section()
     for name, cost in (("all", whole), ("to do", left)):
         table.add_row(name, "", "", str(cost.cells), str(cost.trainings), "", f"{cost.hours:.1f}")
@@ -145,11 +149,17 @@ def run_comparisons(studies: Sequence[Study], multirun: Path, jobs_at_once: int,
 def write_tables(studies: Sequence[Study], multirun: Path, console: Console) -> None:
     """Results, README's table and figures of what is there of each study."""
     for study in studies:
-        known = known_cells(study.results)
-        have = sum(one.digest in known for one in study.cells)
+        have = sum(is_measured(study.results, one.digest, lpips=False) for one in study.cells)
         words = f"{study.grid.name}: {have} of {len(study.cells)} measurements"
         if have:
             results = build_results(study.grid, study.cells, study.results, study.extra)
+            gone = [name for name in read_results(study.folder).get("cells", {}) if name not in results["cells"]]
+            if gone:
+                console.print(
+                    f"{study.grid.name}: of the table that was there {', '.join(gone)} {'go' if gone[1:] else 'goes'}, "
+                    "which the present code would measure anew (another module, weights or renderer)",
+                    soft_wrap=True, highlight=False, markup=False,
+                )  # fmt: skip
             write_results(study.folder, results)
             draw_plots(study.cells, results, study.folder / "figures")
             crops = study.folder / "figures" / "crops.png"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from typing import Any
 
 from lora_dae.config import ConfigError
 
@@ -25,10 +26,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def named_devices(given: Any) -> list[str]:
+    """``hydra.launcher.devices`` as names: a list, one device, or text with commas."""
+    parts = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else list(given)
+    return [str(part).strip() for part in parts]
+
+
 class Devices:
     """Hands out devices to jobs. Without any, ``jobs`` alone limits how many run, and cores are shared out.
 
-    ``chosen``: somebody named them, so that a job alone is told of them, too.
+    ``chosen``: somebody named them, so that a job alone is told of them, too, and of none where there are none.
     """
 
     def __init__(self, jobs: int, names: list[str], chosen: bool = False) -> None:
@@ -63,8 +70,9 @@ class Devices:
 
     def environment(self, devices: list[str], processes: int = 1) -> dict[str, str]:
         """What a job of ``processes`` is told of its share."""
+        told = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices or self.chosen else {}
         if devices:
-            return {"CUDA_VISIBLE_DEVICES": ",".join(devices)}
+            return told
         if self.jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
-            return {"OMP_NUM_THREADS": str(max(cores() // (self.jobs * processes), 1))}
-        return {}
+            told["OMP_NUM_THREADS"] = str(max(cores() // (self.jobs * processes), 1))
+        return told

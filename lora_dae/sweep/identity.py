@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from lora_dae.config import LOSSES, Config, from_dict, to_dict
 
 TRAINING_VERSION = 5  # raise it when the same config begins to train to other weights
-ENHANCEMENT_VERSION = 5  # raise it when the same config begins to give another enhancement on the same adapter
+ENHANCEMENT_VERSION = 6  # raise it when the same config begins to give another enhancement on the same adapter
 
 NOT_TRAINING = ("name", "run_dir", "ckpt_path", "store", "sampling", "evaluation", "tracking")
 NOT_TRAINING_IN = {
@@ -45,8 +46,8 @@ NOT_DRAWING = ("batch_size", "method", "method_options", "tiled_decode")
 
 
 def training_part(cfg: Config) -> dict[str, Any]:
-    """The values that the trained weights depend on, as plain data."""
-    values = {key: value for key, value in to_dict(cfg).items() if key not in NOT_TRAINING}
+    """The values that the trained weights depend on, as plain data. ``cfg`` is a checked one, of ``from_dict``."""
+    values = {key: value for key, value in asdict(cfg).items() if key not in NOT_TRAINING}
     for group, names in NOT_TRAINING_IN.items():
         values[group] = {key: value for key, value in values[group].items() if key not in names}
     for group, defaults in LATER.items():
@@ -56,7 +57,7 @@ def training_part(cfg: Config) -> dict[str, Any]:
     else:  # then training ends where validation says so
         values["trainer"] |= {key: cfg.trainer.get(key) for key in ("val_check_interval", "limit_val_batches")}
     if cfg.objective.prior_weight > 0:  # the backbone's own pictures are drawn before the first step
-        values["sampling"] = {key: value for key, value in to_dict(cfg)["sampling"].items() if key not in NOT_DRAWING}
+        values["sampling"] = {key: value for key, value in asdict(cfg.sampling).items() if key not in NOT_DRAWING}
     else:
         for name in ("prior_weight", "prior_images", "prior_caption"):
             del values["objective"][name]

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
 from lora_dae.config import ConfigError
-from lora_dae.sweep.devices import Devices, visible_gpus
+from lora_dae.sweep.devices import Devices, named_devices, visible_gpus
 from lora_dae.sweep.identity import content_hash
 from lora_dae.sweep.jobs import DONE, ELSEWHERE, FAILED, RUNNING, STOPPED, WAITING, Job
 from lora_dae.sweep.live import LiveTable
@@ -70,7 +70,7 @@ def launch(
         ]
         sweep_dir = Path(str(config.hydra.sweep.dir))
         console.print(f"sweep folder {sweep_dir}: {len(jobs)} jobs", soft_wrap=True, highlight=False)
-        names = visible_gpus() if options["devices"] is None else [str(name) for name in options["devices"]]
+        names = visible_gpus() if options["devices"] is None else named_devices(options["devices"])
         devices = Devices(int(options["jobs"]), names, chosen=options["devices"] is not None)
         for job in jobs:
             devices.check(job.gpus)  # before any starts

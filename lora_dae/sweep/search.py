@@ -56,7 +56,7 @@ class Pruned(Exception):  # noqa: N818 - an outcome, no error
 
 
 def check_request(request: SearchRequest) -> None:
-    """Raises ConfigError for objectives and spaces that are none."""
+    """Raises ConfigError for objectives and spaces that are none, and without Optuna."""
     if request.trials < 1 or not request.objectives or not request.space:
         raise ConfigError("a search needs trials of at least 1, an objective and a space: see conf/search.yaml.")
     for name, direction in request.objectives.items():
@@ -66,20 +66,28 @@ def check_request(request: SearchRequest) -> None:
         range_keys = {"low", "high"} <= set(entry) <= {"low", "high", "log"}
         if set(entry) != {"choice"} and not range_keys:
             raise ConfigError(f"space.{key}={entry} is no space: give choice: [...], or low and high (and log: true).")
+        try:
+            distribution(entry)
+        except ImportError as error:
+            raise ConfigError("search.py needs Optuna: pip install 'lora-dae[search]'.") from error
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"space.{key}={entry} is no space: {str(error).rstrip('.')}.") from error
 
 
-def suggest(trial: Any, space: dict[str, dict[str, Any]]) -> list[str]:
-    """The trial's overrides. Whole numbers at both ends give whole numbers."""
-    overrides = []
-    for key, entry in space.items():
-        if "choice" in entry:
-            value = trial.suggest_categorical(key, entry["choice"])
-        elif isinstance(entry["low"], int) and isinstance(entry["high"], int):
-            value = trial.suggest_int(key, entry["low"], entry["high"], log=entry.get("log", False))
-        else:
-            value = trial.suggest_float(key, entry["low"], entry["high"], log=entry.get("log", False))
-        overrides.append(f"{key}={written(value)}")
-    return overrides
+def distribution(entry: dict[str, Any]) -> Any:
+    """Optuna's of an entry of the space. Whole numbers at both ends give whole numbers. Raises ValueError."""
+    from optuna import distributions
+
+    if "choice" in entry:
+        return distributions.CategoricalDistribution(entry["choice"])
+    whole = isinstance(entry["low"], int) and isinstance(entry["high"], int)
+    kind = distributions.IntDistribution if whole else distributions.FloatDistribution
+    return kind(entry["low"], entry["high"], log=entry.get("log", False))
+
+
+def overrides_of(values: dict[str, Any]) -> list[str]:
+    """What Optuna has proposed, as overrides."""
+    return [f"{key}={written(value)}" for key, value in values.items()]
 
 
 def written(value: Any) -> str:
@@ -118,10 +126,8 @@ def search(
     process searches in the same folder.
     """
     check_request(request)
-    try:
-        import optuna
-    except ImportError as error:
-        raise ConfigError("search.py needs Optuna: pip install 'lora-dae[search]'.") from error
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder = Path(request.folder)
     lock = try_lock(folder / "search.lock")
@@ -137,6 +143,7 @@ def search(
         )
         if [str(d.name).lower() for d in study.directions] != list(request.objectives.values()):
             raise ConfigError(f"{folder} holds a search with other objectives: give another name.")
+        _check_space(study, request.space, folder)  # before a trial is taken up, which would be lost
         # Optuna prunes studies of one objective only; validation loss is one, in a study beside the search.
         validation = optuna.create_study(
             storage=storage, study_name=f"{request.name}-validation", load_if_exists=True,
@@ -149,6 +156,20 @@ def search(
         while _ended(study, optuna.trial.TrialState) < request.trials:
             _one_trial(study, validation, request, folder, console, make_command)
     return study
+
+
+def _check_space(study: Any, space: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Raises ConfigError where a choice or a kind of number is not what it was; a range may grow, and keys be added."""
+    from optuna.distributions import check_distribution_compatibility
+
+    for trial in study.trials:
+        for key in trial.distributions.keys() & space.keys():
+            try:
+                check_distribution_compatibility(trial.distributions[key], distribution(space[key]))
+            except ValueError as error:
+                raise ConfigError(
+                    f"{folder} holds a search in another space ({key} differs): give another name."
+                ) from error
 
 
 def _take_up(study: Any, validation: Any, states: Any) -> None:
@@ -174,13 +195,8 @@ def _one_trial(
 ) -> None:
     import optuna
 
-    trial, watched = study.ask(), validation.ask()
-    try:
-        overrides = suggest(trial, request.space)
-    except ValueError as refused:  # Optuna keeps to the choices that it began with
-        for asked in ((study, trial), (validation, watched)):
-            asked[0].tell(asked[1], state=optuna.trial.TrialState.FAIL)
-        raise ConfigError(f"{folder} holds a search in another space: give another name ({refused}).") from refused
+    trial = study.ask({key: distribution(entry) for key, entry in request.space.items()})
+    overrides, watched = overrides_of(trial.params), validation.ask()
     run_dir = folder / str(trial.number)
     run_dir.mkdir(parents=True, exist_ok=True)
     states = optuna.trial.TrialState

@@ -32,6 +32,7 @@ from lora_dae.sweep.status import Status, say
 from lora_dae.training import tracking
 from lora_dae.training.prior import PRIOR_FILE
 from lora_dae.training.run import Result, measure, train, write_config
+from lora_dae.training.stages import InterruptedRunError
 
 POLL = 1.0  # seconds between tries for a lock
 PATIENCE = 24 * 3600.0  # seconds that the other ranks wait: rank 0 may itself wait for another job
@@ -91,7 +92,10 @@ def train_once(cfg: Config, folder: Path, decision: Path) -> None:
         started = time.time()
         ranks.tell(decision, True)
         training = _training_config(cfg, folder)
-        trained = train(training, [Status(Path(cfg.run_dir) / "status.json")])
+        try:
+            trained = train(training, [Status(Path(cfg.run_dir) / "status.json")])
+        except InterruptedRunError as error:  # its own words name a folder that the store alone writes into
+            raise InterruptedRunError(f"{str(error).split(';')[0]}; the same command goes on") from error
         tracking.finish(trained.loggers)
         seconds = round(time.time() - started, 1)
         write_json(

@@ -100,6 +100,7 @@ def export(trained: Training) -> None:
     cfg, backbone, unet = trained.cfg, trained.backbone, trained.backbone.unet
     folder = trained.run_dir / "adapter"
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / ENHANCEMENT_FILE).unlink(missing_ok=True)  # of an earlier LoRA, where a finished run trained on
     if cfg.adapter.full_finetune:
         save_merged(unet, folder / "unet")
     else:

@@ -94,19 +94,18 @@ def check_processes(trainer: lightning.Trainer) -> None:
     """
     environment = trainer._accelerator_connector.cluster_environment
     started, devices, nodes = environment.world_size(), trainer.num_devices, trainer.num_nodes
-    if devices * nodes > 1 and not environment.creates_processes_externally and _is_no_command_of_a_training():
+    sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    asked = f"trainer.devices={devices}" + (f" with trainer.num_nodes={nodes}" if nodes > 1 else "")
+    if devices * nodes > 1 and not environment.creates_processes_externally and (sweeping or sys.argv[0] == "-c"):
         raise ConfigError(
-            f"trainer.devices={devices}: from here no other process can be started. Sweep with hydra/launcher=process, "
-            f"its default, or on Slurm with hydra.launcher.tasks_per_node={devices}; compare studies on one device."
+            f"{asked}: from here no other process can be started. Sweep with hydra/launcher=process, its default, or "
+            f"on Slurm with hydra.launcher.tasks_per_node={devices}; compare studies on one device."
         )
     if devices * nodes != started:
+        start = f"srun --ntasks-per-node={devices}, or torchrun --nproc-per-node={devices}"
+        if sweeping:  # which starts what its launcher is told
+            start = f"hydra.launcher.nodes={nodes} hydra.launcher.tasks_per_node={devices}"
         raise ConfigError(
-            f"trainer.devices={devices} with trainer.num_nodes={nodes} needs {devices * nodes} processes, but "
-            f"{started} were started: start {devices} on each node (srun --ntasks-per-node={devices}, or torchrun "
-            f"--nproc-per-node={devices}), or set trainer.devices to what there is."
+            f"{asked} needs {devices * nodes} processes, but {started} were started: start {devices} on each node "
+            f"({start}), or set trainer.devices to what there is."
         )
-
-
-def _is_no_command_of_a_training() -> bool:
-    sweeping = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-    return sweeping or sys.argv[0] == "-c"
