@@ -33,12 +33,14 @@ from lora_dae.training import run as training
 SIZE = {"num_inference_steps": 3, "output_type": "np", "guidance_scale": 2.0}
 
 
-def strong(path: Path) -> None:
+def strong(path: Path, **parts: Any) -> None:
     """An enhancement that visibly does something, in place of one trained for a step."""
     torch.manual_seed(0)
-    module = EnhancementModule()
-    torch.nn.init.normal_(module.gain.output.weight)
-    torch.nn.init.normal_(module.gain.output.bias)
+    module = EnhancementModule(**parts)
+    for part in (module.gain, module.texture, module.decoder):
+        if part is not None:
+            torch.nn.init.normal_(part.output.weight)
+            torch.nn.init.normal_(part.output.bias)
     save_enhancement(module, path / "adapter" / "enhancement.safetensors")
 
 
@@ -58,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, tiny_backb
         strong(found[name])
     found["paired"] = root / "paired"
     training.run(config(tiny_backbone, found["paired"], root / "cache", *quick, "data.train_size=8"))
-    strong(found["paired"])
+    strong(found["paired"], source_channels=8, decoder=True, finest_log_gain=0.2)
     return found
 
 
@@ -178,8 +180,12 @@ def test_image_to_image_inpainting_and_controlnet(runs: dict[str, Path]) -> None
 
 
 def test_source_photo(runs: dict[str, Path], tiny_backbone: Path) -> None:
-    """With source and text guided alike: what our sampler draws from the same photo and noise."""
+    """With source and text guided alike: what our sampler draws from the same photo and noise, with every part."""
     run = load_run(runs["paired"])
+    module = run.enhancement
+    assert (
+        module is not None and None not in (module.gain, module.texture, module.decoder) and module.finest_log_gain > 0
+    )
     photo = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
     ours = run.drawer(bf16=False).images(["a red dress"], photo[None], 0.5)
     pipe = pipeline(StableDiffusionPipeline, tiny_backbone)
