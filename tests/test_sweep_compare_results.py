@@ -80,6 +80,8 @@ def test_lpips_adds_to_a_cell_and_changes_none(measured: Files, tmp_path: Path) 
         more = {name: MetricValue(1.0, 0.9, 1.1, "lower") for name in names}
         write_cell(files, digest, "test", replace(own, metrics={**own.metrics, **more}))
         assert is_measured(files, digest, lpips=True) == whole and is_measured(files, digest, lpips=False)
+        # What a plan counts as done is what a run would not do.
+        assert (digest in already_measured(files, study.cells)) == whole and digest in already_measured(files, found)
 
 
 def test_a_table_of_what_is_there_compares_the_seeds_that_both_have(measured: Files) -> None:
