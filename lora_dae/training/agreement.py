@@ -19,7 +19,8 @@ from lora_dae.enhancement.agreement import Agreement, facts, words
 
 MOST, LEAST = 2560, 16  # training pairs that are looked at, a fifth as many of validation; less is not judged
 MOST_LIVE = 512  # where nothing is encoded already
-STEPS, BATCH, LEARNING_RATE = 2000, 64, 6e-3  # down to 0 by a cosine: at a constant rate more swapped pairs pass
+BATCH, LEARNING_RATE = 64, 6e-3  # down to 0 by a cosine: at a constant rate more swapped pairs pass
+FEWEST_STEPS, MOST_STEPS = 500, 2000  # 5 for 3 pairs between them: few pairs are learned by heart in more
 TRUSTED = 0.02  # share of right pairs that may be doubted
 AT_THRESHOLD = 2.2  # logit of a trust of .9
 TELLS = 0.7  # share of comparisons (right against swapped) below which it is left out
@@ -101,9 +102,10 @@ def fit(agreement: Agreement, train: Pairs) -> None:
     (said, shown), scales = zip(*map(_standardized, (train.words, train.facts)), strict=True)
     (mean, spread), _ = scales
     nothing = (train.nothing - mean) / spread
+    steps = min(max(5 * len(train) // 3, FEWEST_STEPS), MOST_STEPS)
     optimizer = torch.optim.AdamW(agreement.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    for _ in range(STEPS):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
         some = torch.randperm(len(train))[:BATCH]
         batch = Pairs(train.words[some], train.facts[some], train.nothing)
         logits = agreement.logits(said[some], shown[some])
