@@ -16,7 +16,7 @@ from rich.console import Console
 
 from lora_dae.cli import expand_jobs
 from lora_dae.config import ConfigError
-from lora_dae.sweep.devices import Devices, named_devices
+from lora_dae.sweep.devices import Devices
 from lora_dae.sweep.files import read_json, write_json
 from lora_dae.sweep.jobs import DONE, FAILED, RUNNING, WAITING, Job, last_error
 from lora_dae.sweep.launcher import may_start, quoted, run_jobs
@@ -275,38 +275,6 @@ def test_a_mistake_in_one_job_is_not_told_of_others_that_train_the_same(tmp_path
         Console(quiet=True),
     )  # fmt: skip
     assert [one.state for one in jobs] == [FAILED, DONE]
-
-
-def test_devices_are_given_out_once() -> None:
-    devices = Devices(3, ["0", "1", "2"])
-    assert devices.take(2) == ["0", "1"]
-    assert devices.take(2) is None
-    assert devices.take(1) == ["2"]
-    devices.give_back(["0", "1"])
-    assert devices.take(1) == ["0"]
-    with pytest.raises(ConfigError, match="4 GPUs and there are 1"):
-        Devices(2, ["0"]).check(4)
-    Devices(2, []).check(4)  # nothing is known of what there is
-    with pytest.raises(ConfigError, match="jobs=0"):
-        Devices(0, [])
-    assert Devices(1, ["0", "1"]).take(2) == []  # a single job sees them all
-    named = Devices(1, ["5", "7"], chosen=True)
-    assert named.environment(named.take(1) or []) == {"CUDA_VISIBLE_DEVICES": "5,7"}
-    assert named.take(1) is None
-    assert Devices(1, [], chosen=True).environment([])["CUDA_VISIBLE_DEVICES"] == ""  # none was meant
-
-
-@pytest.mark.parametrize(("given", "names"), [([5, 7], ["5", "7"]), (5, ["5"]), ("5, 7", ["5", "7"]), ([], [])])
-def test_devices_may_be_named_as_a_list_a_number_or_text(given: object, names: list[str]) -> None:
-    assert named_devices(given) == names
-
-
-def test_jobs_share_the_cores_that_there_are_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under Slurm not all of the machine's; a job's processes share its own."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
-    threads = [Devices(jobs, []).environment([], processes) for jobs, processes in ((1, 1), (2, 1), (2, 2), (8, 4))]
-    assert threads == [{}, *({"OMP_NUM_THREADS": str(n)} for n in (4, 2, 1))]
 
 
 def test_sweep_name_is_that_of_the_command() -> None:
