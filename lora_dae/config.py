@@ -18,19 +18,19 @@ PLACEMENTS = ("prediction", "direction", "none")
 CONDITIONINGS = ("source", "none")
 GATE_INPUTS = ("energy", "place", "time")
 SCHEDULERS = ("ddim", "ddpm", "dpm++", "unipc", "pndm", "euler", "euler_a", "heun", "lms")
-# Published ways to better pictures inside the sampler, with their options and published settings.
+# Published ways to better pictures inside the sampler, with their options; one setting each, whatever the family.
 METHODS: dict[str, dict[str, float]] = {
     "none": {},
-    "freeu": {"s1": 0.9, "s2": 0.2, "b1": 1.5, "b2": 1.6},
+    "freeu": {"s1": 0.9, "s2": 0.2, "b1": 1.5, "b2": 1.6},  # diffusers' for SD 1.5
     "sag": {"scale": 0.75},
     "pag": {"scale": 3.0},
-    "apg": {"eta": 0.0, "norm": 15.0, "momentum": -0.5},
+    "apg": {"eta": 0.0, "norm": 15.0, "momentum": -0.5},  # SDXL's
     "rescale": {"phi": 0.7},
-    "frequency": {"low": 1.0, "high": 2.0},
-    "detail_daemon": {"amount": 0.02, "start": 0.2, "end": 0.8},
-    "wavelet": {"low": 0.02, "high": 0.02},  # gains of our own: the paper tunes them per model
+    "frequency": {"low": 1.0, "high": 2.0},  # our own: published scales belong to a guidance that is not tuned
+    "detail_daemon": {"amount": 0.1, "start": 0.2, "end": 0.8},
+    "wavelet": {"low": 0.005, "high": 0.0},  # of the authors' script; they tune both per model
     "band_gain": {"log_gain": 0.1},  # no paper: the constant that a learned gain has to beat
-    "unsharp": {"amount": 0.5, "radius": 1.0},
+    "unsharp": {"amount": 0.5, "radius": 1.0},  # no paper
     "deepcache": {"interval": 3},
 }
 UNET_GROUPS = ("cross_attention", "self_attention", "feed_forward", "conv", "conv_in", "conv_out")
@@ -103,6 +103,7 @@ class DataConfig:
     buckets: list[str] = field(default_factory=list)  # [] = square, [auto], or sizes like [512x704,512x512]
     bucket_step: int | None = None  # sides are multiples of it; None = 64 from 512 pixels up, below an eighth
     background: str = "white"  # under transparent parts
+    missing_source: str = "error"  # some photos have no source photo: error (in conditioning=source) | drop those
     masks: str | None = None  # a folder of garment masks, as `python -m lora_dae.data masks` writes it
     flip: bool = False  # also train on mirrored pairs
     no_flip_words: list[str] = field(default_factory=lambda: ["logo", "text", "letter", "left", "right"])

@@ -51,6 +51,7 @@ def check(cfg: Config, trains: bool = True) -> None:
     _one_of("data.name", cfg.data.name, SOURCES)
     _one_of("data.cache", cfg.data.cache, ("disk", "memory", "off"))
     _one_of("data.captions.missing", cfg.data.captions.missing, ("error", "file_name", "category", "drop"))
+    _one_of("data.missing_source", cfg.data.missing_source, ("error", "drop"))
     _one_of("adapter.kind", cfg.adapter.kind, ("lora", "loha", "lokr", "textual_inversion"))
     _one_of("adapter.init", cfg.adapter.init, ("kaiming", "gaussian"))
     _one_of("adapter.kernel", cfg.adapter.kernel, ("fused", "peft"))
@@ -65,6 +66,11 @@ def check(cfg: Config, trains: bool = True) -> None:
         raise ConfigError(
             "adapter.targets has text_encoder without LoRA in the UNet: add a group of the UNet such as "
             "cross_attention, or leave text_encoder out."
+        )
+    if trains and cfg.adapter.trains_text and cfg.adapter.kind != "lora":
+        raise ConfigError(
+            f"adapter.targets has text_encoder, which adapter.kind={cfg.adapter.kind} does not train: leave it out, or "
+            "use kind=lora."
         )
     if cfg.data.name == "studio":
         _one_of("data.difficulty", cfg.data.difficulty, DIFFICULTIES)
@@ -143,6 +149,7 @@ def check(cfg: Config, trains: bool = True) -> None:
         raise ConfigError(
             f"sampling.method_options.interval={options['interval']} counts calls: give a whole number from 1 on."
         )
+    check_method(cfg)
     if cfg.adapter.init_from is not None and cfg.adapter.full_finetune:
         raise ConfigError("adapter.init_from starts an adapter, but adapter.full_finetune=true trains none: drop one.")
     if cfg.backbone.weights == "int8" and cfg.adapter.full_finetune:
@@ -152,6 +159,14 @@ def check(cfg: Config, trains: bool = True) -> None:
             "objective.prior_weight keeps to the frozen backbone, which adapter.init_from changes: drop one."
         )
     a = cfg.adapter
+    if trains and a.full_finetune and (a.kind != "lora" or a.use_dora or a.use_rslora or a.dropout):
+        raise ConfigError(
+            "adapter.full_finetune=true trains the UNet itself: leave kind, use_dora, use_rslora and dropout out."
+        )
+    if trains and a.kind == "textual_inversion" and cfg.data.captions.shuffles:
+        raise ConfigError(
+            "adapter.kind=textual_inversion reads one caption a photo: leave data.captions.shuffles at 0."
+        )
     if a.kind != "lora" and (a.use_dora or a.use_rslora or a.dropout or a.init_from or a.init != "kaiming"):
         raise ConfigError(
             f"adapter.kind={a.kind} has no use_dora, use_rslora, dropout, init and init_from: leave them as they are."
@@ -177,11 +192,14 @@ def check(cfg: Config, trains: bool = True) -> None:
             raise ConfigError(
                 f"enhancement.{name}={list(given)}: give two numbers, from {least} on, the smaller first."
             )
-    if cfg.sampling.num_inference_steps > MOST_STEPS:
-        raise ConfigError(
-            f"sampling.num_inference_steps={cfg.sampling.num_inference_steps} are more than there are timesteps to "
-            f"choose from: give at most {MOST_STEPS}."
-        )
+    for name, steps in (
+        ("sampling.num_inference_steps", cfg.sampling.num_inference_steps),
+        ("enhancement.judged_steps", cfg.enhancement.judged_steps),
+    ):
+        if steps > MOST_STEPS:
+            raise ConfigError(
+                f"{name}={steps} are more than there are timesteps to choose from: give at most {MOST_STEPS}."
+            )
     interval = cfg.trainer.get("val_check_interval")
     if interval is not None and interval < 1:
         raise ConfigError(f"trainer.val_check_interval={interval} counts steps here: give a whole number from 1 on.")
@@ -192,6 +210,25 @@ def check(cfg: Config, trains: bool = True) -> None:
         raise ConfigError("trainer.early_stop_patience counts validations, which limit_val_batches=0 leaves out.")
     if int(cfg.trainer.get("max_steps", 1)) < 1:
         raise ConfigError(f"trainer.max_steps={cfg.trainer['max_steps']} is below 1: give at least 1.")
+
+
+def check_method(cfg: Config) -> None:
+    """The rules over ``sampling.method`` with the rest of the config; raises ConfigError."""
+    s = cfg.sampling
+    options = {**METHODS[s.method], **s.method_options}
+    if s.method == "freeu" and not all(options.values()):
+        raise ConfigError("sampling.method_options has a FreeU scale of 0, for which diffusers leaves all of it out.")
+    if s.method == "wavelet" and s.scheduler in ("unipc", "pndm", "heun"):
+        raise ConfigError(
+            f"sampling.method=wavelet corrects where a step leads to, and {s.scheduler} goes on from elsewhere: use "
+            "ddim, dpm++ or euler."
+        )
+    scales = [s.guidance_scale] + [s.source_guidance_scale] * (cfg.conditioning == "source")
+    if s.method in ("apg", "rescale", "frequency") and all(scale == 1 for scale in scales):
+        raise ConfigError(
+            f"sampling.method={s.method} changes what guidance adds, and sampling.guidance_scale=1 adds nothing: give "
+            "more, or method=none."
+        )
 
 
 def check_evaluation(cfg: EvaluationConfig) -> None:

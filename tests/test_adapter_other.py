@@ -97,3 +97,27 @@ def test_what_only_lora_has_is_refused(change: dict[str, object]) -> None:
         check(Config(run_dir="x", adapter=AdapterConfig(kind="loha", **change)))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="adapter.kind=qlora"):
         check(Config(run_dir="x", adapter=AdapterConfig(kind="qlora")))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (AdapterConfig(kind="loha", targets=["conv", "text_encoder"]), "which adapter.kind=loha does not train"),
+        (AdapterConfig(full_finetune=True, kind="lokr"), "trains the UNet itself"),
+        (AdapterConfig(full_finetune=True, use_dora=True), "trains the UNet itself"),
+        (AdapterConfig(full_finetune=True, dropout=0.1), "trains the UNet itself"),
+    ],
+    ids=["text", "kind", "dora", "dropout"],
+)
+def test_what_would_be_left_untrained_or_unsaved_is_refused(adapter: AdapterConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(Config(run_dir="x", adapter=adapter))
+
+
+def test_textual_inversion_reads_one_caption_a_photo() -> None:
+    cfg = Config(run_dir="x", adapter=AdapterConfig(kind="textual_inversion"))
+    cfg.enhancement.enabled = False
+    check(cfg)
+    cfg.data.captions.shuffles = 2
+    with pytest.raises(ConfigError, match="one caption a photo"):
+        check(cfg)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
+import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +17,9 @@ from adapter_models import TEXT_DIM, randomize, tiny_unet
 from torch import Tensor, nn
 
 from lora_dae.adapter.inject import inject, trainable_parameters
+from lora_dae.backbone import precision
 from lora_dae.backbone.group_norm import NarrowGroupNorm, quicken_group_norms
-from lora_dae.backbone.precision import half_type, round_frozen
+from lora_dae.backbone.precision import choose_precision, half_type, round_frozen
 from lora_dae.config import AdapterConfig
 
 SHAPES = [(3, 64, 16, 16), (1, 96, 5, 7), (2, 32, 32, 32), (1, 320, 40, 32)]  # few pixels; one sample; many pixels
@@ -128,3 +133,28 @@ def test_weights_that_are_rounded_once_give_the_same_bits(kernel: str) -> None:
     ):
         assert one.dtype == torch.float32 and one.grad is not None and other.grad is not None
         assert torch.equal(one.grad, other.grad), name
+
+
+@pytest.mark.parametrize(("half", "chosen"), [(0.7, "bf16-mixed"), (0.9, "32-true"), (5.0, "32-true")])
+def test_auto_takes_bfloat16_where_it_is_clearly_faster(
+    half: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def time(dtype: torch.dtype, hopeless: float = math.inf) -> float:
+        asked.append((dtype, hopeless))
+        return 1.0 if dtype == torch.float32 else half
+
+    monkeypatch.setattr(precision, "_time", time)
+    monkeypatch.setattr(precision, "_cpu_gains", functools.cache(precision._cpu_gains.__wrapped__))
+    assert [choose_precision("auto", torch.device("cpu")) for _ in range(2)] == [chosen] * 2
+    assert asked == [(torch.float32, math.inf), (torch.bfloat16, 3.0)]  # measured once in a process
+    assert choose_precision("bf16-mixed", torch.device("cpu")) == "bf16-mixed"
+    assert choose_precision("auto", torch.device("mps")) == "32-true"
+
+
+def test_what_is_emulated_is_not_measured_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr(precision, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))  # a second each
+    assert precision._time(torch.float32, hopeless=0.5) == 1.0 and next(clock) == 2 * 2
+    assert precision._time(torch.float32, hopeless=1.5) == 1.0 and next(clock) == 5 + 2 * 6

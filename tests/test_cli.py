@@ -171,6 +171,25 @@ def test_other_settings_than_the_runs_own_get_a_folder_of_their_own(tmp_path: Pa
     assert folder(*long) != folder(*long[:1], "cmmd=other") and len(folder(*long).name) < 120
 
 
+def test_drawing_in_less_memory_leaves_the_report_where_it_is(tmp_path: Path) -> None:
+    """Batches change no picture; tiles change a few pixels at their seams."""
+    cfg = Config(run_dir="x")
+    sampling = requested(cfg, _request("run=x", "batch_size=4", "tiled_decode=true")).sampling
+    assert (sampling.batch_size, sampling.tiled_decode) == (4, True)
+    assert folder_of(tmp_path, cfg, requested(cfg, _request("run=x", "batch_size=4"))) == tmp_path
+    tiled = folder_of(tmp_path, cfg, requested(cfg, _request("run=x", "batch_size=4", "tiled_decode=true")))
+    assert tiled == tmp_path / "evaluations" / "tiled_decode=true"
+
+
+def test_models_that_a_run_asks_for_can_be_left_out(tmp_path: Path) -> None:
+    """null means the run's own."""
+    cfg = Config(run_dir="x", evaluation=EvaluationConfig(clip="gone", lpips="gone", dinov2="dino", cmmd="clip"))
+    assert requested(cfg, _request("run=x", "clip=null")).evaluation.clip == "gone"
+    without = requested(cfg, _request("run=x", "clip=none", "lpips=none"))
+    assert without.evaluation == EvaluationConfig(dinov2="dino", cmmd="clip")
+    assert folder_of(tmp_path, cfg, without).name == "lpips=none,clip=none"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -181,6 +200,8 @@ def test_other_settings_than_the_runs_own_get_a_folder_of_their_own(tmp_path: Pa
         (("images=a", "reference=b", "strength=1"), "strength belongs to run=, not to images="),
         (("images=a", "reference=b", "sampling_method=pag"), "sampling_method belongs to run="),
         (("runs=[a,b]", "sampling_method=pag"), "sampling_method belongs to run=, not to runs="),
+        (("runs=[a,b]", "batch_size=4"), "batch_size belongs to run=, not to runs="),
+        (("images=a", "reference=b", "tiled_decode=true"), "tiled_decode belongs to run=, not to images="),
         (("images=a", "reference=b", "clip=c"), "clip needs prompts"),
         (("runs=[a,b]", "paired=true"), "paired belongs to images="),
         (("run=a", "split=train"), "split=train is unknown"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -165,3 +166,21 @@ def test_a_file_without_a_gain_is_no_silent_node(node: ModuleType, tmp_path: Pat
     texture = save_enhancement(EnhancementModule(max_log_gain=0, source_channels=4), tmp_path / "texture.safetensors")
     with pytest.raises(ConfigError, match=r"texture.safetensors has no gain, the one part that this node adds"):
         patched(node, texture)
+
+
+def test_a_gain_of_the_direction_term_is_none_of_x0(node: ModuleType, tmp_path: Path) -> None:
+    file = save_enhancement(EnhancementModule(placement="direction"), tmp_path / "direction.safetensors")
+    with pytest.raises(ConfigError, match="direction term, which a node cannot"):
+        node.LoraDaeEnhancement().apply(Model(Sampling(torch.ones(2))), str(file), 1.0, 0.0, 1.0, True)
+
+
+def test_a_file_that_was_written_anew_is_read_anew(node: ModuleType, file: Path, tmp_path: Path) -> None:
+    """ComfyUI runs a node again where IS_CHANGED says another value; the model is no argument of it, or None."""
+    changed = node.NODE_CLASS_MAPPINGS["LoraDaeEnhancement"].IS_CHANGED
+    widgets = {"strength": 0.8, "start_percent": 0.0, "end_percent": 1.0, "first_order": True}
+    os.utime(file, (1000, 1000))
+    before = changed(enhancement=str(file), **widgets)
+    assert changed(enhancement=str(file), model=None, **widgets) == before
+    os.utime(file, (2000, 2000))
+    assert changed(enhancement=str(file), **widgets) != before
+    assert changed(enhancement=str(tmp_path / "nowhere.safetensors"), **widgets) != before

@@ -8,7 +8,8 @@ import json
 import shutil
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,13 @@ from vision_models import letters, write_vlm
 from lora_dae.config import CaptionConfig, ConfigError, DataConfig
 from lora_dae.data import captioner
 from lora_dae.data.__main__ import main
-from lora_dae.data.captioner import LONGEST_ANSWER, endpoint_captioner, fill_captions, transformers_captioner
+from lora_dae.data.captioner import (
+    LONGEST_ANSWER,
+    PhotoRefusedError,
+    endpoint_captioner,
+    fill_captions,
+    transformers_captioner,
+)
 from lora_dae.data.sources import read_entries
 
 
@@ -74,6 +81,42 @@ def server() -> Iterator[tuple[str, list[int]]]:
     yield f"http://127.0.0.1:{httpd.server_port}/v1", answers
     httpd.shutdown()
     httpd.server_close()
+
+
+Behavior = Callable[[dict[str, Any], int], tuple[int, str] | None]
+
+
+@contextmanager
+def answering(behavior: Behavior, missing: int = 0) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A server and its requests; ``behavior`` maps (request, its number) to a status and a caption, or an error's body.
+
+    None: it hangs up. ``missing``: bytes that it promises and never sends.
+    """
+    requests: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:  # noqa: N802
+            requests.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            found = behavior(requests[-1], len(requests))
+            if found is None:
+                return
+            status, text = found
+            data = (json.dumps({"choices": [{"message": {"content": text}}]}) if status == 200 else text).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data) + missing))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    httpd = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{httpd.server_port}/v1", requests
+    finally:
+        httpd.shutdown()
+        httpd.server_close()
 
 
 def test_gaps_are_filled_and_then_trained_on(photos: Path, tmp_path: Path, server: tuple[str, list[int]]) -> None:
@@ -138,6 +181,107 @@ def test_servers_that_do_not_caption_are_named(server: tuple[str, list[int]]) ->
         endpoint_captioner("http://127.0.0.1:9/v1", "tiny", "describe", 1e6)(photo)
     with pytest.raises(ConfigError, match="no address"):
         endpoint_captioner("localhost", "tiny", "describe", 1e6)
+
+
+@pytest.mark.parametrize("status", [400, 403, 413, 422])
+def test_a_photo_that_the_server_refuses_stops_nothing(
+    status: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As content filters do; what the server says of it is told, without the key, and it is asked about again."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    message = f"filtered for sk-very-secret, {'x' * 500}"
+    error = json.dumps({"error": {"code": "content_filter", "message": message}})
+
+    def filtered(request: dict[str, Any], number: int) -> tuple[int, str]:
+        return (status, error) if number == 1 else (200, "a dress")
+
+    to = tmp_path / "captions.jsonl"
+    with answering(filtered) as (endpoint, requests):
+        command = ["caption", "--to", str(to), "--endpoint", endpoint, "--model", "tiny", "--per-minute", "100000"]
+        main([*command, "data=folder", f"data.root={photos}"])
+        assert [json.loads(line)["id"] for line in to.read_text().splitlines()] == ["c.png"]
+        said = capsys.readouterr().out
+        assert f"without a caption: 1 (b.png: {status} " in said
+        assert "filtered for ***" in said and "x" * 200 not in said
+        main([*command, "data=folder", f"data.root={photos}"])
+    assert [json.loads(line)["id"] for line in to.read_text().splitlines()] == ["c.png", "b.png"]
+    assert len(requests) == 3 and "without a caption" not in capsys.readouterr().out
+
+
+def test_a_model_that_describes_some_photos_is_never_given_up(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight refusals in a row, and the same eight, alone, when the command runs again."""
+    for k in range(7):
+        Image.new("RGB", (32, 32), (k, k, k)).save(photos / f"e{k}.png")
+    cfg, to, asked = DataConfig(name="folder", root=str(photos)), tmp_path / "captions.jsonl", []
+
+    def describe(photo: Image.Image) -> str:
+        asked.append(photo.getpixel((0, 0)))
+        if asked[-1] != (0, 250, 0):
+            raise PhotoRefusedError("400 Bad Request: unsafe")
+        return "a green dress"
+
+    assert fill_captions(cfg, to, describe, "x") == 1 and len(asked) == 9
+    assert fill_captions(cfg, to, describe, "x") == 1 and len(asked) == 17
+    assert capsys.readouterr().out.count("without a caption: 8 (c.png: 400 Bad Request: unsafe; ") == 2
+
+
+def test_a_model_that_refuses_the_first_photos_is_asked_no_more(photos: Path, tmp_path: Path) -> None:
+    for k in range(7):
+        Image.new("RGB", (32, 32), (k, k, k)).save(photos / f"e{k}.png")
+    cfg, to, asked = DataConfig(name="folder", root=str(photos)), tmp_path / "captions.jsonl", []
+    to.write_text('{"id": "b.png", "text": "a green dress", "model": "another"}\n')
+
+    def refuses(photo: Image.Image) -> str:
+        asked.append(photo)
+        raise PhotoRefusedError("400 Bad Request: no image input")
+
+    with pytest.raises(ConfigError, match="first 5 photos .400 Bad Request: no image input.: check"):
+        fill_captions(cfg, to, refuses, "x")
+    assert len(asked) == 5
+
+
+def test_a_photo_without_an_answer_is_told(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = DataConfig(name="folder", root=str(photos))
+    assert fill_captions(cfg, tmp_path / "captions.jsonl", lambda photo: ' "" ', "x") == 0
+    assert "without a caption: 2 (b.png: the model said nothing; c.png: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("answer", "missing"), [(None, 0), ((200, "a dress"), 50)])
+def test_a_connection_that_breaks_off_is_one_sentence(answer: tuple[int, str] | None, missing: int) -> None:
+    """Neither is an URLError: nothing came at all, or half an answer."""
+    with answering(lambda request, number: answer, missing) as (endpoint, _):
+        with pytest.raises(ConfigError, match="cannot be reached"):
+            endpoint_captioner(endpoint, "tiny", "describe", 1e6)(Image.new("RGB", (8, 8)))
+
+
+def test_a_reasoning_model_is_asked_as_it_can_be(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the words of OpenAI's, which names one parameter at a time; found out once, and not by a photo's refusal."""
+
+    def reasoning(request: dict[str, Any], number: int) -> tuple[int, str]:
+        told = ""
+        if "max_tokens" in request:
+            told = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens'."
+        elif "temperature" in request:
+            told = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is."
+        elif number == 3:
+            told = "content_filter"
+        return (400, json.dumps({"error": {"message": told}})) if told else (200, "a dress")
+
+    photo = Image.new("RGB", (8, 8))
+    with answering(reasoning) as (endpoint, requests):
+        describe = endpoint_captioner(endpoint, "tiny", "describe", 1e6)
+        with pytest.raises(PhotoRefusedError, match="content_filter"):
+            describe(photo)
+        assert capsys.readouterr().out == ""  # a refusal proves nothing
+        assert [describe(photo), describe(photo)] == ["a dress", "a dress"]
+    first = [{"max_tokens", "temperature"}, {"max_completion_tokens", "temperature"}, {"max_completion_tokens"}]
+    assert [set(r) - {"model", "messages"} for r in requests] == [*first, *first, {"max_completion_tokens"}]
+    assert requests[-1]["max_completion_tokens"] > LONGEST_ANSWER  # thoughts count in it, and come first
+    said = capsys.readouterr().out
+    assert "max_completion_tokens instead of max_tokens=120" in said and "temperature=0" in said
+    assert said.count("\n") == 1
 
 
 def test_a_vision_language_model_in_this_process(tiny_vlm: Path, photos: Path, tmp_path: Path) -> None:

@@ -97,3 +97,6 @@ def test_what_the_text_encoder_will_not_see_is_said(tiny_backbone: Path) -> None
     said = long_captions([short, long, long], tokenizer)
     assert said is not None and said.startswith(f"1 of 2 different captions have more than the {limit} tokens")
     assert f"the longest has {counts[1]}" in said and long_captions([short], tokenizer) is None
+    assert said.endswith("backbone.text_chunks=2 takes more")
+    two = long_captions([short, long], tokenizer, encoders=2)  # of SDXL, which is refused with further windows
+    assert two is not None and f"the longest has {counts[1]}" in two and "text_chunks" not in two

@@ -103,8 +103,8 @@ def test_source_and_mask_columns_make_pairs(tmp_path: Path) -> None:
     assert pair.mask is not None
     np.testing.assert_array_equal(pair.mask, np.where(pair.image[..., 0] >= 128, 255, 0))
 
-    write_rows(tmp_path, [*rows[:3], {key: rows[3][key] for key in ("file_name", "text", "mask")}])
-    assert "line 4 has no source but other lines do" in refusal(tmp_path)
+    write_rows(tmp_path, [*rows[:3], {key: rows[3][key] for key in ("file_name", "text", "source")}])
+    assert "line 4 has no mask but other lines do" in refusal(tmp_path)
 
 
 def source_of(root: Path, name: str) -> np.ndarray:

@@ -218,7 +218,7 @@ def test_resuming_with_other_batches_is_refused_or_shared_exactly(tmp_path: Path
     first.fit(Recorder(), datamodule(tmp_path / "cache"))
     first.save_checkpoint(tmp_path / "3.ckpt")
     load = {"ckpt_path": str(tmp_path / "3.ckpt"), "weights_only": False}
-    with pytest.raises(ConfigError, match="8 samples a step .* this run has 4"):
+    with pytest.raises(ConfigError, match="8 samples a step .* this run has 4: choose .*, data.batch_size and"):
         trainer(tmp_path, max_steps=5).fit(Recorder(), datamodule(tmp_path / "cache"), **load)
     doubled, recorder = datamodule(tmp_path / "cache"), Recorder()
     doubled.batch_size = 8
@@ -250,6 +250,11 @@ def test_validation_batches_are_of_one_size_and_hold_all(tmp_path: Path, monkeyp
                 assert batch["latent_mean"].shape[2:] == ((1, 2) if indices[0] % 2 else (2, 2)) and len(indices) <= 4
                 seen += indices
         assert sorted(seen) == list(range(9))
+    monkeypatch.setattr(data, "_rank", lambda: (0, 1))
+    data.batch_size = 1
+    orders = [[int(batch["index"]) for batch in data.val_dataloader()] for _ in range(2)]
+    assert orders[0] == orders[1]
+    assert {index % 2 for index in orders[0][:4]} == {0, 1}  # a validation of few batches sees both sizes
     val = TwoSizes(9)
     PairDataModule(
         val, val, val, cache_dir=tmp_path, encode_images=Encoders().encode_images, encode_text=Encoders().encode_text,

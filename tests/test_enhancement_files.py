@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_dae.config import ConfigError
@@ -23,6 +24,17 @@ def test_round_trip_gives_the_same_delta(saved):
     expected = module(x0, x0, sample, 0.8, 0.6, 0.1)
     assert torch.equal(load_enhancement(path)(x0, x0, sample, 0.8, 0.6, 0.1), expected)
     assert float(expected.detach().abs().max()) > 0
+
+
+def test_it_says_what_its_gain_learned_to_edit(tmp_path):
+    module = EnhancementModule(placement="direction")
+    path = save_enhancement(module, tmp_path / "a.safetensors")
+    assert load_enhancement(path).placement == "direction"
+    with safe_open(path, "pt") as file:
+        told = file.metadata()
+    assert told.pop("placement") == "direction"
+    save_file(module.state_dict(), path, told)  # as files before this were
+    assert load_enhancement(path).placement == "prediction"
 
 
 def test_missing_foreign_and_broken_files_are_refused(saved, tmp_path):

@@ -12,11 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from compose import config
+from rich.console import Console
 from scipy import stats
 from test_training_on_policy import VARIANCE, ExactDenoiser, scheduler
 
 from lora_dae.enhancement.gates import WINDOW
-from lora_dae.evaluation.diagnose import Diagnosis, Watch, calibration_slope, missing_energy, told_apart
+from lora_dae.evaluation.diagnose import (
+    Diagnosis,
+    Watch,
+    calibration_slope,
+    diagnose,
+    missing_energy,
+    told_apart,
+)
 from lora_dae.sampling.loop import Conditions, Guidance, sample_latents
 from lora_dae.sampling.schedulers import build_scheduler
 from lora_dae.training import run as training
@@ -98,8 +106,26 @@ def test_the_command_diagnoses_a_finished_run(tiny_backbone: Path, tmp_path: Pat
     assert 0 < found["confidence"]["garment"] <= 1 and found["gates"]["low"] <= found["gates"]["high"]
     assert "with another one's" in done.stdout
     assert (folder / "energy.png").stat().st_size > 0 and (folder / "matches.png").stat().st_size > 0
-    missing = subprocess.run(
-        [sys.executable, "-m", "lora_dae.enhancement", "diagnose", f"run={tmp_path / 'none'}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert missing.returncode == 2 and "does not exist" in missing.stderr
+    own = tmp_path / "run" / "config.yaml"  # a solver that draws fresh noise, whatever the global generator
+    own.write_text(own.read_text().replace("scheduler: dpm++", "scheduler: euler_a"))
+    energies = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        diagnose(tmp_path / "run", Console(quiet=True), "test", 4)
+        energies.append(json.loads((folder / "diagnosis.json").read_text())["energy"])
+    assert energies[0] == energies[1] != found["energy"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["run=none"], "does not exist"), (["run=none", "num_samples=1"], "num_samples=1 is below 2")],
+)
+def test_bad_requests_of_a_diagnosis_are_one_sentence(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lora_dae.enhancement.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["diagnose", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and message in capsys.readouterr().err

@@ -116,6 +116,19 @@ def test_text_mode_has_no_fidelity_and_takes_another_number_of_photos(extractor:
     assert set(result) == {"fd_tiny", "kd_tiny", "is_tiny", "power_low", "power_mid", "power_high", "lsd"}
 
 
+def test_what_is_drawn_from_the_photos_captions_is_resampled_with_them(extractor: TinyFeatures) -> None:
+    """Without likeness to the photo, which it never saw; the photos themselves then have distance 0 in every sample."""
+    photos = _photos()
+    reference = build_reference(photos, None, extractor)
+    apart = evaluate_images(photos, reference, extractor, bootstrap=20)
+    result = evaluate_images(photos, reference, extractor, bootstrap=20, together=True)
+    assert result.keys() == apart.keys() and "psnr" not in result
+    assert result["fd_tiny"].replicates is not None and apart["fd_tiny"].replicates is not None
+    assert result["fd_tiny"].replicates.abs().max() < 1e-4 < apart["fd_tiny"].replicates.min()
+    with pytest.raises(ConfigError, match="one real image each"):
+        evaluate_images(photos[:5], reference, extractor, together=True)
+
+
 def test_what_does_not_fit_is_told(extractor: TinyFeatures, masks: Tensor) -> None:
     photos = _photos()
     reference = build_reference(photos, None, extractor)

@@ -17,7 +17,7 @@ from torchmetrics.functional.image import lpips as reference_lpips
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from lora_dae.config import ConfigError
+from lora_dae.config import ConfigError, EvaluationConfig
 from lora_dae.data.pair import Pair
 from lora_dae.evaluation import controls, run
 from lora_dae.evaluation.metrics import edges, texture
@@ -259,6 +259,15 @@ def test_a_caption_that_clip_would_cut_off_is_an_error_and_no_lower_score(clip_f
         ClipScore(str(tmp_path))
 
 
+def test_captions_that_clip_would_cut_off_leave_its_score_out(clip_folder: Path) -> None:
+    """It would be no reason to lose a training that has asked for it."""
+    asked = EvaluationConfig(clip=str(clip_folder))
+    assert run.load_extras(asked, 64, ["a red dress"]).clip is not None
+    extras = run.load_extras(asked, 64, ["a red dress", "a red dress with white dots " * 10])
+    assert extras.clip is None and extras.definitions == []
+    assert "tokens, CLIP reads 16" in extras.not_available["clip_score"]
+
+
 class _Filters(FeatureExtractor):
     """A stand-in for the feature network: 8 random filters."""
 
@@ -309,6 +318,7 @@ def test_options_add_their_metrics_and_rows_and_say_what_cannot_be_had(
         table("evaluation.lpips=nowhere")
     plain = table("evaluation.controls=false")
     asked = table(
+        "evaluation.controls=true",
         f"evaluation.lpips={alexnet_file}", f"evaluation.clip={clip_folder}", "evaluation.dists=true",
         "evaluation.clean_fid=true", f"evaluation.dinov2={tmp_path}", f"evaluation.cmmd={tmp_path}",
     )  # fmt: skip

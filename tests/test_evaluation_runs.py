@@ -44,7 +44,7 @@ def run_dir(tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A run whose adapter is empty: the frozen backbone drawing from captions."""
     root = tmp_path_factory.mktemp("runs")
     overrides = ("conditioning=none", "data.resolution=32", "enhancement=none", "data.test_size=5")
-    cfg = config(tiny_backbone, root / "run", root / "cache", *overrides)
+    cfg = config(tiny_backbone, root / "run", root / "cache", *overrides, "evaluation.controls=true")
     (root / "run" / "adapter").mkdir(parents=True)
     OmegaConf.save(OmegaConf.create(to_dict(cfg)), root / "run" / "config.yaml")
     return root / "run"
@@ -207,6 +207,23 @@ def test_the_page_says_how_to_draw_with_the_files_that_the_run_has() -> None:
         (BackboneConfig("folder", path="/m/sd", prediction_type="v_prediction"), "prediction_type='v_prediction'"),
     ):
         assert loads in run.usage(Config(run_dir="x", backbone=backbone), "sdxl")
+
+
+def test_the_page_draws_as_the_report_was_drawn() -> None:
+    """With the source photo, where the enhancement was trained, and with the captions' first word."""
+    cfg = Config(run_dir="x")
+    words = run.usage(cfg, "sd1")
+    compile(words, "usage", "exec")
+    assert "from PIL import Image" in words and ', source=Image.open("mannequin.jpg")).images[0]' in words
+    assert "placement" not in words
+    cfg.conditioning, cfg.enhancement.placement, cfg.data.captions.trigger = "none", "direction", "sks"
+    words = run.usage(cfg, "sd1")
+    compile(words, "usage", "exec")
+    assert "Image" not in words and 'placement="direction")' in words and 'pipe("sks a woman' in words
+    cfg.adapter.full_finetune = True
+    assert 'from_pretrained("adapter/unet")' in run.usage(cfg, "sd1")
+    cfg.conditioning = "source"  # the source's channels are in that UNet, for which no text-to-image pipeline is made
+    assert run.usage(cfg, "sd1").startswith("python sample.py run=") and "source=mannequin.jpg" in run.usage(cfg, "sd1")
 
 
 def test_a_grid_while_it_trains_needs_one_pair_a_table_two() -> None:

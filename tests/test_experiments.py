@@ -20,7 +20,7 @@ README_ROWS = {
     "LoRA on cross-attention alone": "LoRA attention",
     "LoRA on cross-attention and convolutions": "LoRA attention + conv",
     "the same, rsLoRA": "rsLoRA",
-    "the same, DreamBooth": "DreamBooth LoRA",
+    "the same, DreamBooth's prior preservation": "DreamBooth LoRA",
     "the same, with FreeU": "LoRA + FreeU",
     "the same, with an unsharp mask": "LoRA + unsharp mask",
     "**LoRA-DAE**": "LoRA-DAE",

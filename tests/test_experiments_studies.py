@@ -9,9 +9,10 @@ import pytest
 from comparisons import ROOT, STUDIES, check_files
 
 from lora_dae.sweep.budget import budget
-from lora_dae.sweep.cells import Comparison, Wanted, read_comparison, wanted_cells
+from lora_dae.sweep.cells import REVISED, Comparison, Wanted, read_comparison, wanted_cells
 from lora_dae.sweep.compare import Study
 from lora_dae.sweep.files import read_json
+from lora_dae.sweep.identity import content_hash
 from lora_dae.sweep.results import read_results
 from lora_dae.training.finish import judging
 
@@ -47,6 +48,24 @@ def test_all_comparisons_together_take_ten_hours_at_most() -> None:
         pictures = {one.cfg.evaluation.num_samples for one in study.cells}
         assert len(pictures) == 1 and pictures.pop() * len(study.grid.seeds) >= (1024 if headline else 96)
         assert [one.seed for one in study.cells[: len(study.grid.cells)]] == [0] * len(study.grid.cells)
+
+
+def test_cells_are_named_by_what_they_hold() -> None:
+    files = list((ROOT / "experiments" / "cells").glob("*.json"))
+    assert len(files) > 200
+    for file in files:
+        assert content_hash(read_json(file)["what"]) == file.stem
+
+
+def test_what_was_measured_is_found_again() -> None:
+    """An option that came later, but is not left out of hashes at its default, would orphan trainings and cells."""
+    results, found = read_results(ROOT / "experiments" / "mainstream")["cells"], []
+    for one in composed("mainstream")[1]:
+        digest = results.get(one.cell.name, {}).get("files", {}).get(str(one.seed))
+        # The module and two methods have changed since, and say so.
+        if digest is not None and not one.cfg.enhancement.enabled and one.cfg.sampling.method not in REVISED:
+            found.append(one.digest == digest)
+    assert len(found) > 16 and all(found)
 
 
 @pytest.mark.parametrize("name", ["mainstream", "mainstream_text"])

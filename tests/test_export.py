@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 from compose import config
 from diffusers import StableDiffusionPipeline
-from family_models import write_backbone
+from family_models import write_backbone, write_single_file
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -124,6 +125,34 @@ def test_push_without_a_token_lists_what_would_go(
     export_run(request(finished, tmp_path, format="kohya", push="someone/fashion"), Console(width=200))
     said = capsys.readouterr().out
     assert "no hub token" in said and "someone/fashion" in said and KOHYA_FILE in said
+
+
+def test_a_push_sends_what_this_export_writes(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the whole model that an earlier export has left there, nor the grid of somebody's photos beside it."""
+    sent: dict[str, Any] = {}
+    hub = SimpleNamespace(
+        create_repo=lambda repo, **options: sent.update(private=options["private"]),
+        model_info=lambda repo: SimpleNamespace(private=True),
+        upload_folder=lambda **options: sent.update(files=set(options["allow_patterns"])),
+    )
+    monkeypatch.setattr("lora_dae.export.push.get_token", lambda: "a token")
+    monkeypatch.setattr("lora_dae.export.push.HfApi", lambda: hub)
+    export_run(request(finished, tmp_path), Console())
+    assert (tmp_path / "merged").is_dir() and (tmp_path / "grid.png").is_file()
+    export_run(request(finished, tmp_path, format=None, push="someone/fashion"), Console())
+    adapter = {"README.md", *(file.name for file in (finished / "adapter").glob("*.safetensors"))}
+    assert {FILE_NAME, KOHYA_FILE, "enhancement.safetensors"} < adapter
+    assert sent == {"private": True, "files": adapter}
+    assert "uploading to someone/fashion, which is private: README.md, adapter_kohya" in capsys.readouterr().out
+    card = (tmp_path / "README.md").read_text()
+    assert "grid.png" not in card and "merged/" not in card and KOHYA_FILE in card
+    export_run(request(finished, tmp_path, format="kohya", push="someone/fashion", grid=True), Console())
+    assert sent["files"] == adapter - {FILE_NAME} | {"grid.png"}
+    assert "grid.png" in (tmp_path / "README.md").read_text()
+    export_run(request(finished, tmp_path, format="merged", push="someone/fashion"), Console())
+    assert {"merged/model_index.json", "README.md"} < sent["files"] and FILE_NAME not in sent["files"]
 
 
 @pytest.mark.parametrize(
@@ -250,6 +279,24 @@ def test_command(finished: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out" / KOHYA_FILE).is_file()
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
+def test_merged_folder_of_a_checkpoint_names_its_text_encoders_as_published(family: str, tmp_path: Path) -> None:
+    """Stable Diffusion's own text_encoder/model.safetensors says text_model., and transformers 4 reads nothing else."""
+    folder = write_backbone(tmp_path / family, family)
+    file, run_dir = write_single_file(tmp_path / "any.safetensors", folder), tmp_path / "run"
+    options = ("backbone=file", f"backbone.configs={folder}", "conditioning=none", "enhancement=none")
+    (run_dir / "adapter").mkdir(parents=True)
+    training.write_config(config(file, run_dir, tmp_path / "cache", *options))
+    export_run(request(run_dir, tmp_path / "out", format="merged"), Console())
+    merged = tmp_path / "out" / "merged"
+    assert {name.split(".")[0] for name in load_file(merged / "text_encoder" / "model.safetensors")} == {"text_model"}
+    if family == "sdxl":
+        second = load_file(merged / "text_encoder_2" / "model.safetensors")
+        assert {name.split(".")[0] for name in second} == {"text_model", "text_projection"}
+    ours, published = (load_backbone(BackboneConfig(name="folder", path=str(path))) for path in (merged, folder))
+    assert torch.equal(ours.encode_text(["a red dress"]), published.encode_text(["a red dress"]))
 
 
 def test_merged_folder_of_a_paired_run_takes_the_source(tiny_backbone: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import HfApi
 from rich.console import Console
 
+from lora_dae.config import ConfigError
 from lora_dae.export.push import push_folder
 
 
@@ -20,6 +21,8 @@ class Hub(BaseHTTPRequestHandler):
     """Repositories to create and commits of files sent in the request, as the hub takes small files."""
 
     created: list[str]
+    visibility: list[str]  # that new ones were asked to have
+    private: bool  # what they have
     arrived: dict[str, dict[str, bytes]]
     tokens: set[str | None]
 
@@ -30,6 +33,7 @@ class Hub(BaseHTTPRequestHandler):
         if address == "/api/repos/create":
             asked = json.loads(body)
             self.created.append(f"{asked['organization']}/{asked['name']}")
+            self.visibility.append(asked.get("visibility", "public"))
             return self.answer({"url": f"http://{self.headers['Host']}/{self.created[-1]}"})
         if address == "/api/validate-yaml":  # the head of the card
             return self.answer({"errors": [], "warnings": []})
@@ -53,7 +57,8 @@ class Hub(BaseHTTPRequestHandler):
         )
 
     def do_GET(self) -> None:
-        self.answer({"name": "someone", "type": "user"} if "whoami" in self.path else {"siblings": [], "sha": "0" * 40})
+        model = {"id": "someone/fashion", "private": self.private, "siblings": [], "sha": "0" * 40}
+        self.answer({"name": "someone", "type": "user"} if "whoami" in self.path else model)
 
     def do_HEAD(self) -> None:
         self.send_response(404)  # no .gitignore yet
@@ -73,7 +78,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[tuple[str, type[Hub]]]:
-    handler = type("OneHub", (Hub,), {"created": [], "arrived": {}, "tokens": set()})
+    handler = type("OneHub", (Hub,), {"created": [], "visibility": [], "private": True, "arrived": {}, "tokens": set()})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}", handler
@@ -102,3 +107,35 @@ def test_every_file_arrives_as_it_is(
     assert seen.tokens == {"Bearer hf_secret"}
     said = capsys.readouterr().out
     assert "pushed to someone/fashion" in said and "hf_secret" not in said
+
+
+@pytest.fixture
+def logged_in(hub: tuple[str, type[Hub]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
+    """The hub, for somebody with a token and three files in ``tmp_path``."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("lora_dae.export.push.get_token", lambda: "hf_secret")
+    monkeypatch.setattr("lora_dae.export.push.HfApi", lambda: HfApi(endpoint=hub[0], token="hf_secret"))
+    for name in ("README.md", "left.safetensors", "merged/unet/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    return hub[1]
+
+
+def test_what_was_not_chosen_stays_here_and_a_new_repository_is_private(logged_in: type[Hub], tmp_path: Path) -> None:
+    assert push_folder(tmp_path, "someone/fashion", Console(), only=[tmp_path / "README.md", tmp_path / "merged"])
+    assert logged_in.visibility == ["private"]
+    assert logged_in.arrived == {"someone/fashion": {"README.md": b"x", "merged/unet/config.json": b"x"}}
+
+
+def test_a_repository_that_is_public_gets_nothing_until_that_is_asked_for(
+    logged_in: type[Hub], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hub ignores the visibility that is asked for where the repository is there."""
+    logged_in.private = False
+    with pytest.raises(ConfigError, match=r"push=someone/fashion is there already, and public: .* private=false"):
+        push_folder(tmp_path, "someone/fashion", Console())
+    assert logged_in.arrived == {} and "uploading" not in capsys.readouterr().out
+    assert push_folder(tmp_path, "someone/fashion", Console(), private=False)
+    assert logged_in.visibility == ["private", "public"]
+    assert len(logged_in.arrived["someone/fashion"]) == 3
+    assert "someone/fashion, which is public: README.md, left.safetensors, merged (" in capsys.readouterr().out

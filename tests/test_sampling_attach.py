@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,18 @@ def test_source_photo(runs: dict[str, Path], tiny_backbone: Path) -> None:
     with pytest.raises(ConfigError, match="source is a str"):
         draw(pipe, source="photo.jpg")
     assert np.array_equal(draw(lora_dae.detach(pipe)), before)
+
+
+def test_the_term_that_the_module_learned_to_edit_is_the_default(runs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(runs["sd15"], tmp_path / "run")
+    strong(tmp_path / "run", placement="direction")
+    drawn = {}
+    for placement in (None, "direction", "prediction"):
+        pipe = pipeline(StableDiffusionPipeline, base_of(runs, "sd15"))
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        lora_dae.attach(pipe, tmp_path / "run" / "adapter", placement=placement)
+        drawn[placement] = draw(pipe)
+    assert np.array_equal(drawn[None], drawn["direction"]) and not np.array_equal(drawn[None], drawn["prediction"])
 
 
 def test_two_pipelines_do_not_know_of_each_other(runs: dict[str, Path]) -> None:

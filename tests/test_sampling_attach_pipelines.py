@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,17 @@ from diffusers import (
 )
 from family_models import write_backbone
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import lora_dae
 from lora_dae.adapter.files import save_adapter
 from lora_dae.adapter.inject import inject
+from lora_dae.adapter.source_input import FILE_NAME as SOURCE_FILE
 from lora_dae.adapter.source_input import attach_source_input, save_source_input
 from lora_dae.backbone.load import load_backbone
 from lora_dae.config import AdapterConfig, BackboneConfig, ConfigError
+from lora_dae.data.square import Framing
 from lora_dae.enhancement.files import save_enhancement
 from lora_dae.enhancement.module import EnhancementModule
 
@@ -263,3 +268,22 @@ def test_several_pipelines_serve_at_once(adapters: dict[str, Path]) -> None:
         together = list(pool.map(several, range(len(pipes))))
     for one, other in zip(alone, together, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_a_source_photo_is_framed_as_training_framed_most(adapters: dict[str, Path], tmp_path: Path) -> None:
+    """A portrait draws what its middle draws, and what is transparent what the run's background draws."""
+    shutil.copytree(adapters["sd15"], tmp_path / "cropped")
+    file = tmp_path / "cropped" / SOURCE_FILE
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    tensors = {name: value.clone() for name, value in load_file(file).items()}
+    save_file(tensors, file, {**header, **Framing(whole=False, background="blue").header()})
+    pipe = lora_dae.attach(build("sd15", adapters), tmp_path / "cropped")
+    cropped = draw(pipe, "sd15", source=OTHER)  # 40 x 50
+    assert np.array_equal(cropped, draw(pipe, "sd15", source=OTHER.crop((0, 5, 40, 45))))
+    untold = lora_dae.attach(build("sd15", adapters), adapters["sd15"])
+    assert not np.array_equal(cropped, draw(untold, "sd15", source=OTHER))
+    clear = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    for one, color in ((pipe, "blue"), (untold, "white")):
+        plain = Image.new("RGB", (32, 32), color)
+        assert np.array_equal(draw(one, "sd15", source=clear), draw(one, "sd15", source=plain)), color

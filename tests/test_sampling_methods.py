@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
-from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
 from hydra import compose, initialize_config_dir
 from PIL import Image, ImageFilter
 
@@ -21,10 +20,15 @@ from lora_dae.diffusion import PREDICTION_TYPES
 from lora_dae.enhancement.bands import split_bands
 from lora_dae.rules import check
 from lora_dae.sampling.draw import Drawer
-from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, noise_generator, sample_latents
+from lora_dae.sampling.loop import (
+    Conditions,
+    Guidance,
+    initial_noise,
+    noise_generator,
+    sample_latents,
+)
 from lora_dae.sampling.method import Method, Step
 from lora_dae.sampling.methods import build_method
-from lora_dae.sampling.methods.attention import IdentityAttention, blur_where, middle_self_attention
 from lora_dae.sampling.methods.steps import DetailDaemon, haar_low
 from lora_dae.sampling.schedulers import build_scheduler
 
@@ -148,57 +152,35 @@ def test_frequencies_have_scales_of_their_own() -> None:
     torch.testing.assert_close(twice, at.conditional + 2 * 2 * (at.conditional - at.predictions["none"]))
 
 
-def test_identity_attention_is_that_of_diffusers(unet: UNet2DConditionModel) -> None:
-    (layer, *_) = middle_self_attention(unet)
-    states = torch.randn(2, 16, layer.to_q.in_features)
-    with torch.no_grad():
-        ours = IdentityAttention()(layer, states)
-        theirs = PAGIdentitySelfAttnProcessor2_0()(layer, torch.cat([states, states])).chunk(2)[1]
-    torch.testing.assert_close(ours, theirs)
-
-
-def test_perturbed_attention_is_linear_in_its_scale(unet: UNet2DConditionModel) -> None:
-    text = torch.randn(3, 16, 32)
-    at = step({k: torch.randn(2, 8, 16, 16) for k in ("none", "full")}, Guidance(2.0))
-    at = replace(at, unet=unet, conditions=Conditions(text[:2], text[2]))
-    with torch.no_grad():
-        changes = [build_method("pag", {"scale": s}).guide(at) - Method().guide(at) for s in (1.0, 3.0)]
-    assert changes[0].abs().max() > 0
-    torch.testing.assert_close(changes[1], 3 * changes[0], atol=1e-5, rtol=1e-4)
-
-
-def test_self_attention_guidance_blurs_what_is_attended() -> None:
-    x = torch.randn(1, 4, 16, 16)
-    nothing, everything = torch.full((1, 16), 0.9), torch.full((1, 16), 1.1)
-    assert torch.equal(blur_where(x, nothing), x)
-    blurred = blur_where(x, everything)
-    kernel = np.exp(-0.5 * np.arange(-4, 5) ** 2.0)
-    kernel /= kernel.sum()
-    padded = np.pad(x[0, 0].numpy(), 4, mode="reflect")
-    expected = sum(kernel[i] * kernel[j] * padded[i : i + 16, j : j + 16] for i in range(9) for j in range(9))
-    np.testing.assert_allclose(blurred[0, 0], expected, atol=1e-5)
-    corner = torch.full((1, 16), 0.9)
-    corner[0, 0] = 2.0
-    found = blur_where(x, corner)
-    assert torch.equal(found[..., 4:, :], x[..., 4:, :]) and torch.equal(found[..., :4, :4], blurred[..., :4, :4])
-
-
-def test_no_self_attention_in_the_middle_is_one_sentence() -> None:
-    with pytest.raises(ConfigError, match="middle block"):
-        middle_self_attention(torch.nn.Module())
-
-
 def test_detail_daemon_lowers_sigma_in_the_middle_alone() -> None:
-    method = DetailDaemon(amount=0.2, start=0.2, end=0.8)
+    method = DetailDaemon(amount=0.5, start=0.2, end=0.8)
     assert [method.multiplier(x) for x in (0.0, 0.2, 0.8, 1.0)] == [0.0] * 4
     assert method.multiplier(0.5) == pytest.approx(1.0) and method.multiplier(0.35) == pytest.approx(0.5)
     scheduler = base()
     scheduler.set_timesteps(10)
     t = scheduler.timesteps[5]
     cumprod = float(scheduler.alphas_cumprod[t])
-    alpha, sigma = method.seen_level(scheduler, t, 0.5)  # type: ignore[misc]
-    assert sigma / alpha == pytest.approx(0.8 * math.sqrt((1 - cumprod) / cumprod))
+    alpha, sigma = method.seen_level(scheduler, t, 0.5, 4.0)  # type: ignore[misc]
+    assert sigma / alpha == pytest.approx((1 - 0.1 * 0.5 * 4) * math.sqrt((1 - cumprod) / cumprod))
     assert alpha**2 + sigma**2 == pytest.approx(1.0)
+    alpha, sigma = DetailDaemon(9.0, 0.2, 0.8).seen_level(scheduler, t, 0.5, 9.0)  # type: ignore[misc]
+    assert 0 < sigma < 1e-5  # as in the node: never below 0
+
+
+@pytest.mark.parametrize("solver", ["heun", "pndm", "dpm++"])
+def test_a_noise_level_has_one_position_and_one_scale(solver: str, unet: UNet2DConditionModel) -> None:
+    """Also where a solver asks the network twice at it."""
+    seen: list[tuple[float, float, float]] = []
+
+    class Spy(Method):
+        def seen_level(self, scheduler, timestep, position, guidance):  # noqa: ANN001, ANN202
+            seen.append((float(timestep), position, guidance))
+
+    draw(unet, Spy(), solver)
+    times = list(dict.fromkeys(t for t, _, _ in seen))
+    assert {(t, p) for t, p, _ in seen} == {(t, k / (len(times) - 1)) for k, t in enumerate(times)}
+    assert {scale for _, _, scale in seen} == {3.0}
+    assert len(seen) > len(times) or solver == "dpm++"
 
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
@@ -221,22 +203,29 @@ def test_a_network_that_knows_x0_is_not_misled(kind: str) -> None:
     noise = torch.randn(2, 4, 8, 8)
     conditions = Conditions(torch.zeros(2, 3, 4), torch.zeros(3, 4))
     scheduler = base(kind)
-    found = sample_latents(Knows(), scheduler, noise, conditions, Guidance(), 8, DetailDaemon(0.3, 0.0, 1.0))
+    found = sample_latents(Knows(), scheduler, noise, conditions, Guidance(), 8, DetailDaemon(3.0, 0.0, 1.0))
     expected = sample_latents(Knows(), scheduler, noise, conditions, Guidance(), 8)
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
 
 
 def test_wavelet_correction_by_hand() -> None:
-    """Blocks of 2 x 2: their mean is the low band; equal gains in both move the sample as a whole."""
+    """Blocks of 2 x 2: their mean is the low band; equal gains in both move the sample as a whole.
+
+    The weights are those of AMAP-ML/DCW: t_steps[i] / sigma_max, and what lacks to 1.
+    """
     at = step(outputs(), Guidance(1.0))
     reached = torch.randn(2, 4, 8, 8)
     low = haar_low(reached)
     assert torch.equal(low[..., ::2, ::2], low[..., 1::2, 1::2])
     torch.testing.assert_close(haar_low(low), low)
     torch.testing.assert_close(haar_low(reached - low), torch.zeros_like(low), atol=1e-6, rtol=0)
-    level = (0.8, 0.6)
-    moved = build_method("wavelet", {"low": 0.1 / 0.6, "high": 0.1 / 0.4}).after(at, at.conditional, reached, level)
-    torch.testing.assert_close(moved, reached + 0.1 * (reached - at.x0(at.conditional)))
+    sigmas = ((1 - base().alphas_cumprod) / base().alphas_cumprod).sqrt()
+    share = float(sigmas[at.timestep] / sigmas[-1])
+    method = build_method("wavelet", {"low": 0.1 / share, "high": 0.1 / (1 - share)})
+    moved = method.after(at, at.conditional, reached, (0.8, 0.6))
+    torch.testing.assert_close(moved, reached + 0.1 * (reached - at.x0(at.conditional)), atol=1e-5, rtol=1e-4)
+    alone = build_method("wavelet", {"low": 0.1, "high": 0.0}).after(at, at.conditional, reached, (0.8, 0.6))
+    torch.testing.assert_close(alone, reached + 0.1 * share * haar_low(reached - at.x0(at.conditional)))
 
 
 def test_a_gain_of_bands_leaves_what_is_below_them_and_high_noise_alone() -> None:
@@ -318,8 +307,14 @@ def test_every_method_has_a_config() -> None:
         (SamplingConfig(method="pag", method_options={"scale": math.nan}), "not finite"),
         (SamplingConfig(method="detail_daemon", method_options={"start": 0.9}), "start is not before end"),
         (SamplingConfig(method="deepcache", method_options={"interval": 1.5}), "interval=1.5 counts"),
+        (SamplingConfig(method="freeu", method_options={"s2": 0.0}), "scale of 0"),
+        (SamplingConfig(method="wavelet", scheduler="unipc"), "unipc goes on from elsewhere"),
+        (SamplingConfig(method="wavelet", scheduler="heun"), "heun goes on from elsewhere"),
+        (SamplingConfig(method="apg", guidance_scale=1.0, source_guidance_scale=1.0), "adds nothing"),
+        (SamplingConfig(method="rescale", guidance_scale=1.0, source_guidance_scale=1.0), "adds nothing"),
+        (SamplingConfig(method="frequency", guidance_scale=1.0, source_guidance_scale=1.0), "adds nothing"),
     ],
-    ids=["unknown", "option", "nan", "order", "interval"],
+    ids=["unknown", "option", "nan", "order", "interval", "freeu", "unipc", "heun", "apg", "rescale", "frequency"],
 )
 def test_bad_methods_are_one_sentence(sampling: SamplingConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

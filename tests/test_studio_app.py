@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,11 @@ import pytest
 import torch
 from compose import config
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lora_dae.config import ConfigError
+from lora_dae.data.square import Framing, fit_square
 from lora_dae.enhancement.files import save_enhancement
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.sampling.load import load_run
@@ -65,6 +69,23 @@ def test_draws_what_the_run_draws(preview: Preview, finished: Path) -> None:
     assert np.array_equal(preview.draw("a red dress", pair.source, 3, 2, 2.0, 1.5, 0.0)[1], plain)
     wide = np.full((40, 90, 3), 128, np.uint8)  # a photo of any size
     assert preview.draw("a red dress", wide, 3, 2, 2.0, 1.5, 0.0)[0].shape == (64, 64, 3)
+
+
+def test_a_source_photo_is_framed_as_training_framed_most(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    file = tmp_path / "run" / "adapter" / "source_input.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    tensors = {name: value.clone() for name, value in load_file(file).items()}
+    save_file(tensors, file, {**header, **Framing(whole=False).header()})
+    portrait = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
+    preview = Preview.load(tmp_path / "run")
+    shown = SimpleNamespace(images=lambda prompts, sources, strength: sources)
+    monkeypatch.setattr(preview.run, "drawer", lambda bf16: shown)
+    picture = preview.draw("a red dress", portrait, 3, 2, 2.0, 1.5, 0.0)[0]
+    np.testing.assert_array_equal(picture, fit_square(portrait[5:45], 64, whole=True))  # its middle
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import io
+import re
 import sqlite3
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from compose import config
+from omegaconf import OmegaConf
 from PIL import Image
 from rich.console import Console
-from studies import METHODS, links, make_study, photo
+from studies import METHODS, ROOT, links, make_study, photo
 
-from lora_dae.config import ConfigError
-from lora_dae.study.__main__ import main
+from lora_dae.config import ConfigError, to_dict
+from lora_dae.study import __main__ as study_command
+from lora_dae.study.__main__ import main, read_request
 from lora_dae.study.create import CreateRequest, create_study, degraded
 from lora_dae.study.limit import RateLimit
 from lora_dae.study.plan import CLEAR, DEGRADED, MIN_CHECKS, plan
@@ -105,6 +109,7 @@ def test_bad_requests_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFix
         (["create", "ratters=3"], "ratters"),
         (["create", "raters=many"], "many"),
         (["create", "oops"], "no key=value"),
+        (["create", f"runs=[{methods[0]},{methods[1]}]", f"output={other}", "url=study.example"], "is no address"),
         (["serve", f"study={other}"], "does not exist"),
         (["serve", f"study={study}", "port=99999"], "port=99999"),
         (["report", f"study={other}"], "does not exist"),
@@ -120,6 +125,42 @@ def test_bad_requests_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         main(["paint"])
     assert "create runs=" in capsys.readouterr().err
+
+
+def test_the_documented_command_fits_runs_with_and_without_garment_photos() -> None:
+    """Runs that draw from captions alone are not asked about the garment: half as many comparisons."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for text in (readme, str(study_command.__doc__)):
+        found = re.search(r"^(?:python -m lora_dae.study )?create (.+)$", text, re.MULTILINE)
+        assert found is not None
+        request = read_request(CreateRequest, found[1].split())
+        for with_reference in (True, False):
+            trials = plan(
+                request.num_samples, request.runs, request.raters, request.pairs, request.opinions, with_reference, 0
+            )
+            assert len(trials) == request.raters
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "told"), [("none", "there are 32 comparisons and 64 pictures"), ("source", "begins to draw")]
+)
+def test_more_comparisons_than_runs_allow_are_told_before_anything_is_drawn(
+    conditioning: str, told: str, tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32 prompts of two runs are 32 comparisons, and 64 where the garment's photo is shown as well."""
+    for name in ("a", "b"):
+        options = (f"conditioning={conditioning}", "enhancement=none")
+        cfg = config(tiny_backbone, tmp_path / name, tmp_path / "cache", *options)
+        (tmp_path / name / "adapter").mkdir(parents=True)
+        OmegaConf.save(OmegaConf.create(to_dict(cfg)), tmp_path / name / "config.yaml")
+
+    def draws(*_: object) -> None:
+        raise ConfigError("begins to draw")
+
+    monkeypatch.setattr("lora_dae.study.create.gather", draws)
+    request = CreateRequest([f"{tmp_path}/a", f"{tmp_path}/b"], str(tmp_path / "study"), num_samples=32, pairs=40)
+    with pytest.raises(ConfigError, match=told):
+        create_study(request, Console(quiet=True))
 
 
 def test_too_few_votes_on_each_comparison_are_warned_about(tmp_path: Path) -> None:

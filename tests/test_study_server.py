@@ -103,6 +103,20 @@ def test_foreign_pages_and_nonsense_are_refused(address: str, study: Path) -> No
     )
 
 
+def test_behind_a_proxy_that_hands_on_no_host_the_public_address_is_let_in(tmp_path: Path) -> None:
+    """nginx's proxy_pass sends its own target as Host by default, while a browser names the address that it sees."""
+    study = make_study(tmp_path, url="https://Study.example:443/rate/")
+    with serving(study) as (address, _):
+        consent = f"{address}/api/{links(study)[1]}/consent"
+        for origin in ("https://evil.example", "http://study.example", "https://study.example.evil.example", "null"):
+            status, answer, _ = ask(consent, {"language": "en"}, {"Origin": origin})
+            assert status == 403 and "url=" in answer["error"] and "proxy_set_header Host" in answer["error"]
+        status, state, _ = ask(consent, {"language": "en"}, {"Origin": "https://study.example"})
+        assert status == 200 and state["state"] == "trial"
+        proxied = {"Origin": "https://other.example", "Host": "other.example"}  # as after proxy_set_header Host
+        assert ask(consent, {"language": "en"}, proxied)[0] == 200
+
+
 def test_pictures_are_served_by_name_only(address: str, study: Path) -> None:
     token = links(study)[5]
     name = next((study / "pictures").iterdir()).name

@@ -131,10 +131,16 @@ def test_the_table_says_what_makes_it_another_one(measured: Files) -> None:
         warned = replace(own.protocol, warnings=["few images", "fewer than 3 seeds: so much"])
         write_cell(files, one.digest, "test", replace(own, precision=kind, protocol=warned))
     text = render(build_results(grid, found, files))
-    assert "Warning: few images; cells were measured in 32-true and bf16-mixed: give trainer.precision" in text
+    kinds = "32-true and a precision that was not recorded and bf16-mixed"
+    assert f"Warning: few images; cells were measured in {kinds}: give trainer.precision" in text
     assert "fewer than 3 seeds: so much" not in text and "Not the study" not in text
     alone = render(build_results(grid, [one for one in found if one.seed == 0], files))
     assert "One training seed, with 95 % intervals over images." in alone
+    untrained = [one for one in found if one.seed == 0 or one.cell.row is not None]  # the latter the same for all seeds
+    write_cell(files, untrained[-1].digest, "test", replace(fake(9.0, 0), adapter_mb=0.0))
+    assert "One training seed, with 95 % intervals over images." in render(build_results(grid, untrained, files))
+    some = [one for one in found if one.seed == 0 or one.cell.name != "ours"]
+    assert "Mean over the training seeds that a row has; 95 %" in render(build_results(grid, some, files))
 
 
 def test_a_damaged_measurement_is_made_again(measured: Files, tmp_path: Path) -> None:

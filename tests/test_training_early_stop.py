@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import lightning
 import pytest
 import torch
 from compose import config
@@ -12,6 +17,7 @@ from safetensors.torch import load_file
 from lora_dae.config import Config
 from lora_dae.training import run as training
 from lora_dae.training.module import LoraDae
+from lora_dae.training.stages import InterruptedRunError
 
 
 def script_validation(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:
@@ -30,6 +36,41 @@ EARLY = ("trainer.max_steps=6", "trainer.val_check_interval=1", "trainer.early_s
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     files = sorted((run_dir / "adapter").rglob("*.safetensors"))
     return {f"{f.name}:{k}": v for f in files for k, v in load_file(f).items()}
+
+
+class Interrupt(lightning.Callback):
+    """Ctrl-C in the middle of the step after ``step``, or in the validation after it."""
+
+    def __init__(self, step: int, validating: bool = False) -> None:
+        self.step, self.validating = step, validating
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step and not self.validating:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_step == self.step and self.validating:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_stop_between_two_validations_is_not_judged(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It validates as well; with step 3 there would be two validations without a better one at step 4."""
+    script_validation(monkeypatch, {2: 2.0, 3: 9.0, 4: 3.0, 6: 1.0})
+    options = ("trainer.max_steps=6", "trainer.val_check_interval=2", "trainer.early_stop_patience=2",
+               "enhancement=none")  # fmt: skip
+    make = partial(config, tiny_backbone, tmp_path / "run", tmp_path / "cache", *options)
+    with pytest.raises(InterruptedRunError, match="step 3 of 6"):
+        training.train(make(), [Interrupt(2)])
+    assert training.train(make("ckpt_path=last")).stopped_early == ""
+
+
+def test_a_stop_in_the_last_validation_is_one(tiny_backbone: Path, tmp_path: Path) -> None:
+    cfg = config(tiny_backbone, tmp_path / "run", tmp_path / "cache", "trainer.max_steps=2")
+    with pytest.raises(InterruptedRunError, match="step 2 of 2"):
+        training.train(cfg, [Interrupt(2, validating=True)])
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["adapter.ckpt"]
 
 
 def test_training_stops_early_and_says_when_and_why(

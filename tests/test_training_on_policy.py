@@ -126,8 +126,9 @@ def test_sources_are_dropped_and_guided_by_their_own_scale() -> None:
 
 @pytest.mark.parametrize("solver", ["ddim", "euler", "dpm++", "unipc"])
 @pytest.mark.parametrize("alone", [False, True])
-def test_a_chain_is_the_samplers_own(solver: str, alone: bool) -> None:
-    """Of an identity module: the network is asked what ``sample_latents`` asks it."""
+@pytest.mark.parametrize("identity", [False, True])
+def test_a_chain_is_the_samplers_own(solver: str, alone: bool, identity: bool) -> None:
+    """The network is asked what ``sample_latents`` asks it, also where the module edits."""
     base, data = scheduler(), {**batch(0), "source": torch.full(SHAPE, 0.3)}
     exact = ExactDenoiser(base.alphas_cumprod)
     asked: list[torch.Tensor] = []
@@ -153,10 +154,32 @@ def test_a_chain_is_the_samplers_own(solver: str, alone: bool) -> None:
             sources.append(kwargs["source"])
             return super().evaluate(x0, *args, **kwargs)
 
-    chain_loss(Steered(), base, Watched(), data, torch.zeros(2, 3), chain)
+    module = Watched() if identity else _trained(Watched())
+    chain_loss(Steered(), base, module, data, torch.zeros(2, 3), chain)
     while_training, asked = asked, []
     shown = torch.zeros(SHAPE) if alone else data["source"]
-    plain = build_scheduler(solver, base)
-    sample_latents(Steered(), plain, noise, Conditions(data["text"], torch.zeros(2, 3), shown), guidance, 6)
-    assert len(sources) == 6 and all((source is None) == alone for source in sources)
-    torch.testing.assert_close(torch.stack(while_training), torch.stack(asked))
+    drawing, told = build_scheduler(solver, base), list(sources)
+    if not identity:
+        drawing = enhance_scheduler(drawing, module, source=None if alone else data["source"])
+    sample_latents(Steered(), drawing, noise, Conditions(data["text"], torch.zeros(2, 3), shown), guidance, 6)
+    assert len(told) == 6 and all((source is None) == alone for source in told)
+    torch.testing.assert_close(torch.stack(while_training), torch.stack(asked), atol=1e-5, rtol=1e-5)
+    if not identity:  # it does something
+        sample_latents(
+            Steered(),
+            build_scheduler(solver, base),
+            noise,
+            Conditions(data["text"], torch.zeros(2, 3), shown),
+            guidance,
+            6,
+        )
+        assert (asked[-1] - asked[5]).abs().max() > 1e-3
+
+
+def _trained(module: EnhancementModule) -> EnhancementModule:
+    """With a last layer that is not zero any more."""
+    assert module.gain is not None
+    with torch.no_grad():
+        module.gain.output.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(7))
+        module.gain.output.bias.fill_(0.4)
+    return module

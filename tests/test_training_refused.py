@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from compose import config
+from diffusers import DDIMScheduler
 
 from lora_dae.config import Config, ConfigError
 from lora_dae.rules import check
@@ -49,6 +50,7 @@ def make(tiny_backbone: Path, tmp_path: Path) -> Make:
         (("trainer.max_steps=0",), "max_steps"),
         (("trainer.val_check_interval=0.5",), "trainer.val_check_interval=0.5 counts steps"),
         (("sampling.num_inference_steps=1000",), "sampling.num_inference_steps=1000"),
+        (("enhancement.judged_steps=1000",), "enhancement.judged_steps=1000"),
         (("enhancement.steps_range=[1,5]",), "enhancement.steps_range"),
         (("enhancement.steps_range=[8,1000]",), "enhancement.steps_range"),
         (("enhancement.guidance_range=[5,1]",), "enhancement.guidance_range"),
@@ -66,6 +68,20 @@ def test_bad_input_is_one_sentence(overrides: tuple[str, ...], message: str, mak
         training.run(make(*overrides))
     assert "\n" not in str(caught.value)
     assert not Path(make().run_dir).exists()  # nothing was begun
+
+
+@pytest.mark.parametrize(
+    "override", ["sampling.num_inference_steps=61", "enhancement.judged_steps=61", "enhancement.steps_range=[60,62]"]
+)
+def test_steps_that_the_noise_schedule_does_not_have_are_refused_first(
+    override: str, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers' trailing spacing rounds 61 to one step too many."""
+    trailing = DDIMScheduler(timestep_spacing="trailing")
+    monkeypatch.setattr(training, "load_scheduler", lambda folder: trailing)
+    with pytest.raises(ConfigError, match="no 61 steps.*use 60 or 62"):
+        training.run(make(override))
+    assert not Path(make().run_dir).exists()
 
 
 def test_younger_rules_over_training_shut_no_finished_run_out(make: Make) -> None:

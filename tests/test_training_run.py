@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lora_dae.config import Config, ConfigError, conf_dir
-from lora_dae.evaluation.report.plots import read_metrics
+from lora_dae.rules import check
 from lora_dae.sampling.load import load_run
 from lora_dae.training import module as training_module
 from lora_dae.training import run as training
@@ -52,7 +53,7 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 def finished(tiny_backbone: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished default run."""
     run_dir = tmp_path_factory.mktemp("finished") / "run"
-    training.run(config(tiny_backbone, run_dir, cache, "tracking.sample_every_n_steps=2"))
+    training.run(config(tiny_backbone, run_dir, cache, "tracking.sample_every_n_steps=2", "evaluation.controls=true"))
     return run_dir
 
 
@@ -90,37 +91,6 @@ def test_another_seed_gives_other_weights(make: Make, finished: Path) -> None:
     training.run(make("seed=1"))
     other, first = weights(Path(make().run_dir)), weights(finished)
     assert not all(torch.equal(first[k], other[k]) for k in first)
-
-
-def test_resumed_run_equals_straight_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """N + N steps = 2N steps, bit for bit: weights, moving average, enhancement; also dropout, also accumulated."""
-    options = ("trainer.max_steps=4", "trainer.val_check_interval=2", "enhancement.max_steps=2",
-               "enhancement.texture_steps=3", "adapter.dropout=0.1", "trainer.log_every_n_steps=1",
-               "trainer.accumulate_grad_batches=2")  # fmt: skip
-    training.run(make(*options, name="straight"))
-    cut = make(*options, name="cut")
-
-    class KilledError(Exception):
-        pass
-
-    original = LoraDae.training_step
-
-    def dies_at_step_3(self: LoraDae, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        if self.stage == "adapter" and self.global_step == 3:
-            raise KilledError
-        return original(self, batch, batch_idx)
-
-    monkeypatch.setattr(LoraDae, "training_step", dies_at_step_3)
-    with pytest.raises(KilledError):
-        training.run(cut)
-    monkeypatch.setattr(LoraDae, "training_step", original)
-    training.run(make(*options, "ckpt_path=last", name="cut"))
-    read, expected = (read_metrics(Path(make(name=n).run_dir) / "csv" / "metrics.csv") for n in ("cut", "straight"))
-    for name in ("train/loss", "val/loss"):  # the log up to the kill is kept, and read
-        assert read[name] == expected[name] and read[name][0]
-    straight, resumed = (weights(Path(make(name=n).run_dir)) for n in ("straight", "cut"))
-    assert straight.keys() == resumed.keys()
-    assert all(torch.equal(straight[k], resumed[k]) for k in straight)
 
 
 def test_checkpoint_holds_trainables_only(finished: Path) -> None:
@@ -184,7 +154,17 @@ def paired_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-EXPERIMENTS = sorted(p.stem for p in (conf_dir() / "experiment").glob("*.yaml"))
+RANKS = (4, 8, 16, 32)
+EXPERIMENTS = sorted({p.stem for p in (conf_dir() / "experiment").glob("*.yaml")} - {f"rank{r}" for r in RANKS[1:]})
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_experiments_of_ranks_differ_in_it_alone(rank: int, make: Make) -> None:
+    """So one of them is run."""
+    cfg, first = make(f"experiment=rank{rank}"), make(f"experiment=rank{RANKS[0]}")
+    check(cfg)
+    assert cfg.adapter.rank == rank
+    assert replace(cfg, adapter=replace(cfg.adapter, rank=RANKS[0]), name=first.name) == first
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -337,7 +317,9 @@ def test_commands_on_a_finished_run(arguments: tuple[str, ...], made: str, finis
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert made in done.stdout
-    for table in copy.glob("evaluations/*first_pair=2*/metrics.json"):
+    tables = list(copy.glob("evaluations/*first_pair=2*/metrics.json"))
+    assert len(tables) == ("first_pair=2" in overrides)
+    for table in tables:
         assert {"fd_effnet_recon", "kd_effnet_recon"} <= set(json.loads(table.read_text())["methods"]["strength 1"])
     assert script != "sample.py" or len(list((tmp_path / "here").glob("seed3_*.png"))) == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lora_dae.config import ConfigError
@@ -31,6 +32,12 @@ class LoraDaeEnhancement:
             }
         }
 
+    @classmethod
+    def IS_CHANGED(cls, enhancement: str, **_: Any) -> float:  # noqa: N802  # ComfyUI's name
+        """When the file was written: ComfyUI keeps what a node made while this and its widgets stay the same."""
+        file = Path(enhancement)
+        return file.stat().st_mtime if file.is_file() else 0.0
+
     def apply(
         self, model: Any, enhancement: str, strength: float, start_percent: float, end_percent: float, first_order: bool
     ) -> tuple[Any]:
@@ -40,6 +47,10 @@ class LoraDaeEnhancement:
             raise ConfigError(
                 f"{enhancement} has no gain, the one part that this node adds: its training kept or asked for none. "
                 "Leave the node out, or draw with lora_dae.attach for source texture and decoder stage."
+            )
+        if module.placement == "direction":
+            raise ConfigError(
+                f"{enhancement} learned to edit DDIM's direction term, which a node cannot: draw with lora_dae.attach."
             )
         sampling = model.get_model_object("model_sampling")
         begin, end = sampling.percent_to_sigma(start_percent), sampling.percent_to_sigma(end_percent)

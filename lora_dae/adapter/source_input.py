@@ -12,16 +12,19 @@ counting the latent channels alone.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_dae.adapter.atomic import load_tensors, save_tensors
 from lora_dae.config import ConfigError
+from lora_dae.data.square import Framing
 
 FILE_NAME = "source_input.safetensors"
 _KEY = "conv_in.source.weight"
@@ -158,6 +161,29 @@ def load_source_input(unet: UNet2DConditionModel, path: str | Path) -> dict[str,
     with torch.no_grad():
         source_input.conv.weight.copy_(weight)
     return {key: value for key, value in metadata.items() if key not in ("format", "kind")}
+
+
+def load_framing(path: str | Path) -> Framing:
+    """How training framed source photos, as a file (or folder) of save_source_input tells in its header.
+
+    Where training framed them in two ways, that is said. The default where there is no file, as in runs on captions.
+    """
+    file = _file(path)
+    if not file.is_file():
+        return Framing()
+    framing = Framing.of(load_tensors(file, f"give the {FILE_NAME} of a run")[1])
+    if framing.mixed:
+        way, other = ("padded", "cropped") if framing.whole else ("cropped", "padded")
+        _say_once(
+            f"to become squares, {framing.mixed} of the training photos were {way} and the others {other}, their "
+            f"source photos alike: a source photo that is given now is {way}"
+        )
+    return framing
+
+
+@cache
+def _say_once(text: str) -> None:
+    Console(stderr=True).print(text, soft_wrap=True, highlight=False)
 
 
 def _file(path: str | Path) -> Path:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 
 import torch
 from torch import nn
 
 CLEAR_WIN = 1.2  # two runs of one seed must not differ because a clock was noisy
+_HOPELESS = 3.0  # times as long as float32, once warm: emulated, and slow to measure
 
 
 def choose_precision(setting: str, device: torch.device) -> str:
@@ -21,7 +23,7 @@ def choose_precision(setting: str, device: torch.device) -> str:
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
     if device.type != "cpu":
         return "32-true"
-    return "bf16-mixed" if _time(torch.float32) > CLEAR_WIN * _time(torch.bfloat16) else "32-true"
+    return "bf16-mixed" if _cpu_gains() else "32-true"
 
 
 def half_type(device: torch.device) -> torch.dtype:
@@ -52,13 +54,21 @@ def best_device() -> torch.device:
     return accelerator or torch.device("cpu")
 
 
-def _time(dtype: torch.dtype) -> float:
-    """Best of five, in seconds."""
+@cache
+def _cpu_gains() -> bool:
+    full = _time(torch.float32)
+    return full > CLEAR_WIN * _time(torch.bfloat16, _HOPELESS * full)
+
+
+def _time(dtype: torch.dtype, hopeless: float = float("inf")) -> float:
+    """Best of five, in seconds; of fewer where the second takes longer than ``hopeless``."""
     conv = nn.Conv2d(96, 96, 3, padding=1).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(8, 96, 32, 32).to(dtype, memory_format=torch.channels_last).requires_grad_()
     best = float("inf")
-    for _ in range(6):
+    for count in range(6):
         start = time.perf_counter()
         conv(x).sum().backward()
         best = min(best, time.perf_counter() - start)
+        if count and best > hopeless:
+            break
     return best

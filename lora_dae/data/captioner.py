@@ -8,18 +8,20 @@ asked again, so a run that was stopped goes on. Training reads it by ``data.capt
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from rich import get_console
 from rich.progress import track
 
 from lora_dae.config import CaptionConfig, ConfigError, DataConfig
@@ -33,19 +35,31 @@ PROMPT = (
 )
 LONGEST_SIDE = 768  # pixels that are sent
 LONGEST_ANSWER = 120  # tokens
+LONGEST_THOUGHT = 4000  # tokens more where what a model thinks before it answers counts, too
 RETRIES = 5
+REFUSALS = (400, 403, 413, 422)  # of one request, as content filters do
+GIVE_UP_AFTER = 5  # photos refused and none described yet: the request itself is wrong
+INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": "its own temperature"}  # for reasoning models
 Describe = Callable[[Image.Image], str]
+
+
+class PhotoRefusedError(Exception):
+    """The server is there and refuses this very photo, as content filters do."""
 
 
 def fill_captions(cfg: DataConfig, to: Path, describe: Describe, model: str) -> int:
     """Appends a line for each entry without caption; returns how many lines the file has then.
 
-    A photo that cannot be read, or to which the model says nothing, is left out. Raises ConfigError if the model
-    cannot be reached; what was written until then stays.
+    A photo that cannot be read is left out, and one that is refused or to which the model says nothing, which is told
+    at the end. Raises ConfigError if the model cannot be reached, or refuses the first 5 photos and has described none
+    in the file either; what was written until then stays.
     """
     gaps = replace(cfg, captions=CaptionConfig(missing="drop"))  # a gap is no error here: it is what we look for
     bare = {entry.id: entry for entry in list_entries(gaps) if not entry.captions}
-    done = {str(row.get("id")) for _, row in read_jsonl(to)} if to.is_file() else set()
+    rows = [row for _, row in read_jsonl(to)] if to.is_file() else []
+    done = {str(row.get("id")) for row in rows}
+    answers = any(row.get("model") == model for row in rows)  # it takes what we send: refusals are about their photos
+    left_out: dict[str, str] = {}  # photo -> why
     to.parent.mkdir(parents=True, exist_ok=True)
     with to.open("a", encoding="utf-8") as file:
         for id in track([id for id in bare if id not in done], description="Captioning"):
@@ -54,27 +68,45 @@ def fill_captions(cfg: DataConfig, to: Path, describe: Describe, model: str) -> 
             except (BadImageError, OSError):
                 continue  # data.max_bad_fraction tells about it when it comes to training
             photo.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-            text = " ".join(describe(photo).split()).strip('"')
+            try:
+                text = " ".join(describe(photo).split()).strip('"')
+            except PhotoRefusedError as error:
+                left_out[id] = str(error)
+                if not answers and len(left_out) >= GIVE_UP_AFTER:
+                    raise ConfigError(
+                        f"--model {model} was refused for the first {GIVE_UP_AFTER} photos ({error}): check that it "
+                        "takes pictures, and your --prompt."
+                    ) from error
+                continue
+            answers = True
             if text:
                 file.write(json.dumps({"id": id, "text": text, "model": model}, ensure_ascii=False) + "\n")
                 file.flush()
                 done.add(id)
+            else:
+                left_out[id] = "the model said nothing"
+    if left_out:
+        some = "; ".join(f"{id}: {why}" for id, why in list(left_out.items())[:3])
+        _tell(f"photos left without a caption: {len(left_out)} ({some}); the same command asks about them again")
     return len(done)
 
 
 def endpoint_captioner(endpoint: str, model: str, prompt: str, per_minute: float) -> Describe:
     """Asks ``endpoint``/chat/completions; the key, if one is needed, is taken from OPENAI_API_KEY.
 
-    At most ``per_minute`` requests; a busy server (429, 5xx) is asked again, later and later.
+    At most ``per_minute`` requests; a busy server (429, 5xx) is asked again, later and later. Where the model refuses
+    one of INSTEAD's parameters it is asked in the other way from then on. Raises PhotoRefusedError for one photo.
     """
     if not endpoint.startswith(("http://", "https://")):
         raise ConfigError(f"--endpoint {endpoint} is no address: give one such as http://localhost:8000/v1.")
     if per_minute <= 0:
         raise ConfigError(f"--per-minute {per_minute} must be above 0.")
     headers = {"Content-Type": "application/json"}
-    if os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
+    secret = os.environ.get("OPENAI_API_KEY", "")
+    if secret:
+        headers["Authorization"] = f"Bearer {secret}"
     last = -1e9
+    changed: set[str] = set()  # of INSTEAD, by an answer
 
     def describe(photo: Image.Image) -> str:
         nonlocal last
@@ -82,33 +114,66 @@ def endpoint_captioner(endpoint: str, model: str, prompt: str, per_minute: float
         photo.save(file, "JPEG", quality=90)
         picture = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
         content = [{"type": "text", "text": prompt}, {"type": "image_url", "image_url": {"url": picture}}]
-        body = {
+        body: dict[str, Any] = {
             "model": model,
             "messages": [{"role": "user", "content": content}],
             "max_tokens": LONGEST_ANSWER,
             "temperature": 0,
         }
-        request = urllib.request.Request(
-            f"{endpoint.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers, method="POST"
-        )
+        instead = set(changed)
         for attempt in range(RETRIES):
             time.sleep(max(0.0, last + 60 / per_minute - time.monotonic()))
             last = time.monotonic()
+            data = json.dumps(_reworded(body, instead)).encode()
+            request = urllib.request.Request(f"{endpoint.rstrip('/')}/chat/completions", data, headers, method="POST")
             try:
                 with urllib.request.urlopen(request, timeout=120) as answer:
-                    return str(json.load(answer)["choices"][0]["message"]["content"] or "")
+                    text = str(json.load(answer)["choices"][0]["message"]["content"] or "")
             except urllib.error.HTTPError as error:
+                said = _said(error, secret)
+                named = {name for name in INSTEAD if name in said} - instead
+                if error.code == 400 and named and attempt < RETRIES - 1:
+                    instead |= named
+                    continue
+                reason = f"{error.code} {error.reason}: {said[:200]}".rstrip(": ")
+                if error.code in REFUSALS:
+                    raise PhotoRefusedError(reason) from error
                 if error.code != 429 and error.code < 500 or attempt == RETRIES - 1:
-                    raise ConfigError(f"{endpoint} refuses to caption ({error.code} {error.reason}).") from error
+                    raise ConfigError(f"{endpoint} refuses to caption ({reason}).") from error
                 wait = error.headers.get("Retry-After", "")
                 time.sleep(float(wait) if wait.replace(".", "").isdigit() else 2.0**attempt)
-            except (urllib.error.URLError, TimeoutError) as error:
+            except (OSError, http.client.HTTPException) as error:  # dropped connections are no URLError
                 raise ConfigError(f"{endpoint} cannot be reached ({error}): is the server running?") from error
             except (KeyError, IndexError, ValueError, TypeError) as error:
                 raise ConfigError(f"{endpoint} does not answer as an OpenAI-compatible server does.") from error
+            else:
+                if news := instead - changed:
+                    told = ", ".join(f"{INSTEAD[name]} instead of {name}={body[name]}" for name in sorted(news))
+                    _tell(f"{model} is asked with {told}, which it refuses")
+                    changed.update(news)
+                return text
         raise AssertionError("the last attempt returns or raises")
 
     return describe
+
+
+def _reworded(body: dict[str, Any], instead: Set[str]) -> dict[str, Any]:
+    """A request without the parameters that the model refuses, and with what it takes in their place."""
+    kept = {name: value for name, value in body.items() if name not in instead}
+    return kept | ({"max_completion_tokens": LONGEST_ANSWER + LONGEST_THOUGHT} if "max_tokens" in instead else {})
+
+
+def _said(error: urllib.error.HTTPError, secret: str) -> str:
+    """The server's explanation, on one line and without the key, which some servers quote."""
+    try:
+        text = " ".join(error.read(10_000).decode("utf-8", "replace").split())
+    except (OSError, http.client.HTTPException):
+        return ""
+    return text.replace(secret, "***") if secret else text
+
+
+def _tell(sentence: str) -> None:
+    get_console().print(sentence, soft_wrap=True, highlight=False, markup=False)
 
 
 def transformers_captioner(model: str, prompt: str) -> Describe:

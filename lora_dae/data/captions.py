@@ -112,8 +112,11 @@ def token_counts(captions: list[str], tokenizer: Any) -> list[int]:
     return [len(ids) for ids in tokenizer(captions, truncation=False, verbose=False).input_ids]
 
 
-def long_captions(captions: list[str], tokenizer: Any, chunks: int = 1) -> str | None:
-    """One sentence on captions that the text encoder will not see to their end in ``chunks`` windows, or None."""
+def long_captions(captions: list[str], tokenizer: Any, chunks: int = 1, encoders: int = 1) -> str | None:
+    """One sentence on captions that the text encoder will not see to their end in ``chunks`` windows, or None.
+
+    Further windows are advised to a model with one of the ``encoders`` alone: SDXL's two take none.
+    """
     unique = list(dict.fromkeys(captions))
     limit = chunks * (tokenizer.model_max_length - 2) + 2
     long = [(n, c) for n, c in zip(token_counts(unique, tokenizer), unique, strict=True) if n > limit]
@@ -122,6 +125,6 @@ def long_captions(captions: list[str], tokenizer: Any, chunks: int = 1) -> str |
     most, worst = max(long)
     return (
         f"{len(long)} of {len(unique)} different captions have more than the {limit} tokens that the text encoder "
-        f'takes and are cut there (the longest has {most}: "{worst[:60]}..."): backbone.text_chunks={chunks + 1} '
-        "takes more"
+        f'takes and are cut there (the longest has {most}: "{worst[:60]}...")'
+        + (f": backbone.text_chunks={chunks + 1} takes more" if encoders == 1 else ": shorten them")
     )

@@ -38,7 +38,7 @@ class Item:
     facts: Facts
     size: tuple[int, int]  # H, W that it is trained in
     masked: bool
-    paired: bool
+    paired: bool  # also where the source photo is not used, as others have none
 
 
 @dataclass
@@ -123,10 +123,11 @@ def _cut(item: Item) -> float:
 
 
 def _items(split: str, pairs: PairDataset) -> Iterator[Item]:
+    ignored: frozenset[str] = pairs.ignored_sources if isinstance(pairs, PhotoPairs) else frozenset()
     for index in range(len(pairs)):
         pair = pairs[index]
         facts = _facts(pairs, index, pair)
-        masked, paired = pair.key("mask") is not None, pair.key("source") is not None
+        masked, paired = pair.key("mask") is not None, pair.key("source") is not None or pair.id in ignored
         yield Item(split, index, pair.id, pair.caption, facts, pair.size, masked, paired)
 
 

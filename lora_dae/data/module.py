@@ -27,8 +27,8 @@ class PairDataModule(lightning.LightningDataModule):
 
     The Trainer needs ``use_distributed_sampler=False`` (ranks take their shares here), ``max_steps`` (the
     training stream has no end and no epochs) and ``check_val_every_n_epoch=None`` with a whole number as
-    ``val_check_interval``. ``batch_size`` is per device. Batches are read in the main process: from memory maps that
-    costs less than handing them over from a worker.
+    ``val_check_interval``. ``batch_size``, set by ``option``, is per device. Batches are read in the main process:
+    from memory maps that costs less than handing them over from a worker.
 
     A resumed run goes on with the sample after the last one that was trained on, also on another number of devices
     if the samples of a step (devices x batch size x accumulation) stay as many; otherwise it is refused.
@@ -46,6 +46,7 @@ class PairDataModule(lightning.LightningDataModule):
         vae: str,
         text_encoder: str,
         batch_size: int,
+        option: str = "data.batch_size",
         seed: int = 0,
         cache: str = "disk",
         masks: bool = False,
@@ -58,7 +59,7 @@ class PairDataModule(lightning.LightningDataModule):
         self.encode_images = encode_images
         self.encode_text = encode_text
         self.vae, self.text_encoder = vae, text_encoder
-        self.batch_size = batch_size
+        self.batch_size, self.option = batch_size, option
         self.seed = seed
         self.cache, self.masks = cache, masks
         self.stores: dict[str, RowStore] = {} if stores is None else stores
@@ -106,7 +107,7 @@ class PairDataModule(lightning.LightningDataModule):
         if before is not None and before != now:
             raise ConfigError(
                 f"the checkpoint was trained with {before} samples a step (devices x batch size x accumulation), this "
-                f"run has {now}: choose trainer.devices, data.batch_size and trainer.accumulate_grad_batches so that "
+                f"run has {now}: choose trainer.devices, {self.option} and trainer.accumulate_grad_batches so that "
                 "it stays the same, and no sample comes twice or not at all."
             )
 
@@ -115,22 +116,29 @@ class PairDataModule(lightning.LightningDataModule):
         return self.batch_size * self._rank()[1] * accumulated
 
     def _in_order(self, name: str) -> DataLoader[Batch]:
-        """Every sample once, size by size and in order; rank r takes each world_size-th, so ranks may differ by one."""
+        """Every sample once; rank r takes each world_size-th, so ranks may differ by one.
+
+        In order; batches of several sizes shuffled alike each time, so that the first few are not of one size.
+        """
         rank, world_size = self._rank()
-        return self._by_size(name, range(len(self.caches[name])), rank, world_size)
+        batches = self._by_size(name, range(len(self.caches[name])), rank, world_size)
+        if self._sizes(name) is not None:
+            batches = [batches[k] for k in np.random.default_rng(0).permutation(len(batches))]
+        return self._loader(name, batches)
 
     def some(self, name: str, most: int) -> DataLoader[Batch]:
         """At most ``most`` samples from all over a split, size by size; all of them on this process."""
         count = len(self.caches[name])
-        return self._by_size(name, range(0, count, -(-count // most)), 0, 1)
+        return self._loader(name, self._by_size(name, range(0, count, -(-count // most)), 0, 1))
 
-    def _by_size(self, name: str, numbers: range, rank: int, world_size: int) -> DataLoader[Batch]:
-        cache = self.caches[name]
+    def _by_size(self, name: str, numbers: range, rank: int, world_size: int) -> list[list[int]]:
         given = self._sizes(name)
-        sizes = np.zeros(len(cache), np.uint8) if given is None else given
+        sizes = np.zeros(len(self.caches[name]), np.uint8) if given is None else given
         share = sorted(numbers, key=lambda index: sizes[index])[rank::world_size]
-        batches = [batch for _, part in groupby(share, lambda i: sizes[i]) for batch in _chunks(part, self.batch_size)]
-        return DataLoader(cache, batch_sampler=batches, collate_fn=_as_is)
+        return [batch for _, part in groupby(share, lambda i: sizes[i]) for batch in _chunks(part, self.batch_size)]
+
+    def _loader(self, name: str, batches: list[list[int]]) -> DataLoader[Batch]:
+        return DataLoader(self.caches[name], batch_sampler=batches, collate_fn=_as_is)
 
     def _sizes(self, name: str) -> list[tuple[int, int]] | np.ndarray | None:
         """A label of each sample's size; None where all are alike. Shards know without looking at any."""

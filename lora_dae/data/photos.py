@@ -115,6 +115,7 @@ class PhotoPairs:
     """One split: entries whose files are known to be readable, as pairs.
 
     ``trained`` is how training fits photos, where this split, which is drawn and measured, goes another way.
+    ``ignored_sources``: ids, of all splits, whose source photos are not used because other photos have none.
     """
 
     def __init__(
@@ -124,9 +125,10 @@ class PhotoPairs:
         fit: Fit,
         mirror: bool = False,
         trained: Fit | None = None,
+        ignored_sources: frozenset[str] = frozenset(),
     ) -> None:
         self.entries, self.facts, self.fit, self.mirror = entries, facts, fit, mirror
-        self.trained = trained or fit
+        self.trained, self.ignored_sources = trained or fit, ignored_sources
         self.has_source = bool(entries) and entries[0].source is not None
         self.has_mask = bool(entries) and entries[0].mask is not None
 
@@ -163,6 +165,10 @@ class PhotoPairs:
             mirror=self.mirror and entry.mirror,
             origin=self.fit.origin(facts["image"], size),
         )
+
+    def keeps_whole(self, index: int) -> bool:
+        """Whether that photo, and its source with it, is padded to a square and not cropped. Decodes the photo."""
+        return _Photo(self.entries[index], self.fit, self.fit.size(self.facts[index]["image"])).whole
 
     @property
     def blocks(self) -> list[int] | None:

@@ -19,8 +19,11 @@ from lora_dae.data.masks import add_masks
 from lora_dae.data.pair import PairDataset
 from lora_dae.data.photos import Fit, PhotoPairs
 from lora_dae.data.splits import split_entries
+from lora_dae.data.square import Framing
 from lora_dae.data.studio.dataset import StudioDataset
 
+FRAMED = 64  # training photos that tell how most are framed
+ALIKE = 0.9  # of them; below it is said that they were not
 console = Console(stderr=True)
 
 
@@ -56,10 +59,14 @@ def licence_notice(cfg: DataConfig) -> str | None:
 
 
 def read_entries(cfg: DataConfig) -> list[Entry]:
-    """What the source lists, captions prepared, source and mask for all or none, ids that differ."""
-    entries = add_masks(prepare_captions(list_entries(cfg), cfg), cfg)
-    for part in ("source", "mask"):
-        _check_all_or_none(entries, part)
+    """What the source lists, captions prepared, a mask for all or none, ids that differ.
+
+    Without ``data.missing_source=drop`` some may have a source photo and others none.
+    """
+    entries = add_masks(prepare_captions(_drop_missing(list_entries(cfg), cfg), cfg), cfg)
+    without = [entry for entry in entries if entry.mask is None]
+    if without and len(without) < len(entries):
+        raise ConfigError(f"{without[0].where} has no mask but other lines do: give one to all lines or none.")
     if len({entry.id for entry in entries}) < len(entries):
         twice = next(id for id, count in Counter(entry.id for entry in entries).items() if count > 1)
         raise ConfigError(f"data.root={cfg.root} has two photos with the id {twice}: ids must differ.")
@@ -74,7 +81,8 @@ def load_photos(cfg: DataConfig) -> dict[str, PhotoPairs]:
     """
     fit = Fit.of(cfg)
     check_outside(cfg, Path(cfg.cache_dir), "data.cache_dir")
-    usable = check_files(read_entries(cfg), cfg)
+    entries, ignored = _all_or_no_source(read_entries(cfg))
+    usable = check_files(entries, cfg)
     splits = split_entries([entry for entry, _ in usable], cfg.val_fraction, cfg.test_fraction, cfg.seed)
     if not all(splits.values()):
         groups = len({entry.group_id for entry, _ in usable})
@@ -98,6 +106,7 @@ def load_photos(cfg: DataConfig) -> dict[str, PhotoPairs]:
             fit if name == "train" else square,
             mirror=cfg.flip and name == "train",
             trained=fit,
+            ignored_sources=ignored,
         )
         for name, part in splits.items()
     }
@@ -145,6 +154,12 @@ def check_files(entries: list[Entry], cfg: DataConfig) -> list[tuple[Entry, dict
 
 def check_source(cfg: Config, train: PairDataset) -> None:
     """conditioning=source needs pairs."""
+    if cfg.conditioning == "source" and isinstance(train, PhotoPairs) and train.ignored_sources:
+        raise ConfigError(
+            f"conditioning=source needs a source photo per image, which only {len(train.ignored_sources)} in "
+            f"{cfg.data.root} have: give the others one, leave them out by data.missing_source=drop, or use "
+            "conditioning=none."
+        )
     if cfg.conditioning == "source" and not train.has_source:
         raise ConfigError(
             f"conditioning=source needs a source photo per image, which {cfg.data.root} does not have: add a source "
@@ -161,10 +176,54 @@ def check_mask(cfg: Config, train: PairDataset) -> None:
         )
 
 
-def _check_all_or_none(entries: list[Entry], part: str) -> None:
-    without = [entry for entry in entries if getattr(entry, part) is None]
-    if without and len(without) < len(entries):
-        raise ConfigError(f"{without[0].where} has no {part} but other lines do: give one to all lines or none.")
+def framing_of(train: PairDataset) -> Framing:
+    """How most photos of a split become squares, and their sources with them: by FRAMED from all over it.
+
+    Rendered pairs are squares, and buckets hardly cut: there, a source photo stays whole.
+    """
+    if not isinstance(train, PhotoPairs | shards.ShardPairs):
+        return Framing()
+    background = train.fit.background
+    found: list[bool] = []
+    if train.fit.buckets:
+        return Framing(background=background)
+    for index in range(0, len(train), -(-len(train) // FRAMED)):
+        try:
+            pairs, row = (train, index) if isinstance(train, PhotoPairs) else train.find(index)
+            found.append(pairs.keeps_whole(row))
+        except (ConfigError, OSError):  # trained from the cache, and gone since: no reason to lose a training
+            continue
+    if not found:
+        _say_once("the training photos cannot be read any more: source photos will be padded and not cropped")
+        return Framing(background=background)
+    share = sum(found) / len(found)
+    alike = max(share, 1 - share)
+    return Framing(share >= 0.5, background, "" if alike >= ALIKE else f"{alike:.0%}")
+
+
+def _drop_missing(entries: list[Entry], cfg: DataConfig) -> list[Entry]:
+    """``data.missing_source``: without the entries that have no source photo, where any has one."""
+    kept = [entry for entry in entries if entry.source is not None]
+    if cfg.missing_source != "drop" or len(kept) in (0, len(entries)):
+        return entries
+    _say_once(
+        f"{len(entries) - len(kept)} of {len(entries)} photos have no source photo and are left out "
+        "(data.missing_source=drop)"
+    )
+    return kept
+
+
+def _all_or_no_source(entries: list[Entry]) -> tuple[list[Entry], frozenset[str]]:
+    """Entries that all have a source photo, or none of them; and the ids whose source photo is ignored for that."""
+    without = [entry for entry in entries if entry.source is None]
+    if len(without) in (0, len(entries)):
+        return entries, frozenset()
+    _say_once(
+        f"{len(without)} of {len(entries)} photos have no source photo (the first: {without[0].where}), so those of "
+        "the others are ignored; data.missing_source=drop leaves the photos without one out"
+    )
+    ignored = frozenset(entry.id for entry in entries if entry.source is not None)
+    return [replace(entry, source=None) for entry in entries], ignored
 
 
 def _tell(photos: list[Facts], fit: Fit) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from lora_dae.data.decode import upright_rgb
 
 # A backdrop counts as plain when its edge strips stray from their own median by less than this (of 255).
 PLAIN_DEVIATION = 10.0
@@ -13,6 +17,31 @@ PLAIN_DEVIATION = 10.0
 KEPT_SHARE = 0.75
 Box = tuple[float, float, float, float]  # left, top, right, bottom; pixels
 Photo = Image.Image | np.ndarray  # RGB, as Pillow's image or as uint8 (height, width, 3)
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How training made squares of most of its photos and their sources: what is done with a source photo later.
+
+    ``mixed``: the share that went the way of most, in words, where many went the other way; else empty.
+    """
+
+    whole: bool = True
+    background: str = "white"
+    mixed: str = ""
+
+    def fit(self, photo: Image.Image, resolution: int) -> np.ndarray:
+        """Any photo as uint8 (resolution, resolution, 3)."""
+        return fit_square(upright_rgb(photo, self.background), resolution, self.whole)
+
+    def header(self) -> dict[str, str]:
+        """As it is kept in a file's header."""
+        return {"framing": "whole" if self.whole else "cropped", "background": self.background, "mixed": self.mixed}
+
+    @classmethod
+    def of(cls, header: Mapping[str, str]) -> Framing:
+        """The reverse; of files that do not tell, the whole photo on white."""
+        return cls(header.get("framing") != "cropped", header.get("background", "white"), header.get("mixed", ""))
 
 
 def has_plain_backdrop(photo: Photo) -> bool:

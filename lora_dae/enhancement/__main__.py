@@ -21,6 +21,8 @@ def main(cfg: DictConfig) -> None:
             raise ConfigError("run is missing: give run=runs/<run>.")
         if cfg.split not in ("test", "val"):
             raise ConfigError(f"split={cfg.split} is unknown: use test or val.")
+        if int(cfg.num_samples) < 2:
+            raise ConfigError(f"num_samples={cfg.num_samples} is below 2: a wrong source is the next pair's.")
         device = best_device()
         bf16 = choose_precision("auto", device) == "bf16-mixed"
         diagnose(Path(cfg.run), Console(), cfg.split, int(cfg.num_samples), bf16, device)

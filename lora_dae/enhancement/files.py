@@ -31,6 +31,7 @@ def save_enhancement(module: EnhancementModule, path: str | Path) -> Path:
         "gate_inputs": module.gate_inputs,
         "finest_log_gain": repr(module.finest_log_gain),
         "sourced": str(int(module.sourced)),
+        "placement": module.placement,
         "text_channels": str(0 if module.agreement is None else module.agreement.text.in_features),
         "text_tokens": str(77 if module.agreement is None else module.agreement.tokens),
     }
@@ -59,7 +60,7 @@ def load_enhancement(path: str | Path) -> EnhancementModule:
             int(metadata["source_channels"]), metadata["decoder"] == "1",
             metadata.get("gate_inputs", "energy"), float(metadata.get("finest_log_gain", 0)),  # older files do not say
             int(metadata.get("text_channels", 0)), int(metadata.get("text_tokens", 77)),
-            metadata.get("sourced", "0") == "1",
+            metadata.get("sourced", "0") == "1", metadata.get("placement", "prediction"),
         )  # fmt: skip
         if metadata["version"] in ("3", "4") and module.texture is not None:
             tensors["texture.input.weight"] = _blind_to_guidance(tensors["texture.input.weight"], module.levels)

@@ -45,9 +45,9 @@ class EnhancementModule(nn.Module):
     louder the finest band of all pictures may get besides, place by place up to what the source photo has there.
     ``text_channels`` of captions' embeddings, whose first ``text_tokens`` are read: where a caption and its source
     photo disagree, the source's bands are kept out (agreement.py); 0 = always trusted. ``sourced``: it learned with
-    source photos, as source texture always does, so that the finest band stays where none is shown. Every last layer
-    starts at zero: a new module is the exact identity. Under 60 k parameters. Values that make no sense, or leave
-    nothing, raise ConfigError.
+    source photos, as source texture always does, so that the finest band stays where none is shown. ``placement``: what
+    its gain learned to edit. Every last layer starts at zero: a new module is the exact identity. Under 60 k
+    parameters. Values that make no sense, or leave nothing, raise ConfigError.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class EnhancementModule(nn.Module):
         text_channels: int = 0,
         text_tokens: int = 77,
         sourced: bool = False,
+        placement: str = "prediction",
     ) -> None:
         super().__init__()
         if not -PIXEL_GAIN <= finest_log_gain <= PIXEL_GAIN:
@@ -78,6 +79,7 @@ class EnhancementModule(nn.Module):
         self.levels, self.hidden, self.max_log_gain = levels, hidden, max_log_gain
         self.source_channels, self.gate_inputs = source_channels, gate_inputs
         self.finest_log_gain, self.sourced = finest_log_gain, sourced or source_channels > 0
+        self.placement = placement
         self.gain = BandGain(levels, hidden, max_log_gain, gate_inputs) if max_log_gain > 0 else None
         self.texture = None
         if source_channels:
@@ -241,5 +243,6 @@ def build_enhancement(cfg: EnhancementConfig, latent_channels: int, conditioning
             "enhancement=gain, or conditioning=source."
         )
     return EnhancementModule(
-        cfg.levels, cfg.hidden, max_log_gain, channels, cfg.decoder, cfg.gate_inputs, sourced=conditioning == "source"
-    )
+        cfg.levels, cfg.hidden, max_log_gain, channels, cfg.decoder, cfg.gate_inputs,
+        sourced=conditioning == "source", placement=cfg.placement,
+    )  # fmt: skip

@@ -22,10 +22,14 @@ from lora_dae.sampling.load import read_config
 
 LONGEST_NAME = 100  # characters of a folder that is named by what differs
 OF_DRAWN = ("split", "num_samples", "clip")
-OF_SAMPLING = ("scheduler", "sampling_method", "num_inference_steps", "guidance_scale", "source_guidance_scale")
+OF_SAMPLING = (
+    "scheduler", "sampling_method", "num_inference_steps", "guidance_scale", "source_guidance_scale", "batch_size",
+    "tiled_decode",
+)  # fmt: skip
 OF_RUN = ("strength", *OF_SAMPLING, "frozen", "first_pair", "wrong_source", "reconstructions")
 OF_FOLDER = ("reference", "train", "masks", "paired", "resolution")
 OF_COMPARISON = ("baseline", "vqa", "study")
+MODELS = ("lpips", "clip", "dinov2", "cmmd")  # null means the run's own, so that "none" leaves one out
 
 
 @dataclass
@@ -50,6 +54,8 @@ class EvaluateRequest:
     guidance_scale: float | None
     source_guidance_scale: float | None
     sampling_method: str | None
+    batch_size: int | None
+    tiled_decode: bool | None
     mode: str | None
     noise_strength: float | None
     split: str | None
@@ -120,7 +126,7 @@ def _run(request: EvaluateRequest, console: Console, on_page: OnPage | None) -> 
 def _folder(request: EvaluateRequest, console: Console, on_page: OnPage | None) -> None:
     if request.reference is None:
         raise ConfigError("images= needs reference=<folder of real photos>: what should they be measured against?")
-    cfg = overridden(EvaluationConfig(), request)
+    cfg = measured(EvaluationConfig(), request)
     check_evaluation(cfg)
     images = Path(str(request.images))
     folder = FolderRequest(
@@ -139,7 +145,7 @@ def _folder(request: EvaluateRequest, console: Console, on_page: OnPage | None) 
 
 
 def _compare(request: EvaluateRequest, console: Console, on_page: OnPage | None) -> None:
-    cfg = overridden(EvaluationConfig(), request)
+    cfg = measured(EvaluationConfig(), request)
     check_evaluation(cfg)
     mode = photo_mode(request.mode, request.noise_strength)
     comparison = CompareRequest(
@@ -158,7 +164,7 @@ def _compare(request: EvaluateRequest, console: Console, on_page: OnPage | None)
 
 def requested(own: Config, request: Any) -> Config:
     """The run's config with the request's numbers, where given; the studio renders as many pairs as are asked for."""
-    sampling, evaluation = overridden_sampling(own.sampling, request), overridden(own.evaluation, request)
+    sampling, evaluation = overridden_sampling(own.sampling, request), measured(own.evaluation, request)
     cfg = replace(own, sampling=sampling, evaluation=evaluation)
     if own.data.name == "studio" and (request.num_samples is not None or request.first_pair is not None):
         test_size, val_size = own.data.test_size, own.data.val_size
@@ -173,10 +179,18 @@ def requested(own: Config, request: Any) -> Config:
     return cfg
 
 
+def measured(own: EvaluationConfig, request: Any) -> EvaluationConfig:
+    """``own`` with the request's values, where given; models that it calls "none" are left out."""
+    cfg = overridden(own, request)
+    without: dict[str, Any] = {name: None for name in MODELS if getattr(cfg, name) == "none"}
+    return replace(cfg, **without)
+
+
 def folder_of(run_dir: Path, own: Config, cfg: Config, mode: PhotoMode | None = None) -> Path:
     """The run's own folder for its own settings; for others ``evaluations/<what differs>`` inside it.
 
-    So that an evaluation with another guidance never stands where the run's own numbers are looked for.
+    So that an evaluation with another guidance never stands where the run's own numbers are looked for. How many
+    pictures are drawn at once makes no difference to them.
     """
     before, now = to_dict(own), to_dict(cfg)
     words = [] if mode is None else [f"mode={mode.name}"]
@@ -184,8 +198,8 @@ def folder_of(run_dir: Path, own: Config, cfg: Config, mode: PhotoMode | None = 
         words.append(f"noise_strength={mode.noise_strength:g}")
     for part in ("enhancement", "sampling", "evaluation"):
         for key, value in now[part].items():
-            if value != before[part][key]:
-                said = str(value).lower() if isinstance(value, bool) else value
+            if value != before[part][key] and key != "batch_size":
+                said = str(value).lower() if value is None or isinstance(value, bool) else value
                 words.append(f"{key}={Path(said).stem if isinstance(said, str) else said}")
     if not words:
         return run_dir

@@ -35,8 +35,16 @@ from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.enhancement.texture import Blend
 from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.evaluation.report.plots import INK, PALETTE, STYLE
+from lora_dae.sampling.draw import FRESH
 from lora_dae.sampling.load import LoadedRun, load_run
-from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, predict, sample_latents
+from lora_dae.sampling.loop import (
+    Conditions,
+    Guidance,
+    initial_noise,
+    noise_generator,
+    predict,
+    sample_latents,
+)
 from lora_dae.sampling.method import Method, Step
 from lora_dae.sampling.schedulers import build_scheduler
 
@@ -221,7 +229,8 @@ def _on_policy(
                     scheduler, run.enhancement, strength, cfg.enhancement.placement, some.source, trust
                 )
             watch, count = Watch(latents[at], noise[at]), cfg.sampling.num_inference_steps
-            sample_latents(backbone.unet, scheduler, start[at], some, guidance, count, watch)
+            own = [noise_generator(cfg.sampling.seed + FRESH, k) for k in range(*at.indices(len(latents)))]
+            sample_latents(backbone.unet, scheduler, start[at], some, guidance, count, watch, own)
             steps = [int(t) for t in scheduler.timesteps]
             total = total + torch.stack(watch.energies)
             if strength == 0:

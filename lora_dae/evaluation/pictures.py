@@ -156,7 +156,7 @@ def draw_pictures(
     cfg = read_config(run_dir)
     own = cfg.enhancement.strength if cfg.enhancement.enabled and cfg.enhancement.placement != "none" else 0.0
     strength = own if strength is None else strength
-    if strength > 0 and not cfg.enhancement.enabled:
+    if strength > 0 and (not cfg.enhancement.enabled or cfg.enhancement.placement == "none"):
         raise ConfigError(f"{run_dir} was trained without enhancement: give it without @{strength:g}, or with @0.")
     cfg = replace(cfg, enhancement=replace(cfg.enhancement, strength=strength))
     check(cfg, trains=False)

@@ -124,6 +124,7 @@ def measure_rows(
             bootstrap=cfg.evaluation.bootstrap,
             seed=cfg.seed,
             paired=mode is not None or (held_out.sources is not None and name != FROZEN),
+            together=held_out.sources is not None,  # the frozen backbone, too: one test of the same pairs for all rows
             perceptual=extras.perceptual,
             clip=extras.clip,
             captions=held_out.captions,
@@ -317,22 +318,31 @@ def _summary(run_dir: Path, cfg: Config) -> dict[str, str]:
 
 def usage(cfg: Config, family: str) -> str:
     """How to draw with the run's files on its backbone, one of ``family``."""
-    if cfg.adapter.kind in ("loha", "lokr"):  # few programs read PEFT's own files of them
-        return 'python sample.py run=<this folder> prompt="a woman wearing a red plaid shirt"'
+    source = cfg.conditioning == "source"
+    words = f"{TOKEN} " if cfg.adapter.kind == "textual_inversion" else ""
+    trigger = "" if cfg.data.captions.trigger is None else f"{cfg.data.captions.trigger} "
+    prompt = f"{words}{trigger}a woman wearing a red plaid shirt"
+    # Few programs read PEFT's own files of these two, and no plain pipeline has a place for the source's channels.
+    if cfg.adapter.kind in ("loha", "lokr") or (cfg.adapter.full_finetune and source):
+        shown = " source=mannequin.jpg" if source else ""
+        return f'python sample.py run=<this folder> prompt="{prompt}"{shown}'
+    attaches = cfg.adapter.kind == "lora" and not cfg.adapter.full_finetune
+    source = source and attaches
     lines = [
         "import lora_dae",
         f"from diffusers import {PIPELINES[family]}",
+        *(["from PIL import Image"] if source else []),
         "",
         f"pipe = {plain_pipeline(cfg.backbone, family, cfg.backbone.path)}",
         *own_scheduler(cfg.backbone),
     ]
     if cfg.adapter.kind == "textual_inversion":
         lines.append(f'pipe.load_textual_inversion("adapter/{WORDS_FILE}", token="{TOKEN}")')
-    elif not cfg.adapter.full_finetune:
-        lines.append(f'lora_dae.attach(pipe, "adapter", strength={cfg.enhancement.strength})')
+    elif attaches:
+        placement = ', placement="direction"' if cfg.enhancement.placement == "direction" else ""
+        lines.append(f'lora_dae.attach(pipe, "adapter", strength={cfg.enhancement.strength}{placement})')
     else:
         lines.append('pipe.unet = pipe.unet.from_pretrained("adapter/unet")')
-    words = f"{TOKEN} " if cfg.adapter.kind == "textual_inversion" else ""
-    prompt = f"{words}a woman wearing a red plaid shirt"
-    lines.append(f'image = pipe("{prompt}", guidance_scale={cfg.sampling.guidance_scale}).images[0]')
+    given = ', source=Image.open("mannequin.jpg")' if source else ""
+    lines.append(f'image = pipe("{prompt}", guidance_scale={cfg.sampling.guidance_scale}{given}).images[0]')
     return "\n".join(lines)

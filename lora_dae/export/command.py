@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +23,47 @@ from lora_dae.export.merged import write_merged_file, write_merged_folder
 from lora_dae.export.push import push_folder
 from lora_dae.sampling.load import load_run, read_config
 
-FORMATS = ("diffusers", "kohya", "merged", "merged_file", "all")
+TOGETHER = {"adapter": ("diffusers", "kohya"), "all": ("diffusers", "kohya", "merged")}
+FORMATS = ("diffusers", "kohya", "merged", "merged_file", *TOGETHER)
 
 
 @dataclass
 class ExportRequest:
-    """The keys of conf/export.yaml."""
+    """The keys of conf/export.yaml; no ``format``: all, with ``push`` adapter."""
 
     run: str
-    format: str
+    format: str | None
     dtype: str
     resize_rank: int | None
     output: str | None
     push: str | None
+    private: bool = True
+    grid: bool = False
 
 
 def export_run(request: ExportRequest, console: Console) -> Path:
-    """Write what is asked for; returns the folder. All input is checked before weights are loaded."""
+    """Write what is asked for, upload just that, and return the folder.
+
+    Raises ConfigError for bad input before weights are loaded, and where an upload is refused.
+    """
     run_dir = Path(request.run)
     cfg = read_config(run_dir)
+    if request.format is None:
+        request = replace(request, format="all" if request.push is None else "adapter")
     _check(request, cfg)
     backbone = inspect_backbone(cfg.backbone)
     folder = Path(request.output) if request.output else run_dir / "export"
-    for file in _write(request, run_dir, cfg, backbone, folder, console):
+    written = _write(request, run_dir, cfg, backbone, folder, console)
+    for file in written:
         size = sum(f.stat().st_size for f in ([file] if file.is_file() else file.rglob("*")) if f.is_file())
         console.print(f"{size / 1e6:9.2f} MB  {file}", soft_wrap=True, highlight=False)
-    copy_beside(run_dir / "adapter", folder)
-    write_card(run_dir, cfg, backbone.family, folder)
-    if request.push is not None:
-        push_folder(folder, request.push, console)
+    written += [folder / name for name in copy_beside(run_dir / "adapter", folder)]
+    if request.push is None:
+        write_card(run_dir, cfg, backbone.family, folder)
+    else:  # earlier exports may have left gigabytes there, and the grid shows somebody's photos and captions
+        names = [path.name for path in written]
+        written += write_card(run_dir, cfg, backbone.family, folder, names, request.grid)
+        push_folder(folder, request.push, console, request.private, written)
     return folder
 
 
@@ -66,16 +79,25 @@ def export_beside(run_dir: Path, cfg: Config, family: str, unet_config: dict[str
     )  # fmt: skip
 
 
-def write_card(run_dir: Path, cfg: Config, family: str, folder: Path) -> None:
-    """README.md, and the run's sample grid beside it, in ``folder``."""
-    grid, metrics = run_dir / "samples" / "grid.png", run_dir / "metrics.json"
-    if grid.is_file():
+def write_card(
+    run_dir: Path, cfg: Config, family: str, folder: Path, names: Sequence[str] | None = None, grid: bool = True
+) -> list[Path]:
+    """README.md in ``folder`` and, with ``grid``, the run's sample grid beside it if there is one; returns both paths.
+
+    ``names``: of the files that it tells about, by default all that are there.
+    """
+    drawn, metrics = run_dir / "samples" / "grid.png", run_dir / "metrics.json"
+    written = [folder / "README.md"]
+    if grid and drawn.is_file():
+        written.append(folder / "grid.png")
         with atomic(folder / "grid.png") as partial:
-            shutil.copyfile(grid, partial)
-    names = sorted(f.name for f in folder.iterdir() if f.suffix == ".safetensors" or f.is_dir())
+            shutil.copyfile(drawn, partial)
+    if names is None:
+        names = [f.name for f in folder.iterdir() if f.suffix == ".safetensors" or f.is_dir()]
     table = json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else None
     with atomic(folder / "README.md") as partial:
-        partial.write_text(model_card(cfg, family, names, table, grid.is_file()), encoding="utf-8")
+        partial.write_text(model_card(cfg, family, sorted(names), table, len(written) > 1), encoding="utf-8")
+    return written
 
 
 def _check(request: ExportRequest, cfg: Config) -> None:
@@ -102,7 +124,7 @@ def _write(
     request: ExportRequest, run_dir: Path, cfg: Config, backbone: BackboneFolder, folder: Path, console: Console
 ) -> list[Path]:
     written: list[Path] = []
-    wanted = ("diffusers", "kohya", "merged") if request.format == "all" else (request.format,)
+    wanted = TOGETHER.get(str(request.format), (request.format,))
     if "diffusers" in wanted or "kohya" in wanted:
         layers, header = read_adapter(run_dir / "adapter")
         if request.resize_rank is not None:

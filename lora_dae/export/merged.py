@@ -13,6 +13,7 @@ from torch import nn
 from lora_dae.adapter.atomic import atomic, save_tensors
 from lora_dae.adapter.files import merge_in_place
 from lora_dae.adapter.source_input import get_source_input
+from lora_dae.adapter.text import file_name
 from lora_dae.adapter.weights import DTYPES
 from lora_dae.backbone.load import Backbone
 from lora_dae.backbone.single_file import to_single_file
@@ -63,7 +64,10 @@ def write_merged_folder(run: LoadedRun, folder: Path, dtype: str) -> Path:
                 continue
             if isinstance(value, nn.Module):
                 value = value.to(DTYPES[dtype], memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-            value.save_pretrained(partial / part)
+            named: dict[str, Any] = {}
+            if part == "text_encoder":  # transformers 5 writes the names that others read only if it has read such ones
+                named["state_dict"] = {file_name(name): tensor for name, tensor in value.state_dict().items()}
+            value.save_pretrained(partial / part, **named)
             index[part] = [type(value).__module__.split(".")[0], type(value).__name__]
         (partial / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     return target

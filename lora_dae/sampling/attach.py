@@ -28,11 +28,10 @@ from lora_dae.adapter.files import FILE_NAME, check_adapter
 from lora_dae.adapter.fused import fuse, merged_once
 from lora_dae.adapter.other import FILE_NAME as OTHER_FILE
 from lora_dae.adapter.source_input import FILE_NAME as SOURCE_FILE
-from lora_dae.adapter.source_input import detach_source_input, load_source_input
+from lora_dae.adapter.source_input import detach_source_input, load_framing, load_source_input
 from lora_dae.adapter.text import COMPONENTS
 from lora_dae.config import ConfigError
-from lora_dae.data.decode import upright_rgb
-from lora_dae.data.square import fit_square
+from lora_dae.data.square import Framing
 from lora_dae.enhancement.files import load_enhancement
 from lora_dae.enhancement.hook import enhance_scheduler, for_images
 from lora_dae.enhancement.module import EnhancementModule
@@ -50,19 +49,21 @@ class Attached:
     placement: str
     has_source: bool
     merged: bool
+    framing: Framing
 
 
 def attach(
-    pipe: Any, adapter: str | Path, strength: float = 1.0, placement: str = "prediction", merged: bool = False
+    pipe: Any, adapter: str | Path, strength: float = 1.0, placement: str | None = None, merged: bool = False
 ) -> Any:
     """Load a run's ``adapter`` folder into a pipeline with a UNet, in place; returns the pipeline.
 
     LoRA, source input and enhancement, as far as the folder has them. Calls then take two more arguments:
     ``enhancement_strength`` (>= 0, instead of ``strength``) and, for runs with conditioning=source, ``source``: one
-    photo, or one per prompt. The source is guided together with the text, by ``guidance_scale``. ``merged``: each call
-    adds the LoRA into a copy of the weights that it changes and takes its steps with that, faster by the LoRA's own
-    cost, and rounded differently. Raises ConfigError for a folder without an adapter, one of another backbone, and a
-    pipeline that has one already.
+    photo, or one per prompt. The source is guided together with the text, by ``guidance_scale``. ``placement``: None is
+    what the module learned to edit (files that do not say: ``prediction``). ``merged``: each call adds the LoRA into a
+    copy of the weights that it changes and takes its steps with that, faster by the LoRA's own cost, and rounded
+    differently. Raises ConfigError for a folder without an adapter, one of another backbone, and a pipeline that has
+    one already.
     """
     folder = Path(adapter)
     if getattr(pipe, "unet", None) is None or getattr(pipe, "scheduler", None) is None:
@@ -81,6 +82,8 @@ def attach(
     if not files[FILE_NAME]:
         raise ConfigError(f"there is no adapter in {folder}: give the adapter folder of a finished run.")
     module = load_enhancement(folder / ENHANCEMENT_FILE).eval() if files[ENHANCEMENT_FILE] else None
+    if placement is None:
+        placement = "prediction" if module is None else module.placement
     if module is not None:
         enhance_scheduler(pipe.scheduler, module, strength, placement)  # refuses what cannot be enhanced
         module.requires_grad_(False)
@@ -93,7 +96,8 @@ def attach(
     if merged:
         fuse(pipe.unet)
         pipe.unet.eval()  # diffusers adds layers in training mode, in which no merged weight is kept
-    pipe._lora_dae = Attached(module, strength, placement, files[SOURCE_FILE], merged)
+    framing = load_framing(folder / SOURCE_FILE)
+    pipe._lora_dae = Attached(module, strength, placement, files[SOURCE_FILE], merged, framing)
     pipe.__class__ = _attached_class(type(pipe))  # type: ignore[arg-type]
     return pipe
 
@@ -244,7 +248,7 @@ def _for_batch(latents: Tensor, batch: int, guided: bool) -> Tensor:
 
 
 def _photos(pipe: Any, state: Attached, source: Any, given: dict[str, Any]) -> Tensor | None:
-    """PIL images or uint8 (H, W, 3) arrays as (S, 3, H, W) in [0, 1], fitted into the image's square as in training."""
+    """PIL images or uint8 (H, W, 3) arrays as (S, 3, H, W) in [0, 1], framed as in training for the image's square."""
     if source is None:
         return None
     if not state.has_source:
@@ -253,7 +257,7 @@ def _photos(pipe: Any, state: Attached, source: Any, given: dict[str, Any]) -> T
     if height != width:
         raise ConfigError(f"source needs a square image, not {height} x {width}: give the same height and width.")
     photos = source if isinstance(source, list | tuple) else [source]
-    squares = [fit_square(upright_rgb(_picture(photo)), height, whole=True) for photo in photos]
+    squares = [state.framing.fit(_picture(photo), height) for photo in photos]
     return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 255
 
 

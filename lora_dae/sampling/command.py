@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,15 +10,17 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
+from lora_dae.adapter.source_input import load_framing
 from lora_dae.backbone.precision import best_device, choose_precision
 from lora_dae.config import Config, ConfigError, overridden_sampling
-from lora_dae.data.decode import upright_rgb
 from lora_dae.data.pair import Pair
 from lora_dae.data.sources import load_splits
-from lora_dae.data.square import fit_square
+from lora_dae.data.square import Framing
 from lora_dae.rules import check
 from lora_dae.sampling.load import LoadedRun, load_run, read_config
 from lora_dae.sampling.sheet import image_grid
+
+NAME_BYTES = 80  # of seed and prompt in a file name; file systems end at 255
 
 
 @dataclass
@@ -53,12 +56,12 @@ def draw_samples(request: SampleRequest, console: Console) -> Path:
     prompt, source = _conditions(request, cfg)
     if cfg.conditioning == "source" and source is None:
         console.print("no source photo given: drawing from the caption alone")
+    stem = _stem(request, cfg, prompt, source, strengths)
     run = load_run(Path(request.run), best_device(), vae=request.vae)
     run.cfg = cfg
     columns = [_images(run, prompt, source, s, request.num_images) for s in strengths]
     output = Path(request.output) if request.output else Path(request.run) / "samples"
     output.mkdir(parents=True, exist_ok=True)
-    stem = f"seed{cfg.sampling.seed}_{'_'.join(prompt.split()[:8])}".replace("/", "-").replace(",", "")
     for s, images in zip(strengths, columns, strict=True):
         for k, image in enumerate(images):
             Image.fromarray(image).save(output / f"{stem}_s{s:g}_{k}.png")
@@ -77,6 +80,20 @@ def _images(run: LoadedRun, prompt: str, source: np.ndarray | None, strength: fl
     bf16 = choose_precision("auto", run.backbone.device) == "bf16-mixed"
     sources = None if source is None else np.stack([source] * count)
     return run.drawer(bf16).images([prompt] * count, sources, strength)
+
+
+def _stem(request: SampleRequest, cfg: Config, prompt: str, source: np.ndarray | None, strengths: list[float]) -> str:
+    """How the files are called: for people seed and prompt, and a hash of what the pictures depend on.
+
+    So the same command writes the same files, and another one never over them.
+    """
+    run = Path(request.run).resolve()
+    weights = [(file.name, file.stat().st_mtime_ns) for file in sorted((run / "adapter").rglob("*.safetensors"))]
+    asked = (str(run), weights, cfg.sampling, prompt, [float(s) for s in strengths], request.num_images, request.vae)
+    digest = hashlib.blake2b(repr(asked).encode(errors="backslashreplace"), digest_size=6)
+    digest.update(b"" if source is None else source.tobytes())
+    name = f"seed{cfg.sampling.seed}_{'_'.join(prompt.split()[:8])}".replace("/", "-").replace(",", "")
+    return f"{name.encode(errors='ignore')[:NAME_BYTES].decode(errors='ignore')}_{digest.hexdigest()}"
 
 
 def _strengths(request: SampleRequest, cfg: Config) -> list[float]:
@@ -105,18 +122,18 @@ def _conditions(request: SampleRequest, cfg: Config) -> tuple[str, np.ndarray | 
     if request.source is not None:
         if cfg.conditioning != "source":
             raise ConfigError(f"run={request.run} was trained on captions alone: leave source out.")
-        source = _read(Path(request.source), cfg.data.resolution)
+        source = _read(Path(request.source), cfg.data.resolution, load_framing(Path(request.run) / "adapter"))
     elif pair is not None and cfg.conditioning == "source":
         source = pair.source
     prompt = request.prompt or (pair.caption if pair is not None else "")
     return prompt, source
 
 
-def _read(path: Path, resolution: int) -> np.ndarray:
+def _read(path: Path, resolution: int, framing: Framing) -> np.ndarray:
     if not path.is_file():
         raise ConfigError(f"source={path} does not exist: give a photo of the garment.")
     try:
         with Image.open(path) as photo:
-            return fit_square(upright_rgb(photo), resolution, whole=True)
+            return framing.fit(photo, resolution)
     except (OSError, SyntaxError) as error:
         raise ConfigError(f"source={path} cannot be read as an image ({error}): give a JPEG or PNG.") from error

@@ -4,7 +4,7 @@ config.yaml                      the resolved config
 adapter/pytorch_lora_weights.safetensors   LoRA, for any diffusers pipeline (or adapter/unet: full fine-tuning)
 adapter/peft_adapter.safetensors           LoHa or LoKr in its place
 adapter/learned_embeds.safetensors         or the words of a textual inversion
-adapter/source_input.safetensors           the extra input channels of conditioning=source
+adapter/source_input.safetensors           the extra input channels of conditioning=source; header: photos' framing
 adapter/enhancement.safetensors            the enhancement module
 """
 

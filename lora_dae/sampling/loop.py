@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_dae.config import ConfigError
 from lora_dae.diffusion import current_level, is_sigma_space, next_level, predict_x0, x0_delta_to_output_delta
 from lora_dae.sampling.keep import Kept
 from lora_dae.sampling.method import Method, Step
 from lora_dae.sampling.noised import Noised
+from lora_dae.sampling.schedulers import check_timesteps
 
 FRESH_NOISE = ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
 
@@ -44,6 +44,10 @@ class Guidance:
         if self.source == 1:
             return ("source", "full")
         return ("none", "source", "full")
+
+    def largest(self, has_source: bool) -> float:
+        """The scale of methods that know one alone."""
+        return max(self.text, self.source) if has_source else self.text
 
     def mix(self, predictions: dict[str, Tensor]) -> Tensor:
         """The guided prediction; ``predictions`` by branch, each (B, C, h, w)."""
@@ -138,21 +142,19 @@ def sample_latents(
     """
     method = method or Method()
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
-    if scheduler.timesteps[-1] < 0:  # diffusers' trailing spacing by np.arange: rounding gives it one step too many
-        raise ConfigError(
-            f"{type(scheduler).__name__} has no {num_inference_steps} steps in its trailing spacing: use "
-            f"{num_inference_steps - 1} or {num_inference_steps + 1}."
-        )
+    check_timesteps(scheduler, num_inference_steps)
     first, sample = 0, noise * scheduler.init_noise_sigma
     if start is not None:
         first, sample = start.begin(scheduler, noise, num_inference_steps)
     stochastic = str(scheduler.config.get("algorithm_type")).startswith("sde")
     fresh = len(generators) > 0 and (stochastic or type(scheduler).__name__ in FRESH_NOISE)
     extra = {"generator": list(generators)} if fresh else {}
-    last = max(len(scheduler.timesteps) - 1, 1)
+    # Solvers that evaluate the network twice at a noise level have its timestep twice.
+    _, positions = torch.unique_consecutive(scheduler.timesteps, return_inverse=True)
+    scale, levels = guidance.largest(conditions.source is not None), max(int(positions[-1]), 1)
     with method.around(unet):
         for k, t in enumerate(scheduler.timesteps[first:], first):
-            told = method.seen_level(scheduler, t, k / last)
+            told = method.seen_level(scheduler, t, int(positions[k]) / levels, scale)
             model_input = scheduler.scale_model_input(sample, t)
             if told is None:
                 predictions = branch_predictions(unet, model_input, t, conditions, guidance)

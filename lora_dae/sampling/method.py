@@ -67,10 +67,12 @@ class Method:
         """Holds while a batch is drawn."""
         yield
 
-    def seen_level(self, scheduler: Any, timestep: Tensor, position: float) -> tuple[float, float] | None:
+    def seen_level(
+        self, scheduler: Any, timestep: Tensor, position: float, guidance: float
+    ) -> tuple[float, float] | None:
         """(alpha, sigma), variance-preserving, that the network is told; None: the true level of the sample.
 
-        ``position`` is 0 at the first step and 1 at the last.
+        ``position`` is 0 at the first noise level and 1 at the last; ``guidance`` the largest scale.
         """
         return None
 

@@ -16,7 +16,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from lora_dae.config import SCHEDULERS, ConfigError
+from lora_dae.config import SCHEDULERS, ConfigError, SamplingConfig
 
 _CLASSES: dict[str, Any] = {
     "ddim": DDIMScheduler,
@@ -50,3 +50,21 @@ def build_scheduler(name: str, base: Any) -> Any:
         )
     config = {"clip_sample": False, **base.config}  # diffusers' default would clip latents to [-1, 1]
     return _CLASSES[name].from_config(config, **_EXTRA.get(name, {}), **_SPACING.get(name, {}))
+
+
+def check_timesteps(scheduler: Any, steps: int) -> None:
+    """Raises ConfigError where what ``set_timesteps(steps)`` made goes below timestep 0.
+
+    diffusers' trailing spacing by np.arange: rounding gives some numbers one step too many.
+    """
+    if scheduler.timesteps[-1] < 0:
+        raise ConfigError(
+            f"{type(scheduler).__name__} has no {steps} steps in its trailing spacing: use {steps - 1} or {steps + 1}."
+        )
+
+
+def check_sampling(cfg: SamplingConfig, base: Any) -> None:
+    """Raises ConfigError where ``cfg`` cannot be drawn with on the noise schedule of ``base``."""
+    scheduler = build_scheduler(cfg.scheduler, base)
+    scheduler.set_timesteps(cfg.num_inference_steps)
+    check_timesteps(scheduler, cfg.num_inference_steps)

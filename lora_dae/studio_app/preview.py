@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lora_dae.adapter.source_input import load_framing
 from lora_dae.backbone.load import load_backbone
 from lora_dae.backbone.precision import best_device, choose_precision
 from lora_dae.config import Config, ConfigError
 from lora_dae.data.pair import Pair, PairDataset
 from lora_dae.data.sources import load_splits
-from lora_dae.data.square import fit_square
+from lora_dae.data.square import Framing
 from lora_dae.data.studio.dataset import StudioDataset
 from lora_dae.sampling.draw import check_sampling
 from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet
@@ -33,6 +34,7 @@ class Preview:
     def __init__(self, run: LoadedRun, title: str, examples: PairDataset) -> None:
         self.run, self.title, self.examples = run, title, examples
         self.bf16 = choose_precision("auto", run.backbone.device) == "bf16-mixed"
+        self.framing = load_framing(run.directory / "adapter") if self.has_source else Framing()
 
     @classmethod
     def load(cls, run_dir: Path | None, cache_dir: str = "cache", vae: str | None = None) -> Preview:
@@ -99,7 +101,7 @@ class Preview:
         drawer.cfg = numbers
         sources = None
         if source is not None and self.has_source:
-            sources = fit_square(Image.fromarray(source), self.run.cfg.data.resolution, whole=True)[None]
+            sources = self.framing.fit(Image.fromarray(source), self.run.cfg.data.resolution)[None]
         plain = drawer.images([prompt], sources, 0.0)[0]
         if not self.has_strength or strength == 0:
             return plain, plain

@@ -1,6 +1,6 @@
 """``python -m lora_dae.study create|serve|report key=value ...``
 
-create runs=[runs/a,runs/b] output=studies/one raters=20 pairs=40 opinions=10
+create runs=[runs/a,runs/b] output=studies/one raters=20 pairs=30 opinions=10
 serve  study=studies/one port=8000
 report study=studies/one
 """

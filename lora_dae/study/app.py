@@ -18,6 +18,10 @@ PAGES = Path(__file__).parent / "pages"
 STATIC = {"study.js": "text/javascript", "study.css": "text/css"}
 MAX_BODY = 2048  # bytes: a vote is much smaller
 TOO_MANY = "too many requests, please wait"
+FOREIGN = (
+    "the request came from another page; behind a proxy, make the study with url=<the address that raters see>, or let "
+    "the proxy hand the host on (nginx: proxy_set_header Host $host;)"
+)
 LANGUAGES = ("en", "zh")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; script-src 'self'; style-src 'self'; "
@@ -74,8 +78,10 @@ def build_app(store: StudyStore) -> Any:
         if request.headers.get("x-study") != "1" or "json" not in request.headers.get("content-type", ""):
             raise RefusedError(403, "the request did not come from the study's page")
         origin = request.headers.get("origin")
-        if origin is not None and origin.split("://")[-1] != request.headers.get("host"):
-            raise RefusedError(403, "the request came from another page")
+        # Proxies may name themselves as the host; a foreign page cannot name the study's address as its origin.
+        host, own = request.headers.get("host"), store.meta.get("origin")
+        if origin is not None and origin.split("://")[-1] != host and origin != own:
+            raise RefusedError(403, FOREIGN)
         data = b""
         async for piece in request.stream():
             data += piece

@@ -8,13 +8,16 @@ import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image, ImageFilter
 from rich.console import Console
 
 from lora_dae.config import ConfigError
-from lora_dae.evaluation.pictures import PictureSets, gather
+from lora_dae.data.formats.files import read_jsonl
+from lora_dae.evaluation.pictures import METADATA, PictureSets, find_methods, gather, parse_spec
+from lora_dae.sampling.load import read_config
 from lora_dae.study.exclude import Rules
 from lora_dae.study.plan import CLEAR, DEGRADED, REFERENCE, plan
 from lora_dae.study.store import FILE, create_database, hashed
@@ -32,7 +35,7 @@ class CreateRequest:
     split: str = "test"
     num_samples: int = 32  # prompts
     raters: int = 20
-    pairs: int = 40  # comparisons a rater
+    pairs: int = 30  # comparisons a rater; of two runs that draw from captions alone there are num_samples
     opinions: int = 10  # single pictures a rater
     seed: int = 0  # of sides and order
     url: str = "http://127.0.0.1:8000"  # what the links begin with
@@ -43,8 +46,10 @@ def create_study(request: CreateRequest, console: Console) -> Path:
     output = Path(request.output)
     if output.exists():
         raise ConfigError(f"output={output} exists: a study is never overwritten, give a new folder.")
-    stand_ins = [str(k) for k in range(max(1, len(request.runs)))]
-    plan(request.num_samples, stand_ins, request.raters, request.pairs, request.opinions, True, 0)
+    origin = _origin(request.url)
+    names = [parse_spec(spec)[0] for spec in request.runs]
+    sourced = _has_sources(request)
+    plan(request.num_samples, names, request.raters, request.pairs, request.opinions, sourced, request.seed)
     sets = gather(request.runs, request.split, request.num_samples, console)
     methods = list(sets.methods)
     sources = [item.source for item in sets.items]
@@ -60,7 +65,7 @@ def create_study(request: CreateRequest, console: Console) -> Path:
     admin = secrets.token_urlsafe(24)
     meta = {
         "title": request.title, "methods": methods, "seed": request.seed, "created": time.time(),
-        "admin": hashed(admin), "rules": asdict(Rules()), "runs": request.runs,
+        "admin": hashed(admin), "rules": asdict(Rules()), "runs": request.runs, "origin": origin,
     }  # fmt: skip
     create_database(building / FILE, meta, [i.prompt for i in sets.items], pictures, tokens, trials)
     url = request.url.rstrip("/")
@@ -81,6 +86,30 @@ def create_study(request: CreateRequest, console: Console) -> Path:
     console.print(f"study    {output}: {request.raters} raters, {len(trials[0])} trials each", soft_wrap=True)
     console.print(f"links    {output / 'links.txt'}  (one for each rater; keep the file private)", soft_wrap=True)
     return output
+
+
+def _origin(url: str) -> str:
+    """What browsers call the origin of a page at ``url``; ConfigError if that is no address."""
+    try:
+        scheme, host = urlsplit(url).scheme, urlsplit(url).netloc
+    except ValueError:
+        scheme = host = ""
+    if scheme not in ("http", "https") or not host:
+        raise ConfigError(f"url={url} is no address: give what raters see, such as https://study.example.")
+    return f"{scheme}://{host}".lower().removesuffix(":443" if scheme == "https" else ":80")
+
+
+def _has_sources(request: CreateRequest) -> bool:
+    """Whether pictures come with the garment's photos, which one method that has them brings for all."""
+    for spec, folder in zip(request.runs, find_methods(request.runs, request.split), strict=True):
+        if folder is None:
+            found = read_config(parse_spec(spec)[1]).conditioning == "source"
+        else:
+            rows = [row for _, row in read_jsonl(folder / METADATA)][: request.num_samples]
+            found = all(row.get("source") for row in rows)
+        if found:
+            return True
+    return False
 
 
 def degraded(image: np.ndarray) -> np.ndarray:

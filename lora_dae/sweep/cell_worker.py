@@ -147,15 +147,9 @@ def _device(cfg: Config) -> torch.device:
     return torch.device("cpu") if cfg.trainer.get("accelerator") == "cpu" else best_device()
 
 
-_precisions: dict[tuple[str, str], str] = {}
-
-
 def _precision(cfg: Config) -> str:
-    """What ``trainer.precision`` is here; ``auto`` measures, once per process."""
-    key = str(cfg.trainer.get("precision", "auto")), str(_device(cfg))
-    if key not in _precisions:
-        _precisions[key] = choose_precision(key[0], _device(cfg))
-    return _precisions[key]
+    """What ``trainer.precision`` is here."""
+    return choose_precision(str(cfg.trainer.get("precision", "auto")), _device(cfg))
 
 
 def _look(cfg: Config) -> Seen:

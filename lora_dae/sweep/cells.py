@@ -37,6 +37,7 @@ FILE = "study.yaml"
 CELL_VERSION = 1  # raise it when the same cell begins to give other numbers
 # Options of ``evaluation`` that came later: at the value that does nothing they are left out of what matters.
 LATER = {"split": "test", "first_pair": 0, "wrong_source": False, "reconstructions": False}
+REVISED = {"wavelet": 2, "detail_daemon": 2}  # methods that drew other pictures before
 UNTRAINED = (FROZEN, CEILING, *CONTROLS)  # rows in which nothing trained takes part
 OFF = EnhancementConfig(enabled=False, placement="none", strength=0.0)
 
@@ -217,6 +218,8 @@ def what_matters(cfg: Config, row: str | None) -> dict[str, Any]:
     sampling = {key: value for key, value in asdict(cfg.sampling).items() if key != "batch_size"}
     if not sampling["tiled_decode"]:
         del sampling["tiled_decode"]  # younger than measured cells, which are without
+    if cfg.sampling.method in REVISED:
+        sampling["revision"] = REVISED[cfg.sampling.method]
     if row is None:
         return {**found, "training": training, "strength": cfg.enhancement.strength, "sampling": sampling}
     seen = {"data": training["data"], "backbone": training["backbone"], "conditioning": cfg.conditioning}

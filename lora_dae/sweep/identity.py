@@ -33,6 +33,7 @@ NOT_TRAINING_IN = {
 }  # fmt: skip
 # Options that came later: at the value that does nothing they are left out, and what was trained before is found.
 LATER: dict[str, dict[str, Any]] = {
+    "data": {"missing_source": "error"},
     "objective": {"low_resolution_share": 0.0, "token_share": 1.0},
     "enhancement": {
         "gate_inputs": "energy",

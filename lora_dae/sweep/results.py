@@ -79,7 +79,7 @@ def _warnings(found: Mapping[str, Mapping[int, MeasuredCell]]) -> list[str]:
     """What makes the numbers say less than they seem to; how many seeds there are is told elsewhere."""
     every = [cell for seeds in found.values() for cell in seeds.values()]
     told = dict.fromkeys(words for cell in every for words in cell.protocol.warnings if "seeds:" not in words)
-    kinds = sorted({cell.precision for cell in every if cell.precision})
+    kinds = sorted({cell.precision or "a precision that was not recorded" for cell in every})
     if len(kinds) > 1:
         told[f"cells were measured in {' and '.join(kinds)}: give trainer.precision to compare like with like"] = None
     return list(told)
@@ -162,10 +162,13 @@ def render(results: Mapping[str, Any] | None) -> str:
     count = sum("p_holm" in entry for cell in cells.values() for entry in cell["metrics"].values())
     one = len({cell["against"] for cell in cells.values()}) == 1
     than = f"'{results['baseline']}'" if one else "the cell that each is tested against (results.json)"
-    alone = max(len(cell["training_seeds"]) for cell in cells.values()) == 1
-    over = "One training seed, with 95 % intervals over images." if alone else (
-        "Mean over training seeds with 95 % intervals (images and seeds)."
-    )  # fmt: skip
+    # Rows in which nothing trained are the same for all seeds.
+    seeds = {len(cell["training_seeds"]) for cell in cells.values() if cell["adapter_mb"] > 0} or {1}
+    over = "Mean over training seeds with 95 % intervals (images and seeds)."
+    if seeds == {1}:
+        over = "One training seed, with 95 % intervals over images."
+    elif 1 in seeds:
+        over = "Mean over the training seeds that a row has; 95 % intervals (images, and seeds where it has more)."
     words = [
         f"{over} **Better** and _worse_ than {than}: paired test, p < {ALPHA} after Holm's correction for {count} "
         f"comparisons (the first {KEPT} bootstrap samples); not marked: cannot tell.",

@@ -23,6 +23,7 @@ from lora_dae.backbone.precision import best_device, choose_precision
 from lora_dae.config import Config, ConfigError, to_dict
 from lora_dae.data.sources import load_splits
 from lora_dae.evaluation.heldout import HeldOut
+from lora_dae.evaluation.metrics.extras import check_networks
 from lora_dae.rules import check
 from lora_dae.sweep import ranks
 from lora_dae.sweep.files import read_json, write_json
@@ -50,6 +51,7 @@ def run_in_store(cfg: Config) -> Result:
         raise ConfigError("ckpt_path and store exclude each other: with store, a training goes on by itself.")
     splits = load_splits(cfg.data)
     HeldOut.check(splits, cfg)
+    check_networks(cfg.evaluation)
     folder, run_dir = training_folder(cfg), Path(cfg.run_dir)
     decision = run_dir / "decision.json"
     if ranks.rank() != 0:

@@ -83,11 +83,19 @@ class Checkpoint(Callback):
 
 
 class EarlyStop(EarlyStopping):
-    """Lightning's own on val/loss. A training that had stopped already stops again before its first step."""
+    """Lightning's own on val/loss, every ``interval`` steps: a stop in between, as Ctrl-C, validates as well.
 
-    def __init__(self, patience: int) -> None:
+    A training that had stopped already stops again before its first step.
+    """
+
+    def __init__(self, patience: int, interval: int) -> None:
         super().__init__("val/loss", patience=patience, check_on_train_epoch_end=False)
+        self.interval = interval
         self.why = ""  # it stopped, in words
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.global_step % self.interval == 0:
+            super().on_validation_end(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({**state_dict, "patience": self.patience})  # more of it than before lets it go on
@@ -133,6 +141,10 @@ class CleanInterrupt(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.strategy.reduce_boolean_decision(self._asked, all=False):
             self.interrupted = trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        # In the last validation, which comes after the last step.
+        self.interrupted = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
 
     def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if self._previous is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,11 +16,13 @@ from lora_dae.adapter.other import save_other
 from lora_dae.adapter.source_input import save_source_input
 from lora_dae.adapter.words import save_words
 from lora_dae.config import Config, SamplingConfig
+from lora_dae.data.sources import framing_of
 from lora_dae.enhancement.files import save_enhancement
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.export.command import export_beside
 from lora_dae.sampling.load import ENHANCEMENT_FILE
+from lora_dae.sampling.schedulers import build_scheduler, check_sampling, check_timesteps
 from lora_dae.training.agreement import LEAST, MOST, MOST_LIVE, Agreed, Pairs, learn_agreement
 from lora_dae.training.calibrate import PAIRS, calibrate_finest, calibrate_gain
 from lora_dae.training.stages import Training
@@ -77,6 +80,20 @@ def judging(cfg: Config, scheduler: str) -> SamplingConfig:
     return sampling
 
 
+def check_chains(cfg: Config, base: Any) -> None:
+    """Raises ConfigError where pictures, or chains that the enhancement learns on, have no such steps on ``base``."""
+    check_sampling(cfg.sampling, base)
+    if cfg.enhancement.enabled and cfg.enhancement.placement != "none":
+        for solver in ("dpm++", "ddim"):
+            check_sampling(judging(cfg, solver), base)
+        if cfg.enhancement.gain:
+            least, most = cfg.enhancement.steps_range
+            chain = build_scheduler("ddim", base)
+            for steps in range(least, most + 1):
+                chain.set_timesteps(steps)
+                check_timesteps(chain, steps)
+
+
 def _agree(trained: Training, module: EnhancementModule) -> Agreed:
     for name in ("train", "val"):
         if len(trained.splits[name]) < LEAST:
@@ -112,5 +129,5 @@ def export(trained: Training) -> None:
         else:
             save_other(unet, folder, cfg.adapter, origin)
         if cfg.conditioning == "source":
-            save_source_input(unet, folder)
+            save_source_input(unet, folder, framing_of(trained.splits["train"]).header())
     export_beside(trained.run_dir, cfg, backbone.folder.family, backbone.folder.unet_config, backbone.prediction_type)

@@ -60,6 +60,19 @@ def find_checkpoints(cfg: Config, run_dir: Path) -> dict[str, Path]:
     return found
 
 
+def check_steps(cfg: Config, checkpoints: Mapping[str, Path]) -> None:
+    """Raises ConfigError where more steps of the adapter are asked for than those that later stages trained on."""
+    path, asked = checkpoints.get("adapter"), int(cfg.trainer.get("max_steps", 500))
+    if path is None or len(checkpoints) == 1 or cfg.trainer.get("early_stop_patience") is not None:
+        return
+    done = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"]
+    if done < asked:
+        raise ConfigError(
+            f"the adapter of {path} ended at step {done}, and later stages went on from there: to train it on to "
+            f"trainer.max_steps={asked}, and them anew, give ckpt_path={path}."
+        )
+
+
 def origin(cfg: Config, backbone: str) -> dict[str, str | None]:
     """What a training begins with, by content: the fingerprint of its ``backbone``, and init_from's hash."""
     begun = cfg.adapter.init_from

@@ -18,12 +18,14 @@ from lora_dae.adapter.atomic import atomic
 from lora_dae.adapter.initial import check_file
 from lora_dae.backbone.layout import inspect_backbone
 from lora_dae.backbone.load import load_backbone
+from lora_dae.backbone.parts import load_scheduler
 from lora_dae.config import Config, to_dict
 from lora_dae.data.buckets import parse_buckets
 from lora_dae.data.pair import PairDataset, replace_pixels
 from lora_dae.data.sources import check_mask, check_outside, check_source, load_splits
 from lora_dae.enhancement.module import build_enhancement
 from lora_dae.evaluation.heldout import HeldOut
+from lora_dae.evaluation.metrics.extras import check_networks
 from lora_dae.evaluation.report.table import ResultsTable
 from lora_dae.evaluation.report.table_files import COLUMNS, table_rows
 from lora_dae.evaluation.run import evaluate_run, row_name
@@ -31,9 +33,9 @@ from lora_dae.export.command import write_card
 from lora_dae.rules import check
 from lora_dae.sampling.load import load_run
 from lora_dae.training import tracking
-from lora_dae.training.finish import export, export_enhancement
+from lora_dae.training.finish import check_chains, export, export_enhancement
 from lora_dae.training.plan import make_plan, print_plan
-from lora_dae.training.resume import check_origin, find_checkpoints, origin
+from lora_dae.training.resume import check_origin, check_steps, find_checkpoints, origin
 from lora_dae.training.stages import Training, planned_stages
 from lora_dae.training.trainer import quiet
 
@@ -57,6 +59,7 @@ def run(cfg: Config) -> Result:
         return Result(Path(cfg.run_dir), None)
     check(cfg)
     HeldOut.check(load_splits(cfg.data), cfg)  # what cannot be measured is not trained
+    check_networks(cfg.evaluation)
     trained = train(cfg)
     if trained.rank != 0:
         return Result(trained.run_dir, None)
@@ -76,9 +79,11 @@ def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Tr
     folder = inspect_backbone(cfg.backbone, cfg.data.resolution)
     for bucket in parse_buckets(cfg.data.buckets, cfg.data.resolution, cfg.data.bucket_step):
         folder.check_bucket(bucket)
+    check_chains(cfg, load_scheduler(folder))
     if cfg.adapter.init_from is not None:
         check_file(cfg.adapter.init_from)
     if checkpoints:
+        check_steps(cfg, checkpoints)
         check_origin(checkpoints, origin(cfg, folder.fingerprint()))
     tracking.check_tracking(cfg.tracking)
     quiet()

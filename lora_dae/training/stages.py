@@ -36,7 +36,7 @@ from lora_dae.training.distance import PhotoDistance
 from lora_dae.training.ema import EMACallback
 from lora_dae.training.module import LoraDae, NonFiniteLossError
 from lora_dae.training.prior import PRIOR_FILE, Prior
-from lora_dae.training.resume import KeepOrigin, origin
+from lora_dae.training.resume import STAGES, KeepOrigin, origin
 from lora_dae.training.shortcuts import see_keys
 from lora_dae.training.trainer import build_trainer, check_processes, validation_interval
 
@@ -111,7 +111,8 @@ class Training:
             self.words.attach(backbone)
         null = self._encode_text([""])[0].to(self.device)
         if self.rank == 0:
-            too_long = long_captions(self.data.captions("train"), backbone.tokenizer, backbone.text_chunks)
+            captions = self.data.captions("train")
+            too_long = long_captions(captions, backbone.tokenizer, backbone.text_chunks, len(backbone.text_encoders))
             if too_long:
                 console.print(too_long, soft_wrap=True, highlight=False)
         if self.rank == 0:  # before the stages take turns in what requires a gradient
@@ -131,7 +132,7 @@ class Training:
             run_dir.mkdir(parents=True, exist_ok=True)
             self.loggers = tracking.build_loggers(cfg, run_dir, to_dict(cfg), console)
 
-    def _data(self, batch_size: int) -> PairDataModule:
+    def _data(self, batch_size: int, option: str = "data.batch_size") -> PairDataModule:
         return PairDataModule(
             self.splits["train"], self.splits["val"], self.splits["test"],
             cache_dir=Path(self.cfg.data.cache_dir) / "latents", encode_images=self._encode_images,
@@ -139,7 +140,7 @@ class Training:
             vae=f"{self.backbone.folder.fingerprint('vae')}-{self.precision}",
             text_encoder=f"{self.backbone.folder.fingerprint(*TEXT_PARTS)}-{self.backbone.text_chunks}"
             + ("-tokens" if self.cfg.adapter.trains_text else ""),
-            batch_size=batch_size, seed=self.cfg.seed, cache=self.cfg.data.cache,
+            batch_size=batch_size, option=option, seed=self.cfg.seed, cache=self.cfg.data.cache,
             masks=self.cfg.objective.garment_weight != 1, stores=self.stores,
         )  # fmt: skip
 
@@ -187,7 +188,8 @@ class Training:
         names = [name for name, *_ in planned]
         reached = max((names.index(name) for name in checkpoints if name in names), default=0)
         for name, steps, batch_size in planned[reached:]:  # a checkpoint holds what the stages before it trained
-            data = self.data if name == "adapter" else self._data(batch_size)
+            option = "enhancement.texture_batch_size" if name == "texture" else "enhancement.batch_size"
+            data = self.data if name == "adapter" else self._data(batch_size, option)
             self._stage(name, steps, data, checkpoints.get(name))
 
     def _stage(self, stage: str, steps: int, data: PairDataModule, checkpoint: Path | None) -> None:
@@ -196,9 +198,12 @@ class Training:
         ema = EMACallback(cfg.optimizer.ema_decay if stage == "adapter" else 0.0)
         interrupt = callbacks.CleanInterrupt()
         path = self.run_dir / "checkpoints" / f"{stage}.ckpt"
+        if self.rank == 0:  # of later stages, begun from what now trains on: `last` would go on from those
+            for later in STAGES[STAGES.index(stage) + 1 :]:
+                path.with_name(f"{later}.ckpt").unlink(missing_ok=True)
         stop = together.StopTogether()
         patience = cfg.trainer.get("early_stop_patience") if stage == "adapter" else None
-        early = [] if patience is None else [callbacks.EarlyStop(patience)]
+        early = [] if patience is None else [callbacks.EarlyStop(patience, validation_interval(cfg, steps))]
         keep = callbacks.Checkpoint(path, validation_interval(cfg, steps), after_validation=patience is not None)
         extra: list[Any] = [
             ema, CompactState(ema), interrupt, *early, KeepOrigin(self.origin), keep, stop,

@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lora_dae.config import ConfigError
+from lora_dae.data.captioner import INSTEAD
 from lora_dae.vqa.bank import Question
 from lora_dae.vqa.judges import JudgeConfig, JudgeFailedError, JudgeRefusedError, Reply, enlarged, prompt, score_reply
 from lora_dae.vqa.parse import answer_schema
@@ -23,7 +25,10 @@ TOP_LOGPROBS = 20  # the most that the protocol gives
 
 
 class EndpointJudge:
-    """Asks by chat completions at temperature 0, pictures as PNG data URLs, answers by JSON schema."""
+    """Asks by chat completions at temperature 0, pictures as PNG data URLs, answers by JSON schema.
+
+    A model that refuses one of INSTEAD's parameters is asked in the other way.
+    """
 
     def __init__(self, name: str, cfg: JudgeConfig) -> None:
         """Raises ConfigError without the ``openai`` package, or without a key where the hosted API needs one."""
@@ -51,6 +56,8 @@ class EndpointJudge:
         self._dearest: dict[int, float] = {}  # the most that a request cost so far, by its number of pictures
         self._lock = threading.Lock()
         self._next = 0.0
+        self._instead: set[str] = set()  # of INSTEAD, by an answer
+        self._plain = False  # an answer was had without any
 
     def takes(self, question: Question) -> bool:
         return question.kind != "score" or self.cfg.logprobs
@@ -60,6 +67,11 @@ class EndpointJudge:
         with self._paid(len(images)) as pay:
             reply = self._reply(images, question)
             pay(reply)
+        if reply.cut and not reply.raw.strip():
+            raise JudgeFailedError(
+                f"judge {self.name} ({self.cfg.base_url or 'hosted'}, {self.cfg.model}) came to no answer within "
+                f"max_tokens={self.cfg.max_tokens}, in which its thoughts count: raise judges.{self.name}.max_tokens."
+            )
         return reply
 
     def _reply(self, images: Sequence[np.ndarray], question: Question) -> Reply:
@@ -79,7 +91,7 @@ class EndpointJudge:
             request["response_format"] = {"type": "json_schema", "json_schema": schema}
         errors = self._openai
         try:
-            return self._streamed(request) if self.cfg.stream and not score else self._whole(request)
+            return self._asked(request)
         except errors.AuthenticationError as error:
             raise ConfigError(self._say("refuses the key", error, f"check {self.cfg.api_key_env}")) from None
         except errors.NotFoundError as error:
@@ -92,6 +104,35 @@ class EndpointJudge:
         except (errors.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
             raise JudgeFailedError(self._say("gave no answer", error, "is it running?")) from None
 
+    def _asked(self, request: dict[str, Any]) -> Reply:
+        """The reply to a request, in which what the model refuses is replaced: see INSTEAD.
+
+        Never once it has answered a plain one, so that all answers are to one form. That follows from server and model,
+        which ``key`` names.
+        """
+        instead = set(self._instead)
+        while True:
+            sent = {name: value for name, value in request.items() if name not in instead}
+            if "max_tokens" in instead:
+                sent["max_completion_tokens"] = request["max_tokens"]
+            try:
+                reply = self._streamed(sent) if self.cfg.stream and "logprobs" not in sent else self._whole(sent)
+            except self._openai.BadRequestError as error:
+                named = {name for name in INSTEAD if name in sent and name in f"{error} {error.body}"}
+                if self._plain or not named:
+                    raise
+                instead |= named
+            else:
+                break
+        with self._lock:
+            news = instead - self._instead
+            self._instead = self._instead | instead
+            self._plain = not self._instead
+        if news:
+            told = ", ".join(f"{INSTEAD[name]} instead of {name}={request[name]}" for name in sorted(news))
+            print(f"judge {self.name} is asked with {told}, which its model refuses", file=sys.stderr)
+        return reply
+
     def _whole(self, request: dict[str, Any]) -> Reply:
         done = self._client.chat.completions.create(**request)
         choices = getattr(done, "choices", None)
@@ -101,7 +142,7 @@ class EndpointJudge:
             raise JudgeFailedError(f"{self.name}: the endpoint's answer is no chat completion.")
         if "logprobs" in request:
             return Reply(score_reply(self._first_token(first)), *_tokens(done))
-        return Reply(message.content or "", *_tokens(done))
+        return Reply(message.content or "", *_tokens(done), cut=getattr(first, "finish_reason", None) == "length")
 
     def _first_token(self, choice: Any) -> dict[str, float]:
         """Probabilities of the most probable first tokens. ConfigError when the server tells none."""
@@ -114,17 +155,18 @@ class EndpointJudge:
         return {one.token: math.exp(one.logprob) for one in told[0].top_logprobs}
 
     def _streamed(self, request: dict[str, Any]) -> Reply:
-        text, tokens, ended = "", (0, 0), False
+        text, tokens = "", (0, 0)
+        end: str | None = None
         options = {"stream": True, "stream_options": {"include_usage": True}}
         for chunk in self._client.chat.completions.create(**request, **options):
             if chunk.choices:
                 text += chunk.choices[0].delta.content or ""
-                ended = ended or chunk.choices[0].finish_reason is not None
+                end = end or chunk.choices[0].finish_reason
             if chunk.usage:
                 tokens = _tokens(chunk)
-        if not ended:  # half an answer must not be read as a whole one
+        if end is None:  # half an answer must not be read as a whole one
             raise JudgeFailedError(f"{self.name}: the stream broke off before the answer's end.")
-        return Reply(text, *tokens)
+        return Reply(text, *tokens, cut=end == "length")
 
     def _wait(self) -> None:
         """Requests start at least 60 / requests_per_minute seconds apart."""

@@ -38,7 +38,7 @@ class JudgeConfig:
     max_cost: float | None = None  # in the currency of the prices; only a request dearer than all before may pass it
     price_in: float = 0.0  # per million prompt tokens
     price_out: float = 0.0  # per million completion tokens
-    max_tokens: int = 256  # of an answer
+    max_tokens: int = 256  # of an answer, what is thought before it included
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Reply:
     raw: str
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cut: bool = False  # ended by its limit of tokens
 
 
 class JudgeFailedError(Exception):

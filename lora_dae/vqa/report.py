@@ -15,7 +15,8 @@ def write_markdown(result: dict[str, Any]) -> str:
         "# Visual question answering",
         "",
         f"{protocol['prompts']} prompts ({protocol['split']} split), {protocol['resolution']}, question bank "
-        f"{protocol['bank']}, prompt version {protocol['prompt_version']}, temperature 0. {protocol['intervals']}.",
+        f"{protocol['bank']}, prompt version {protocol['prompt_version']}, temperature 0 where a judge takes it. "
+        f"{protocol['intervals']}.",
         "Scores in [0, 1]: share of right answers, a grade g of 5 as (g - 1) / 4; a question whose parent failed is "
         "wrong, a missing answer counts nowhere. vqascore: the probability of Yes as first token (Lin et al. 2024), "
         "in no mean; comparable for one judge, template and resolution only.",

@@ -86,7 +86,7 @@ def ask_judges(request: VqaRequest, console: Console) -> dict[str, Any]:
         "bank": bank.version,
         "prompt_version": PROMPT_VERSION,
         "judges": {name: {k: v for k, v in asdict(cfg).items() if v is not None} for name, cfg in configs.items()},
-        "temperature": 0,
+        "temperature": "0 where a judge takes it",
         "intervals": f"95 %, {request.bootstrap} bootstrap samples of the prompts; comparisons Holm-corrected",
     }
     _write(output, result, answers, compared)

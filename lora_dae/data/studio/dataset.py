@@ -6,6 +6,8 @@ import hashlib
 import multiprocessing
 import os
 import shutil
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 
 import cv2
@@ -24,11 +26,13 @@ SPLIT_START = {"train": 0, "val": 10_000_000, "test": 20_000_000}
 _CHUNK = 16
 
 
-def _render(
-    job: tuple[str, int, int, int, int, str, bool],
-) -> tuple[int, np.ndarray, np.ndarray, np.ndarray | None]:
+_Rendered = tuple[int, np.ndarray, np.ndarray, np.ndarray | None]
+
+
+def _render(job: tuple[str, int, int, int, int, str, bool]) -> _Rendered:
     """Worker: render items first .. first + count - 1."""
     domain, seed, first, count, resolution, difficulty, sources = job
+    threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     images = np.empty((count, resolution, resolution, 3), np.uint8)
     masks = np.empty((count, resolution, resolution), np.uint8)
@@ -40,6 +44,7 @@ def _render(
         images[k], masks[k] = shot.image, shot.mask
         if froms is not None:
             froms[k] = source_photo(look, seed, index, resolution, difficulty).image
+    cv2.setNumThreads(threads)
     return first, images, masks, froms
 
 
@@ -96,10 +101,15 @@ class StudioDataset:
             for k in range(0, n, _CHUNK)
         ]
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        # spawn: forking a process that already runs torch's threads can deadlock.
-        with multiprocessing.get_context("spawn").Pool(workers) as pool, Progress(*columns) as progress:
+        with ExitStack() as stack:
+            progress = stack.enter_context(Progress(*columns))
+            rendered: Iterable[_Rendered] = map(_render, jobs)
+            if len(jobs) > 1:  # to start a process takes longer than a few pictures do
+                # spawn: forking a process that already runs torch's threads can deadlock.
+                pool = multiprocessing.get_context("spawn").Pool(min(workers, len(jobs)))
+                rendered = stack.enter_context(pool).imap_unordered(_render, jobs)
             task = progress.add_task(title, total=n)
-            for first, some, mask, froms in pool.imap_unordered(_render, jobs):
+            for first, some, mask, froms in rendered:
                 at = slice(first - self.start, first - self.start + len(some))
                 images[at], masks[at] = some, mask
                 if sources is not None:

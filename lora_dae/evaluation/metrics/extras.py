@@ -9,7 +9,7 @@ from pathlib import Path
 from lora_dae.backbone.precision import best_device
 from lora_dae.config import ConfigError, EvaluationConfig
 from lora_dae.evaluation.metrics.clip_score import ClipScore
-from lora_dae.evaluation.metrics.features import FeatureExtractor
+from lora_dae.evaluation.metrics.features import FeatureExtractor, load_features
 from lora_dae.evaluation.metrics.networks import CleanFid, ClipEmbeddings, DinoV2
 from lora_dae.evaluation.metrics.perceptual import MS_SSIM_SIDE, Distance, Lpips, load_dists
 
@@ -28,8 +28,8 @@ class Extras:
 def load_extras(cfg: EvaluationConfig, resolution: int, captions: list[str] | None) -> Extras:
     """What ``evaluation.lpips``, ``dists``, ``clip``, ``clean_fid``, ``dinov2`` and ``cmmd`` ask for.
 
-    Raises ConfigError for an LPIPS or CLIP that does not fit and captions that CLIP would cut off. What a hub or a
-    download server does not give is ``not_available``, and the rest is measured without it.
+    Raises ConfigError for an LPIPS that does not fit. What a hub or a download server does not give, and a CLIP that
+    cannot be loaded or would cut captions off, is ``not_available``, and the rest is measured without it.
     """
     perceptual: dict[str, Distance] = {}
     more: list[FeatureExtractor] = []
@@ -71,9 +71,23 @@ def load_extras(cfg: EvaluationConfig, resolution: int, captions: list[str] | No
                 definitions.append(definition)
             except ConfigError as error:
                 not_available[name] = str(error).rstrip(".")
-    clip = None
+    clip: ClipScore | None = None
     if cfg.clip is not None:
-        clip = ClipScore(cfg.clip)
-        clip.check(captions or [])
-        definitions.append(f"clip score: 2.5 max(cos, 0), no words before the caption, {clip.name}")
+        try:
+            clip = ClipScore(cfg.clip)
+            clip.check(captions or [])
+            definitions.append(f"clip score: 2.5 max(cos, 0), no words before the caption, {clip.name}")
+        except ConfigError as error:
+            clip = None  # loaded, perhaps, and not for these captions
+            not_available["clip_score"] = str(error).rstrip(".")
     return Extras(perceptual, clip, more, definitions, not_available)
+
+
+def check_networks(cfg: EvaluationConfig) -> None:
+    """Raises ConfigError for ``features`` and an ``lpips`` that cannot be had: before a training, not after it.
+
+    Nothing of what it loads is kept.
+    """
+    load_features(cfg.features)
+    if cfg.lpips is not None:
+        Lpips(Path(cfg.lpips))

@@ -80,6 +80,7 @@ def measure_images(
     bootstrap: int = 1000,
     seed: int = 0,
     paired: bool = False,
+    together: bool = False,
     perceptual: Mapping[str, Distance] | None = None,
     clip: ClipScore | None = None,
     captions: Sequence[str] | None = None,
@@ -97,18 +98,20 @@ def measure_images(
     on, and paired ``psnr_garment``, ``ssim_garment``, ``gradient_garment``, ``edge_f1_garment``, ``color_garment``,
     ``lpips_alex_garment`` (its map), ``ms_ssim_composed`` and ``dists_composed`` (pasted into the real photo); with
     ``pattern`` and ``sources`` (uint8 NCHW) also ``pattern_garment`` and ``color_to_source_garment``.
+    ``together``: not paired, but drawn from the real images' captions, and resampled with them, as paired ones are.
     ``bootstrap=0`` leaves intervals out. The numbers, and what they were made of. Raises ConfigError when numbers of
     images or sizes do not fit.
     """
     images = as_float_images(generated)
-    _check(images, real, attributes, paired)
+    _check(images, real, attributes, paired or together)
     inside = real.masks if masks is None and paired else None if masks is None else binary(masks, images)
     given = None if sources is None else as_float_images(sources)
     everything = Batch(images, real.images if paired else None, given, inside, attributes, captions)
     meters = Meters((extractor, *more), classifier, perceptual or {}, clip, pattern)
     observed = observe(pieces(everything), meters)
     on_garment = inside is not None
-    return summarize(observed, real.observed(on_garment), meters.extractors, bootstrap, seed, paired), observed
+    as_pairs = paired or together
+    return summarize(observed, real.observed(on_garment), meters.extractors, bootstrap, seed, as_pairs), observed
 
 
 def evaluate_images(

@@ -19,7 +19,8 @@ from lora_dae.sampling.method import Method, Step
 
 class FreeU(Method):
     """Si et al. 2023 (arXiv 2309.11497), diffusers' own: ``b1``, ``b2`` amplify the decoder's features, ``s1``, ``s2``
-    weaken the low frequencies of its skip connections; 1 everywhere is the network as it is."""
+    weaken the low frequencies of its skip connections; 1 everywhere is the network as it is. diffusers scales the
+    features by ``b`` in all places, as the paper's first version does; the settings are its own for SD 1.5."""
 
     def __init__(self, s1: float, s2: float, b1: float, b2: float) -> None:
         self.scales = {"s1": s1, "s2": s2, "b1": b1, "b2": b2}

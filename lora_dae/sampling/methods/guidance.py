@@ -22,7 +22,8 @@ class ProjectedGuidance(Method):
     """Adaptive projected guidance, Sadat et al. 2024 (arXiv 2410.02416, algorithm 1), on x0 as in the paper.
 
     ``eta`` scales the part of the update that is parallel to the conditional prediction (over-saturation), ``norm``
-    is the largest length of the update before it is scaled (0: any), ``momentum`` of it over the steps.
+    is the largest length of the update before it is scaled (0: any), ``momentum`` of it over the steps. The length is
+    that of all latents of an image, so a norm for SDXL's is wide for smaller ones.
     """
 
     def __init__(self, eta: float, norm: float, momentum: float) -> None:
@@ -31,8 +32,7 @@ class ProjectedGuidance(Method):
 
     def guide(self, step: Step) -> Tensor:
         plain = super().guide(step)
-        text, source = step.guidance.text, step.guidance.source
-        scale = (text if step.conditions.source is None else max(text, source)) - 1
+        scale = step.guidance.largest(step.conditions.source is not None) - 1
         if scale <= 0:
             return plain
         conditional, guided = step.x0(step.conditional), step.x0(plain)
@@ -60,8 +60,10 @@ class RescaledGuidance(Method):
 class FrequencyGuidance(Method):
     """Frequency-decoupled guidance, Sadat et al. 2025 (arXiv 2506.19713): a scale of its own for each frequency.
 
-    ``low`` and ``high`` multiply what guidance adds there; 1 and 1 is plain guidance. Bands are the project's
-    undecimated ones in place of a Laplacian pyramid. FreSca (arXiv 2504.02154) scales the same with a Fourier mask.
+    ``low`` and ``high`` multiply what guidance adds there; 1 and 1 is plain guidance. The paper gives each frequency a
+    scale of its own, SDXL's 5 and 10, which is a ``high`` of 2.25 for a guidance of 5. Bands are the project's
+    undecimated ones in place of a Laplacian pyramid: what counts as high begins lower. FreSca (arXiv 2504.02154)
+    scales the same with a Fourier mask.
     """
 
     def __init__(self, low: float, high: float) -> None:

@@ -1,0 +1,124 @@
+"""A run that goes on: where from, and that it ends as the straight run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from compose import config
+from safetensors.torch import load_file
+
+from lora_dae.config import Config, ConfigError
+from lora_dae.evaluation.report.plots import read_metrics
+from lora_dae.training import run as training
+from lora_dae.training.module import LoraDae
+
+Make = Callable[..., Config]
+STAGES = ("enhancement.max_steps=2", "trainer.val_check_interval=1")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all runs of this file: the studio is rendered once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def make(tiny_backbone: Path, tmp_path: Path, cache: Path) -> Make:
+    return lambda *overrides, name="run": config(tiny_backbone, tmp_path / name, cache, *overrides)
+
+
+@pytest.fixture(scope="session")
+def straight(tiny_backbone: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    training.train(config(tiny_backbone, run_dir, cache, *STAGES))
+    return run_dir
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    files = sorted((run_dir / "adapter").rglob("*.safetensors"))
+    return {f"{f.name}:{k}": v for f in files for k, v in load_file(f).items()}
+
+
+def test_resumed_run_equals_straight_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """N + N steps = 2N steps, bit for bit: weights, moving average, enhancement; also dropout, also accumulated."""
+    options = ("trainer.max_steps=4", "trainer.val_check_interval=2", "enhancement.max_steps=2",
+               "enhancement.texture_steps=3", "adapter.dropout=0.1", "trainer.log_every_n_steps=1",
+               "trainer.accumulate_grad_batches=2")  # fmt: skip
+    training.run(make(*options, name="straight"))
+    cut = make(*options, name="cut")
+
+    class KilledError(Exception):
+        pass
+
+    original = LoraDae.training_step
+
+    def dies_at_step_3(self: LoraDae, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if self.stage == "adapter" and self.global_step == 3:
+            raise KilledError
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(LoraDae, "training_step", dies_at_step_3)
+    with pytest.raises(KilledError):
+        training.run(cut)
+    monkeypatch.setattr(LoraDae, "training_step", original)
+    training.run(make(*options, "ckpt_path=last", name="cut"))
+    read, expected = (read_metrics(Path(make(name=n).run_dir) / "csv" / "metrics.csv") for n in ("cut", "straight"))
+    for name in ("train/loss", "val/loss"):  # the log up to the kill is kept, and read
+        assert read[name] == expected[name] and read[name][0]
+    whole, resumed = (weights(Path(make(name=n).run_dir)) for n in ("straight", "cut"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_an_adapter_that_trains_on_leaves_no_later_stage_to_go_on_from(
+    make: Make, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in between, `last` is the adapter's checkpoint and not that of the gain which the former one had."""
+    on, first = "trainer.max_steps=6", "checkpoints/adapter.ckpt"
+    for name in ("whole", "cut"):
+        shutil.copytree(straight, tmp_path / name)
+    with pytest.raises(ConfigError, match="ended at step 4, and later stages went on from there"):
+        training.train(make(on, "ckpt_path=last", name="cut"))
+    training.train(make(on, f"ckpt_path={tmp_path / 'whole' / first}", name="whole"))
+    original = LoraDae.training_step
+
+    def dies(self: LoraDae, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        assert self.global_step < 5
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(LoraDae, "training_step", dies)
+    with pytest.raises(AssertionError):
+        training.train(make(on, f"ckpt_path={tmp_path / 'cut' / first}", name="cut"))
+    monkeypatch.setattr(LoraDae, "training_step", original)
+    training.train(make(on, "ckpt_path=last", name="cut"))
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[k], cut[k]) for k in whole)
+    assert not all(torch.equal(whole[k], weights(straight)[k]) for k in whole)
+
+
+@pytest.mark.parametrize("stage", ["texture", "decoder", "gain"])
+def test_a_run_that_was_killed_in_a_later_stage_is_the_straight_run(
+    stage: str, make: Make, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, steps = LoraDae.training_step, []
+
+    def dies(self: LoraDae, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        assert self.stage != stage or self.global_step < 1
+        return original(self, batch, batch_idx)
+
+    def counts(self: LoraDae, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        steps.append((self.stage, self.global_step))
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(LoraDae, "training_step", dies)
+    with pytest.raises(AssertionError):
+        training.train(make(*STAGES))
+    monkeypatch.setattr(LoraDae, "training_step", counts)
+    training.train(make(*STAGES, "ckpt_path=last"))
+    assert steps[0] == (stage, 1)
+    found, expected = weights(Path(make().run_dir)), weights(straight)
+    assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in expected)
