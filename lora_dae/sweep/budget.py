@@ -71,8 +71,8 @@ def module_seconds(cfg: Config) -> float:
         low, high = e.steps_range[0], e.steps_range[1] + 1  # drawn evenly on a logarithmic scale
         chain = (high - low) / math.log(high / low) * CHAIN_CALLS * e.batch_size
         seconds += e.max_steps * chain * NETWORK_CALL
-    judged = len(SHARES) * e.gain + e.decoder
-    return seconds + judged * PAIRS * 2 * SamplingConfig().num_inference_steps * NETWORK_CALL
+    judged, steps = len(SHARES) * e.gain + e.decoder, e.judged_steps or SamplingConfig().num_inference_steps
+    return seconds + judged * PAIRS * 2 * steps * NETWORK_CALL
 
 
 def drawn_calls(one: Wanted) -> float:

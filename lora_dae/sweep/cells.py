@@ -18,7 +18,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import OverrideType
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -263,7 +263,7 @@ def distinct(found: Iterable[Wanted]) -> list[Wanted]:
 def compose_cell(overrides: Sequence[str]) -> Config:
     """The checked config of a cell. Raises ConfigError for one that train.py would refuse."""
     try:
-        parsed = OverridesParser.create().parse_overrides([*overrides, "run_dir=unused"])
+        parsed = [_parsed(override) for override in (*overrides, "run_dir=unused")]
         values = [o for o in parsed if "." in o.key_or_group and o.type is OverrideType.CHANGE and o.package is None]
         cfg = deepcopy(_compose(tuple(str(o.input_line) for o in parsed if o not in values)))
         for override in values:  # as Hydra does, after all groups
@@ -273,6 +273,12 @@ def compose_cell(overrides: Sequence[str]) -> Config:
     typed = from_dict(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     check(typed)
     return typed
+
+
+@cache
+def _parsed(override: str) -> Override:
+    """Many cells share an override, and to parse one takes Hydra milliseconds."""
+    return OverridesParser.create().parse_overrides([override])[0]
 
 
 @cache

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -101,7 +102,9 @@ def _agree(trained: Training, module: EnhancementModule) -> Agreed:
     trained.data.setup()
     most = MOST_LIVE if trained.cfg.data.cache == "off" else MOST
     tokens = int(trained.backbone.tokenizer.model_max_length)
-    right, judged = (Pairs.of(_encoded(trained, *of), tokens) for of in (("train", most), ("val", most // 5)))
+    right, judged = (
+        Pairs.of(pairs, tokens) for pairs in (_encoded(trained, "train", most), _drawn(trained, most // 5))
+    )
     return learn_agreement(right, judged, module.source_channels, tokens, trained.cfg.seed)
 
 
@@ -109,6 +112,24 @@ def _agree(trained: Training, module: EnhancementModule) -> Agreed:
 def _encoded(trained: Training, name: str, most: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Batches of a split as training sees them, and the empty caption's embedding."""
     for batch in trained.data.some(name, most):
+        yield trained.module.with_text({key: value.to(trained.device) for key, value in batch.items()})
+
+
+@torch.no_grad()
+def _drawn(trained: Training, most: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """The same of validation pairs in the frame that they are drawn with: a square, where training has buckets, too."""
+    val = trained.splits["val"]
+    if not trained.cfg.data.buckets:
+        yield from _encoded(trained, "val", most)
+        return
+    numbers, size = range(0, len(val), -(-len(val) // most)), trained.data.batch_size
+    for k in range(0, len(numbers), size):
+        pairs = [val[number] for number in numbers[k : k + size]]
+        sources = np.stack([pair.source for pair in pairs if pair.source is not None])
+        batch = {
+            "source": trained.backbone.encode_images(sources)[0],
+            "text": trained.data.encode_text([pair.caption for pair in pairs]),
+        }
         yield trained.module.with_text({key: value.to(trained.device) for key, value in batch.items()})
 
 
