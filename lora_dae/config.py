@@ -7,6 +7,7 @@ spans several fields; it runs before any weight is loaded.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -277,10 +278,15 @@ def register() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
+@cache
+def _schema() -> Any:
+    return OmegaConf.structured(Config)
+
+
 def from_dict(values: dict[str, Any]) -> Config:
     """A typed Config from plain values; unknown keys and wrong types raise ConfigError."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), values)
+        merged = OmegaConf.merge(_schema(), values)  # which copies it
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise ConfigError(f"the config does not fit: {str(error).splitlines()[0]}.") from error

@@ -21,6 +21,7 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from lora_dae.backbone.precision import choose_precision
 from lora_dae.config import Config, ConfigError, conf_dir
 from lora_dae.rules import check
 from lora_dae.sampling.load import load_run
@@ -248,17 +249,28 @@ def test_no_mishap_in_judging_costs_the_adapter(make: Make, monkeypatch: pytest.
         load_run(Path(make().run_dir))  # else it would be drawn without one, and called strength 1
 
 
-def test_sampling_and_evaluating_commands(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sampled_pictures_are_those_of_the_runs_drawer(finished: Path, tmp_path: Path) -> None:
     from rich.console import Console
 
-    from lora_dae.sampling.command import SampleRequest, draw_samples
+    from lora_dae.sampling.command import SampleRequest, _strengths, draw_samples
 
-    none = dict.fromkeys(SampleRequest.__dataclass_fields__)
-    request = SampleRequest(**{**none, "run": str(finished), "num_images": 2, "strengths": [0.0, 1.0], "seed": 3})
-    picture = Image.open(draw_samples(request, Console()))
-    assert picture.width > 3 * 64
-    prompt = {**none, "run": str(finished), "num_images": 1, "prompt": "a red dress", "strength": 0.5}
-    assert draw_samples(SampleRequest(**prompt), Console()).is_file()
+    own = {**dict.fromkeys(SampleRequest.__dataclass_fields__), "run": str(finished), "output": str(tmp_path)}
+    asked = {"num_images": 2, "strengths": [0.0, 1.0], "seed": 3, "prompt": "a red dress"}
+    grid = draw_samples(SampleRequest(**{**own, **asked}), Console())
+    run = load_run(finished)
+    drawer = replace(run, cfg=replace(run.cfg, sampling=replace(run.cfg.sampling, seed=3))).drawer(
+        choose_precision("auto", torch.device("cpu")) == "bf16-mixed"
+    )
+    for strength in (0.0, 1.0):
+        expected = drawer.images(["a red dress"] * 2, None, strength)
+        for number in range(2):
+            found = np.asarray(Image.open(grid.with_name(f"{grid.stem}_s{strength:g}_{number}.png")))
+            assert np.array_equal(found, expected[number])
+    assert Image.open(grid).width >= 2 * 256
+    strengthless = replace(run.cfg, enhancement=replace(run.cfg.enhancement, placement="none"))
+    with pytest.raises(ConfigError, match="trained without enhancement"):
+        _strengths(SampleRequest(**{**own, "strength": 0.5}), strengthless)
+    assert _strengths(SampleRequest(**own), strengthless) == [0.0]
 
 
 def test_another_vae_draws_a_finished_run(finished: Path, tiny_backbone: Path, tmp_path: Path) -> None:

@@ -97,14 +97,14 @@ def _stem(request: SampleRequest, cfg: Config, prompt: str, source: np.ndarray |
 
 
 def _strengths(request: SampleRequest, cfg: Config) -> list[float]:
-    strengths = request.strengths
+    strengths, enhances = request.strengths, cfg.enhancement.enabled and cfg.enhancement.placement != "none"
     if strengths is None:
-        own = cfg.enhancement.strength if cfg.enhancement.enabled else 0.0
+        own = cfg.enhancement.strength if enhances else 0.0
         strengths = [own if request.strength is None else request.strength]
     for s in strengths:
         if s < 0:
             raise ConfigError(f"strength={s} is below 0: 0 switches the enhancement off, 1 is as trained.")
-    if any(s > 0 for s in strengths) and not cfg.enhancement.enabled:
+    if any(s > 0 for s in strengths) and not enhances:
         raise ConfigError(f"run={request.run} was trained without enhancement: leave strength out, or give 0.")
     return strengths
 
