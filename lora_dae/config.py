@@ -107,6 +107,7 @@ class DataConfig:
     missing_source: str = "error"  # some photos have no source photo: error (in conditioning=source) | drop those
     masks: str | None = None  # a folder of garment masks, as `python -m lora_dae.data masks` writes it
     flip: bool = False  # also train on mirrored pairs
+    # Not pairs whose captions, the publisher's too, or attributes have one of these words, also with -s, -es, -ing.
     no_flip_words: list[str] = field(default_factory=lambda: ["logo", "text", "letter", "left", "right"])
     captions: CaptionConfig = field(default_factory=CaptionConfig)
 
@@ -187,6 +188,7 @@ class ObjectiveConfig:
 @dataclass
 class OptimizerConfig:
     learning_rate: float = 2e-3
+    source_learning_rate: float | None = None  # of the source photo's input layer; None = learning_rate
     weight_decay: float = 0.01
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     warmup_steps: int = 20

@@ -109,6 +109,7 @@ def check(cfg: Config, trains: bool = True) -> None:
         "sampling.guidance_scale": (cfg.sampling.guidance_scale, 0),
         "sampling.source_guidance_scale": (cfg.sampling.source_guidance_scale, 0),
         "optimizer.learning_rate": (cfg.optimizer.learning_rate, 0),
+        "optimizer.source_learning_rate": (cfg.optimizer.source_learning_rate or 0, 0),
         "objective.garment_weight": (cfg.objective.garment_weight, 0),
         "objective.prior_weight": (cfg.objective.prior_weight, 0),
         "objective.prior_images": (cfg.objective.prior_images, 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import shutil
@@ -125,15 +126,17 @@ def test_gaps_are_filled_and_then_trained_on(photos: Path, tmp_path: Path, serve
     command = ["caption", "--to", str(to), "--endpoint", endpoint, "--model", "tiny", "--per-minute", "100000"]
     main([*command, "data=folder", f"data.root={photos}"])
     rows = [json.loads(line) for line in to.read_text().splitlines()]
+    digests = [hashlib.sha256((photos / name).read_bytes()).hexdigest() for name in ("b.png", "c.png")]
     assert rows == [
-        {"id": "b.png", "text": "a green dress", "model": "tiny"},
-        {"id": "c.png", "text": "a blue dress", "model": "tiny"},
+        {"id": "b.png", "text": "a green dress", "model": "tiny", "digest": digests[0]},
+        {"id": "c.png", "text": "a blue dress", "model": "tiny", "digest": digests[1]},
     ]
     assert answers == [429, 200, 200]
     main([*command, "data=folder", f"data.root={photos}"])  # all is known: nothing is asked
     assert len(answers) == 3
     (photos / "d.png").unlink()
-    cfg = DataConfig(name="folder", root=str(photos), captions=CaptionConfig(file=str(to)))
+    captions, cache = CaptionConfig(file=str(to)), str(tmp_path / "cache")
+    cfg = DataConfig(name="folder", root=str(photos), cache_dir=cache, captions=captions)
     assert [entry.caption for entry in read_entries(cfg)] == ["a red dress", "a green dress", "a blue dress"]
 
 
@@ -150,6 +153,25 @@ def test_a_run_that_stops_goes_on(photos: Path, tmp_path: Path) -> None:
         fill_captions(cfg, to, dies, "x")
     assert fill_captions(cfg, to, dies, "x") == 2
     assert asked == [(0, 250, 0), (0, 0, 250), (0, 0, 250)]
+
+
+def test_a_photo_that_takes_anothers_place_is_asked_about_again(photos: Path, tmp_path: Path) -> None:
+    """And trained with its own caption alone."""
+    cfg, to, asked = DataConfig(name="folder", root=str(photos)), tmp_path / "captions.jsonl", []
+
+    def describe(photo: Image.Image) -> str:
+        asked.append(photo.getpixel((0, 0)))
+        return f"a dress, number {len(asked)}"
+
+    assert fill_captions(cfg, to, describe, "x") == 2
+    Image.new("RGB", (32, 32), (90, 90, 90)).save(photos / "b.png")
+    assert fill_captions(cfg, to, describe, "x") == 2
+    assert fill_captions(cfg, to, describe, "x") == 2
+    assert asked == [(0, 250, 0), (0, 0, 250), (90, 90, 90)]
+    (photos / "d.png").unlink()
+    captions, cache = CaptionConfig(file=str(to)), str(tmp_path / "cache")
+    found = read_entries(DataConfig(name="folder", root=str(photos), cache_dir=cache, captions=captions))
+    assert [entry.captions for entry in found[1:]] == [("a dress, number 3",), ("a dress, number 2",)]
 
 
 def test_no_more_requests_than_allowed(server: tuple[str, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:

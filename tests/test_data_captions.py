@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from transformers import CLIPTokenizer
 
 from lora_dae.config import CaptionConfig, ConfigError, DataConfig
@@ -64,6 +67,34 @@ def test_a_file_of_captions_fills_gaps_but_not_with_rejected_lines(tmp_path: Pat
         captions([entry()], file=str(file))
 
 
+def test_a_caption_of_another_photo_is_not_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row inserted upstream gives each photo the id of the next; lines that tell no photo are used as ever."""
+    photos = []
+    for number in range(4):
+        photos.append(tmp_path / f"{number}.png")
+        Image.new("RGB", (8, 8), (60 * number, 0, 0)).save(photos[-1])
+
+    def lines_of(first: int) -> list[Entry]:
+        return [
+            replace(entry(f"train/{row}", category="garment"), image=FileBlob(photo))
+            for row, photo in enumerate(photos[first : first + 3])
+        ]
+
+    rows: list[dict[str, str]] = [{"id": f"train/{row}", "text": f"a coat, {row}"} for row in range(3)]
+    for row in (0, 1):
+        rows[row]["digest"] = hashlib.sha256(photos[row + 1].read_bytes()).hexdigest()
+    file = tmp_path / "captions.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    options = CaptionConfig(file=str(file), missing="category")
+    cfg = DataConfig(cache_dir=str(tmp_path / "cache"), captions=options)
+    assert [e.caption for e in prepare_captions(lines_of(1), cfg)] == ["a coat, 0", "a coat, 1", "a coat, 2"]
+    assert "other photos" not in capsys.readouterr().err
+    for _ in range(2):
+        assert [e.caption for e in prepare_captions(lines_of(0), cfg)] == ["garment", "garment", "a coat, 2"]
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count("2 of 2 captions in") == 1 and "python -m lora_dae.data caption --to" in said
+
+
 def test_the_trigger_word_comes_first_and_once() -> None:
     some = [entry(caption="a hat"), entry("b", caption="sks hat, blue"), entry("c", caption="risks")]
     assert captions(some, trigger="sks") == [("sks, a hat",), ("sks hat, blue",), ("sks, risks",)]
@@ -84,6 +115,32 @@ def test_tags_are_shuffled_behind_the_kept_ones_alike_in_every_run() -> None:
 def test_captions_decide_what_is_not_mirrored() -> None:
     told = prepared([entry(caption="a shirt with a logo"), entry("b", caption="a logotype"), entry("c", caption="hat")])
     assert [e.mirror for e in told] == [False, True, True]
+
+
+def test_what_a_template_leaves_out_still_decides_what_is_not_mirrored() -> None:
+    said = [
+        entry(caption="t-shirt with a NASA logo", category="shirt"),
+        entry("b", category="shirt", attributes={"print": "a text in red"}),
+        entry("c", caption="a plain shirt", category="shirt", attributes={"print": "none"}),
+    ]
+    told = prepared(said, template="a {category}")
+    assert [(e.caption, e.mirror) for e in told] == [("a shirt", False), ("a shirt", False), ("a shirt", True)]
+
+
+@pytest.mark.parametrize(
+    ("caption", "mirrored"),
+    [
+        ("a cap with two logos", False),
+        ("white letters on a hoodie", False),
+        ("Lettering across the back", False),
+        ("printed texts", False),
+        ("a letterman jacket", True),
+        ("a textile belt", True),
+        ("brightly colored", True),
+    ],
+)
+def test_plurals_and_lettering_are_writing_too(caption: str, mirrored: bool) -> None:
+    assert prepared([entry(caption=caption)])[0].mirror == mirrored
 
 
 def test_what_the_text_encoder_will_not_see_is_said(tiny_backbone: Path) -> None:

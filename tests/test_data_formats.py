@@ -235,8 +235,8 @@ def test_dress_code_captions_and_label_maps(tmp_path: Path) -> None:
 def test_shots_of_one_garment_do_not_leak(tmp_path: Path) -> None:
     root = tmp_path / "data"
     names = [f"WOMEN-Dresses-id_{g:08d}-01_{shot}_front.jpg" for g in range(12) for shot in range(1, 5)]
-    for name in names:
-        photo(root / "images" / name)
+    for k, name in enumerate(names):
+        photo(root / "images" / name, (5 * k, 90, 200))  # one file twice would be one garment
     (root / "captions.json").write_text(json.dumps(dict.fromkeys(names, "a dress")))
     splits = load_photos(config("deepfashion_multimodal", root, tmp_path / "cache", test_fraction=0.3))
     groups = [{entry.group_id for entry in split.entries} for split in splits.values()]

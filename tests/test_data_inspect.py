@@ -70,6 +70,21 @@ def test_unusual_photos_are_found(root: Path) -> None:
     assert set(reasons) == {"3.png", "4.png"} and reasons["3.png"].startswith("brightness 2, usually")
 
 
+def test_masks_without_a_garment_are_counted(root: Path) -> None:
+    (root / "mask").mkdir()
+    for number in range(20):
+        mask = np.zeros((80, 60), np.uint8)
+        mask[20:60] = {3: 0, 4: 38}.get(number, 255)  # 38 is the luma of VOC's first color
+        Image.fromarray(mask).save(root / "mask" / f"{number}.png")
+    found = survey(config(root))
+    assert sorted(item.id for item in found.empty_masks) == ["3.png", "4.png"]
+    console = Console(file=io.StringIO(), width=120)
+    print_survey(found, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    row = next(line for line in text.splitlines() if "masks without a garment" in line)
+    assert sum(int(count) for count in re.findall(r"(\d+)(?: \(|\s)", row)) == 2
+
+
 def test_the_command_writes_a_sheet_that_stands_alone(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -226,6 +226,16 @@ def test_resuming_with_other_batches_is_refused_or_shared_exactly(tmp_path: Path
     assert recorder.seen == first_steps(2, dataset_size=21, batch_size=8, seed=5, start_step=3)
 
 
+@pytest.mark.parametrize("cache", ["memory", "off"])
+def test_validation_of_one_size_is_in_order(tmp_path: Path, cache: str) -> None:
+    """So that its first few batches, which a training looks at, stay what they are."""
+    data = datamodule(tmp_path)
+    data.cache, data.batch_size = cache, 2
+    data.setup()
+    seen = [index for batch in data.val_dataloader() for index in batch["index"].tolist()]
+    assert len(seen) > 4 and seen == sorted(seen)
+
+
 def test_validation_batches_are_of_one_size_and_hold_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In squares as drawn; asked for as trained, the samples have two sizes in turn."""
 

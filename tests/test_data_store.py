@@ -159,6 +159,33 @@ def test_damage_is_found_when_the_row_is_read(tmp_path: Path) -> None:
         store.read("mean", store.locate(KEYS[CHUNK - 1 : CHUNK]))
 
 
+@pytest.mark.parametrize("kept", ["nothing", "zeros", "half"])
+def test_a_chunk_whose_index_a_power_cut_took_is_made_anew(
+    kept: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It alone; such files are empty, zeros or cut off, though they were renamed to what they are."""
+    fill(tmp_path / "store", tmp_path / "first")
+    index = min((tmp_path / "store").glob("*.index.npy"))
+    data = index.read_bytes()
+    index.write_bytes({"nothing": b"", "zeros": bytes(len(data)), "half": data[: len(data) // 2]}[kept])
+    check(fill(tmp_path / "store", tmp_path / "second"))
+    assert len((tmp_path / "second").read_text().splitlines()) == CHUNK
+    assert f"{index.name} cannot be read" in capsys.readouterr().err.replace("\n", "")
+    check(RowStore(tmp_path / "store"))
+
+
+def test_a_disk_that_is_full_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy's own error of it has words and no number, so the system has no name for it."""
+
+    def full(*_: Any) -> None:
+        raise OSError("768 requested and 0 written")
+
+    store = RowStore(tmp_path / "store")
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(ConfigError, match="768 requested and 0 written"):
+        store.fill(KEYS[:2], lambda chunks: ({"mean": np.stack([value(KEYS[p]) for p in chunk])} for chunk in chunks))
+
+
 def test_arrays_of_zeros_are_not_kept(tmp_path: Path) -> None:
     store = RowStore(tmp_path)
     arrays = {"mean": np.ones((2, 4), np.float16), "std": np.zeros((2, 4), np.float16)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +113,17 @@ def test_dataset_is_rendered_once_and_read_back(tmp_path: Path) -> None:
     assert (again.directory / "images.npy").stat().st_mtime_ns == stamp
     assert again.fingerprint == made.fingerprint
     assert StudioDataset(tmp_path, "target", "val", 2, seed=1, resolution=32, workers=1).fingerprint != made.fingerprint
+
+
+def test_what_a_killed_rendering_left_stands_in_nobodys_way(tmp_path: Path) -> None:
+    """In a container the next process has the number of the killed one."""
+    directory = StudioDataset(tmp_path, "target", "val", 2, resolution=32, workers=1).directory
+    shutil.rmtree(directory)
+    directory.with_name(f"{directory.name}.partial{os.getpid()}").mkdir()
+    again = StudioDataset(tmp_path, "target", "val", 2, resolution=32, workers=1)
+    assert again[1].image.any()
+    (tmp_path / "any").mkdir()
+    assert directory.stat().st_mode == (tmp_path / "any").stat().st_mode  # open to whom any folder is
 
 
 def test_unknown_difficulty(tmp_path: Path) -> None:

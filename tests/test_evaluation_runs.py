@@ -190,7 +190,7 @@ def test_what_cannot_be_had_stops_an_evaluation_before_anything_is_drawn(
 
 def test_the_page_says_how_to_draw_with_the_files_that_the_run_has() -> None:
     def usage(**adapter: Any) -> str:
-        return run.usage(Config(run_dir="x", adapter=AdapterConfig(**adapter)), "sd1")
+        return run.usage(Config(run_dir="x", conditioning="none", adapter=AdapterConfig(**adapter)), "sd1")
 
     words = usage(kind="textual_inversion")
     assert f'pipe.load_textual_inversion("adapter/{WORDS_FILE}", token="{TOKEN}")' in words
@@ -220,10 +220,13 @@ def test_the_page_draws_as_the_report_was_drawn() -> None:
     words = run.usage(cfg, "sd1")
     compile(words, "usage", "exec")
     assert "Image" not in words and 'placement="direction")' in words and 'pipe("sks a woman' in words
+    assert "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)" in words  # the hub's SD 1.5 has PNDM
     cfg.adapter.full_finetune = True
     assert 'from_pretrained("adapter/unet")' in run.usage(cfg, "sd1")
     cfg.conditioning = "source"  # the source's channels are in that UNet, for which no text-to-image pipeline is made
-    assert run.usage(cfg, "sd1").startswith("python sample.py run=") and "source=mannequin.jpg" in run.usage(cfg, "sd1")
+    for adapter in (cfg.adapter, AdapterConfig(kind="textual_inversion")):
+        words = run.usage(replace(cfg, adapter=adapter), "sd1")
+        assert words.startswith("python sample.py run=") and "source=mannequin.jpg" in words and TOKEN not in words
 
 
 def test_a_grid_while_it_trains_needs_one_pair_a_table_two() -> None:
@@ -231,6 +234,18 @@ def test_a_grid_while_it_trains_needs_one_pair_a_table_two() -> None:
     assert len(HeldOut.take(one, 4, "none", least=1).pairs) == 1  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="has 1 images: 2 are needed"):
         HeldOut.take(one, 4, "none")  # type: ignore[arg-type]
+
+
+def test_a_run_with_sources_is_not_measured_without() -> None:
+    """Data that has lost a source since: captions alone would be drawn, over the run's own numbers."""
+
+    class Lost(list[Pair]):
+        ignored_sources = frozenset({"b"})
+
+    pairs: Any = Lost(Pair(k, k, "a shirt", np.zeros((8, 8, 3), np.uint8)) for k in "ab")
+    assert HeldOut.take(pairs, 2, "none").sources is None
+    with pytest.raises(ConfigError, match=r"some photos of its data have none.*missing_source=drop"):
+        HeldOut.take(pairs, 2, "source")
 
 
 def _items(n: int = 6, size: int = 24) -> list[Item]:
@@ -378,6 +393,10 @@ def test_copies_among_files_and_in_shards_are_told_in_any_size(tmp_path: Path) -
     splits = load_splits(cfg)
     tested, trained = (splits[name][0].id for name in ("test", "train"))
     assert overlap(splits, "test", 2) is None
+    table = tmp_path / "photos" / "metadata.jsonl"  # published, else the copy would be in its photo's split
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    of = {split[i].id: name for name, split in splits.items() for i in range(len(split))}
+    table.write_text("\n".join(json.dumps({**row, "split": of[row["file_name"]]}) for row in rows))
     one, other = (next((tmp_path / "photos").rglob(name)) for name in (trained, tested))
     one.write_bytes(other.read_bytes())
     for found in (

@@ -120,11 +120,12 @@ def test_photos_that_are_gone_cost_no_training(tmp_path: Path, capsys: pytest.Ca
     assert "cannot be read any more: source photos will be padded" in capsys.readouterr().err
 
 
-def test_a_training_writes_it_beside_the_adapter(tiny_backbone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", ["adapter.rank=2", "adapter.full_finetune=true"])
+def test_a_training_writes_it_beside_the_adapter(adapter: str, tiny_backbone: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path / "photos", [True] * 6)
     options = (
         "backbone=folder", "data=folder", f"data.root={tmp_path / 'photos'}", "conditioning=source",
-        "data.background=blue", "enhancement=none", "logger=none", "trainer.max_steps=1", "adapter.rank=2",
+        "data.background=blue", "enhancement=none", "logger=none", "trainer.max_steps=1", adapter,
     )  # fmt: skip
     training.train(config(tiny_backbone, tmp_path / "run", tmp_path / "cache", *options))
     assert load_framing(tmp_path / "run" / "adapter") == Framing(whole=False, background="blue", mixed="")

@@ -13,7 +13,7 @@ from lora_dae.adapter.inject import inject
 from lora_dae.backbone.load import load_backbone
 from lora_dae.backbone.precision import round_frozen
 from lora_dae.config import SCHEDULERS, AdapterConfig, BackboneConfig, ConfigError, SamplingConfig
-from lora_dae.sampling.draw import Drawer
+from lora_dae.sampling.draw import Drawer, _bytes
 from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, sample_latents
 from lora_dae.sampling.schedulers import build_scheduler
 
@@ -79,6 +79,15 @@ def test_noise_belongs_to_seed_and_index() -> None:
     a = initial_noise(5, [3, 9], (2, 4, 4))
     assert torch.equal(a[1], initial_noise(5, [9], (2, 4, 4))[0])
     assert not torch.equal(a[0], initial_noise(6, [3], (2, 4, 4))[0])
+
+
+def test_pictures_that_are_not_finite_are_an_error() -> None:
+    """As bytes they would be black, and distances to them finite."""
+    pictures = torch.rand(2, 3, 4, 4)
+    assert _bytes(pictures).shape == (2, 4, 4, 3)
+    pictures[1, 0, 2, 2] = torch.nan
+    with pytest.raises(ConfigError, match="not finite"):
+        _bytes(pictures)
 
 
 def test_unknown_scheduler(tiny_backbone: Path) -> None:

@@ -228,6 +228,16 @@ def test_wavelet_correction_by_hand() -> None:
     torch.testing.assert_close(alone, reached + 0.1 * share * haar_low(reached - at.x0(at.conditional)))
 
 
+def test_wavelet_correction_has_a_share_where_the_terminal_snr_is_zero() -> None:
+    """By the level of Stable Diffusion's own last step: the one before pure noise would leave all others none."""
+    at = step(outputs(), Guidance(1.0))
+    flat = DDIMScheduler.from_config(at.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    reached, method = torch.randn(2, 4, 8, 8), build_method("wavelet", {"low": 0.1, "high": 0.0})
+    found = method.after(replace(at, scheduler=flat), at.conditional, reached, (0.8, 0.6))
+    plain = method.after(at, at.conditional, reached, (0.8, 0.6))
+    torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-3)
+
+
 def test_a_gain_of_bands_leaves_what_is_below_them_and_high_noise_alone() -> None:
     at = step(outputs(), Guidance(3.0))
     plain, gained = at.x0(Method().guide(at)), at.x0(build_method("band_gain", {"log_gain": math.log(1.5)}).guide(at))

@@ -45,6 +45,7 @@ def usual(tiny_backbone: Path, cache: Path, tmp_path_factory: pytest.TempPathFac
     [
         ("optimizer.weight_decay=5", "kohya"),
         ("optimizer.betas=[0.1,0.2]", "kohya"),
+        ("optimizer.source_learning_rate=0.1", "source_input"),
         ("optimizer.ema_decay=0", "kohya"),
         ("trainer.gradient_clip_val=1e-6", "kohya"),
         ("data.seed=1", "kohya"),
@@ -125,7 +126,7 @@ def test_photos_are_read_as_the_data_options_say(tiny_backbone: Path, tmp_path: 
     root = tmp_path / "photos"
     root.mkdir()
     for k in range(8):
-        Image.fromarray(np.zeros((64, 64, 4), np.uint8)).save(root / f"{k}.png")  # nothing of it is seen
+        Image.fromarray(np.full((64, 64, 4), (k, 0, 0, 0), np.uint8)).save(root / f"{k}.png")  # nothing of it is seen
         (root / f"{k}.txt").write_text("a shirt with an anchor")
 
     def pairs(*options: str) -> list:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from compose import config
+from conftest import write_photos
+from PIL import Image
+from ranks import run_ranks
 from safetensors.torch import load_file
 
 from lora_dae.config import Config, ConfigError
+from lora_dae.data.sources import load_splits
 from lora_dae.evaluation.report.plots import read_metrics
 from lora_dae.training import run as training
 from lora_dae.training.module import LoraDae
+from lora_dae.training.resume import check_origin
 
 Make = Callable[..., Config]
 STAGES = ("enhancement.max_steps=2", "trainer.val_check_interval=1")
@@ -122,3 +129,64 @@ def test_a_run_that_was_killed_in_a_later_stage_is_the_straight_run(
     assert steps[0] == (stage, 1)
     found, expected = weights(Path(make().run_dir)), weights(straight)
     assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in expected)
+
+
+def test_a_training_goes_on_with_the_data_that_it_had(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A photo more, or more of them held out, is another order of samples, and would test on trained photos."""
+    root = tmp_path / "photos"
+    write_photos(root, 12)
+    table = root / "metadata.jsonl"
+    before = table.read_text()
+
+    def make(*overrides: str) -> Config:
+        quick = ("data=folder", f"data.root={root}", "enhancement=none", "trainer.max_steps=1")
+        return config(tiny_backbone, tmp_path / "run", tmp_path / "cache", *quick, *overrides)
+
+    def loads(*_: Any) -> None:
+        pytest.fail("weights were loaded")
+
+    training.train(make())
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(root / "images" / "new.png")
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "load_backbone", loads)
+        for text, overrides in (
+            (before + json.dumps({"file_name": "new.png", "text": "a red dress"}) + "\n", ()),
+            (before.replace("a blue shirt", "a green shirt"), ()),
+            (before, ("data.val_fraction=0.5",)),
+        ):
+            table.write_text(text)
+            with pytest.raises(ConfigError, match="was trained on other photos, captions or splits") as caught:
+                training.train(make("ckpt_path=last", *overrides))
+            assert "\n" not in str(caught.value)
+    table.write_text(before)
+    training.train(make("trainer.max_steps=2", "ckpt_path=last"))
+
+
+def test_what_an_older_checkpoint_does_not_tell_is_not_held_against_it(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.ckpt"
+    now: dict[str, str | None] = {"backbone": "b", "adapter.init_from": None, "data.train": "t", "data.val": "v"}
+    for told in ({}, {"origin": {"backbone": "b", "adapter.init_from": None}}, {"origin": now}):
+        torch.save(told, path)
+        check_origin({"adapter": path}, now)
+    torch.save({"origin": now | {"data.val": "w"}}, path)
+    with pytest.raises(ConfigError, match="data.val differs"):
+        check_origin({"adapter": path}, now)
+
+
+def test_processes_that_see_other_photos_do_not_train_together(make: Make, tmp_path: Path) -> None:
+    """Each would train on a share of what it sees itself."""
+
+    def own(number: int) -> Config:
+        return make("trainer=ddp", "trainer.devices=2", "data.batch_size=2", "enhancement=none", f"data.seed={number}")
+
+    def rank(number: int) -> None:
+        training.train(own(number))
+
+    for number in (0, 1):
+        load_splits(own(number).data)  # rendered before there are two
+    ended = run_ranks(rank, tmp_path / "logs")
+    assert [e.code for e in ended] == [1, 1], ended[0].text + ended[1].text
+    assert "do not see the same photos" in ended[0].text
+    assert not list((tmp_path / "run").rglob("*.ckpt"))

@@ -346,6 +346,8 @@ def test_checkpoint_of_another_config_is_refused(make: Make, finished: Path) -> 
         with pytest.raises(ConfigError, match=f"was written with another `{part}`") as caught:
             training.run(make(override, last))
         assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="with optimizer.source_learning_rate=null: give the same"):
+        training.run(make("optimizer.source_learning_rate=0.1", last))
     assert list(find_checkpoints(make("backbone.attention=sdpa", last), Path("unused"))) == ["gain"]  # rounding alone
 
 

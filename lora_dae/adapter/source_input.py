@@ -12,6 +12,7 @@ counting the latent channels alone.
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lora_dae.adapter.atomic import load_tensors, save_tensors
+from lora_dae.adapter.atomic import atomic, load_tensors, save_tensors
 from lora_dae.config import ConfigError
 from lora_dae.data.square import Framing
 
 FILE_NAME = "source_input.safetensors"
+FRAMING_FILE = "framing.json"
 _KEY = "conv_in.source.weight"
 _KIND = "lora_dae.source_input"
 
@@ -163,15 +165,28 @@ def load_source_input(unet: UNet2DConditionModel, path: str | Path) -> dict[str,
     return {key: value for key, value in metadata.items() if key not in ("format", "kind")}
 
 
+def save_framing(framing: Framing, folder: Path) -> Path:
+    """Write it alone, where the source's channels are in the UNet itself, fully fine-tuned; returns the path."""
+    with atomic(folder / FRAMING_FILE) as partial:
+        partial.write_text(json.dumps(framing.header()), encoding="utf-8")
+    return folder / FRAMING_FILE
+
+
 def load_framing(path: str | Path) -> Framing:
-    """How training framed source photos, as a file (or folder) of save_source_input tells in its header.
+    """How training framed source photos, as a file (or folder) of save_source_input tells in its header, or of
+    save_framing.
 
     Where training framed them in two ways, that is said. The default where there is no file, as in runs on captions.
     """
     file = _file(path)
-    if not file.is_file():
+    alone = file.with_name(FRAMING_FILE)
+    if file.is_file():
+        header = load_tensors(file, f"give the {FILE_NAME} of a run")[1]
+    elif alone.is_file():
+        header = json.loads(alone.read_text(encoding="utf-8"))
+    else:
         return Framing()
-    framing = Framing.of(load_tensors(file, f"give the {FILE_NAME} of a run")[1])
+    framing = Framing.of(header)
     if framing.mixed:
         way, other = ("padded", "cropped") if framing.whole else ("cropped", "padded")
         _say_once(

@@ -23,17 +23,17 @@ def plain_pipeline(cfg: BackboneConfig, family: str, place: str | None = None) -
     return f'{pipeline}.{how}("{place or f"path/to/{Path(cfg.path).name}"}")'
 
 
-def own_scheduler(cfg: BackboneConfig) -> list[str]:
-    """Lines that tell a loaded pipeline what the backbone's own files do not say."""
+def own_scheduler(cfg: BackboneConfig, ddim: bool = False) -> list[str]:
+    """Lines that tell a loaded pipeline what the backbone's own files do not say; ``ddim``: that solver in any case."""
     told: dict[str, Any] = {}
     if cfg.prediction_type != "auto":
         told["prediction_type"] = cfg.prediction_type
     if cfg.zero_terminal_snr:
         told |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    if not told:
+    if not told and not ddim:
         return []
-    arguments = ", ".join(f"{name}={value!r}" for name, value in told.items())
+    arguments = "".join(f", {name}={value!r}" for name, value in told.items())
     return [
         "from diffusers import DDIMScheduler",
-        f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {arguments})",
+        f"pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config{arguments})",
     ]

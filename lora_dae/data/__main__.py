@@ -121,7 +121,7 @@ def _masks(cfg: DataConfig, args: argparse.Namespace) -> None:
 
     with mediapipe_segmenter(args.model, args.part) as segment:
         entries = list_entries(replace(cfg, captions=CaptionConfig(missing="drop")))  # captions do not matter here
-        count, empty = fill_masks(entries, args.to, segment, cfg.background)
+        count, empty = fill_masks(entries, args.to, segment, cfg.background, args.part)
     console.print(f"{count} masks in {args.to}: train with data.masks={args.to}", soft_wrap=True, highlight=False)
     if empty:
         console.print(f"nothing found in {len(empty)} of them: {', '.join(empty[:5])}", soft_wrap=True, highlight=False)

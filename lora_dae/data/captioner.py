@@ -1,13 +1,14 @@
 """``python -m lora_dae.data caption``: a vision model writes the captions that are missing, a person reads them.
 
-The result is a jsonl file, a line a photo: ``{"id": ..., "text": ..., "model": ...}``. What is in it already is not
-asked again, so a run that was stopped goes on. Training reads it by ``data.captions.file``; lines with
-``"reject": true`` are left out there.
+The result is a jsonl file, a line a photo: ``{"id": ..., "text": ..., "model": ..., "digest": sha-256 of the photo}``.
+What is in it already is not asked again unless the id has another photo since, so a run that was stopped goes on.
+Training reads it by ``data.captions.file``; lines of other photos, or with ``"reject": true``, are left out there.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import http.client
 import io
 import json
@@ -48,7 +49,7 @@ class PhotoRefusedError(Exception):
 
 
 def fill_captions(cfg: DataConfig, to: Path, describe: Describe, model: str) -> int:
-    """Appends a line for each entry without caption; returns how many lines the file has then.
+    """Appends a line for each entry without caption; returns how many photos the file has lines of then.
 
     A photo that cannot be read is left out, and one that is refused or to which the model says nothing, which is told
     at the end. Raises ConfigError if the model cannot be reached, or refuses the first 5 photos and has described none
@@ -57,14 +58,20 @@ def fill_captions(cfg: DataConfig, to: Path, describe: Describe, model: str) -> 
     gaps = replace(cfg, captions=CaptionConfig(missing="drop"))  # a gap is no error here: it is what we look for
     bare = {entry.id: entry for entry in list_entries(gaps) if not entry.captions}
     rows = [row for _, row in read_jsonl(to)] if to.is_file() else []
-    done = {str(row.get("id")) for row in rows}
+    done: dict[str, set[str | None]] = {}  # id -> digests of its photos; None: a line that does not tell counts for any
+    for row in rows:
+        done.setdefault(str(row.get("id")), set()).add(row.get("digest"))
     answers = any(row.get("model") == model for row in rows)  # it takes what we send: refusals are about their photos
     left_out: dict[str, str] = {}  # photo -> why
     to.parent.mkdir(parents=True, exist_ok=True)
     with to.open("a", encoding="utf-8") as file:
-        for id in track([id for id in bare if id not in done], description="Captioning"):
+        for id in track([id for id in bare if None not in done.get(id, ())], description="Captioning"):
             try:
-                photo = decode(bare[id].image.read(), draft=LONGEST_SIDE, background=cfg.background)
+                data = bare[id].image.read()
+                digest = hashlib.sha256(data).hexdigest()
+                if digest in done.get(id, ()):
+                    continue
+                photo = decode(data, draft=LONGEST_SIDE, background=cfg.background)
             except (BadImageError, OSError):
                 continue  # data.max_bad_fraction tells about it when it comes to training
             photo.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
@@ -80,9 +87,10 @@ def fill_captions(cfg: DataConfig, to: Path, describe: Describe, model: str) -> 
                 continue
             answers = True
             if text:
-                file.write(json.dumps({"id": id, "text": text, "model": model}, ensure_ascii=False) + "\n")
+                line = {"id": id, "text": text, "model": model, "digest": digest}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
-                done.add(id)
+                done.setdefault(id, set()).add(digest)
             else:
                 left_out[id] = "the model said nothing"
     if left_out:

@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 
 from lora_dae.config import CaptionConfig, ConfigError, DataConfig
+from lora_dae.data.catalog import digests_of, say_once
 from lora_dae.data.entry import Entry
 from lora_dae.data.formats.files import read_jsonl
+
+ENDINGS = "(?:s|es|ing)?"  # of data.no_flip_words: logos, lettering
 
 
 def prepare_captions(entries: list[Entry], cfg: DataConfig) -> list[Entry]:
@@ -21,10 +24,10 @@ def prepare_captions(entries: list[Entry], cfg: DataConfig) -> list[Entry]:
 
     A ``captions.template`` takes the place of all captions. Otherwise ``captions.file`` fills gaps, and
     ``captions.missing`` says what to do with those that remain. The trigger word goes first; last come the shuffled
-    copies.
+    copies. What the publisher says of a photo decides whether it may be mirrored, also where a template leaves it out.
     """
     options = cfg.captions
-    filled = _read_file(options.file) if options.file else {}
+    filled = _from_file(options.file, entries, cfg.cache_dir) if options.file else {}
     fields = _fields(options.template) if options.template else []
     prepared = []
     for entry in entries:
@@ -37,19 +40,45 @@ def prepare_captions(entries: list[Entry], cfg: DataConfig) -> list[Entry]:
         if options.trigger:
             captions = tuple(c if _has_word(c, options.trigger) else f"{options.trigger}, {c}" for c in captions)
         captions = (*captions, *_shuffled(entry.id, captions[0], options))
-        mirror = entry.mirror and not any(_has_word(c, word) for c in captions for word in cfg.no_flip_words)
+        said = (*captions, *entry.captions, *entry.attributes.values(), entry.category or "")
+        mirror = entry.mirror and not any(_has_word(s, word, ENDINGS) for s in said for word in cfg.no_flip_words)
         prepared.append(replace(entry, captions=tuple(dict.fromkeys(captions)), mirror=mirror))
     return prepared
 
 
-def _read_file(name: str) -> dict[str, tuple[str, ...]]:
-    """id -> captions of a captioner's jsonl; lines marked ``"reject": true`` are not used."""
-    found: dict[str, tuple[str, ...]] = {}
+def _from_file(name: str, entries: list[Entry], cache_dir: str) -> dict[str, tuple[str, ...]]:
+    """id -> captions of the file, for entries without any; not those that were written for another photo.
+
+    An id may be the number of a row, which is another photo's once a row is inserted before it.
+    """
+    lines = _read_file(name)
+    told = [e for e in entries if not e.captions and any(digest for _, digest in lines.get(e.id, ()))]
+    now = digests_of(told, cache_dir)
+    fitting = {
+        id: tuple(text for text, digest in found if digest in (None, now.get(id, digest)))
+        for id, found in lines.items()
+    }
+    others = [id for id in now if not fitting[id]]
+    if others:
+        say_once(
+            f"{len(others)} of {len(now)} captions in {name} were written for other photos than those that have their "
+            f"ids now ({others[0]} is the first), and are not used: python -m lora_dae.data caption --to {name} writes "
+            "new ones"
+        )
+    return fitting
+
+
+def _read_file(name: str) -> dict[str, list[tuple[str, str | None]]]:
+    """id -> captions of a captioner's jsonl, each with the digest of its photo or None where the line does not tell.
+
+    Lines marked ``"reject": true`` are not used.
+    """
+    found: dict[str, list[tuple[str, str | None]]] = {}
     for number, row in read_jsonl(Path(name).expanduser()):
         if not isinstance(row.get("id"), str) or not isinstance(row.get("text"), str):
             raise ConfigError(f'{name} line {number} must be an object like {{"id": ..., "text": ...}}.')
         if row["text"].strip() and not row.get("reject"):
-            found[row["id"]] = (*found.get(row["id"], ()), row["text"].strip())
+            found.setdefault(row["id"], []).append((row["text"].strip(), row.get("digest")))
     return found
 
 
@@ -103,8 +132,8 @@ def _shuffled(name: str, caption: str, options: CaptionConfig) -> list[str]:
     ]
 
 
-def _has_word(caption: str, word: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", caption, re.IGNORECASE) is not None
+def _has_word(caption: str, word: str, endings: str = "") -> bool:
+    return re.search(rf"(?<!\w){re.escape(word)}{endings}(?!\w)", caption, re.IGNORECASE) is not None
 
 
 def token_counts(captions: list[str], tokenizer: Any) -> list[int]:

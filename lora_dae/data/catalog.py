@@ -14,21 +14,24 @@ import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
 from PIL import Image
+from rich.console import Console
 from rich.progress import track
 
 from lora_dae.config import ConfigError
 from lora_dae.data.decode import BadImageError, decode, open_image, remarks, upright_size
-from lora_dae.data.entry import Blob
+from lora_dae.data.entry import Blob, Entry
 
 VERSION = 2  # raise it when examine() would answer otherwise
 _COLUMNS = "digest, width, height, remark, reason, hash, red, green, blue"
 _BATCH = 500
+OTHER_SHAPE = 0.02  # more than so much, and a pixel of rounding, and a mask has another aspect than its photo
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +59,10 @@ def examine(blob: Blob) -> Facts:
         data = blob.read()
     except FileNotFoundError:
         return Facts(reason="is missing")
+    except BadImageError as error:  # the source itself knows that it is no picture of this
+        return Facts(reason=str(error))
     except OSError as error:
-        return Facts(reason=f"cannot be read ({error.strerror})")
+        return Facts(reason=f"cannot be read ({error.strerror or error})")
     digest = hashlib.sha256(data).hexdigest()
     try:
         small = decode(data, draft=64)  # the whole file is read, the pixels at a fraction
@@ -73,6 +78,25 @@ def difference_hash(photo: Image.Image) -> str:
     """64 bits as 16 hex digits: of 9 x 8 gray cells, which is brighter than its right neighbor."""
     cells = np.asarray(photo.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     return np.packbits(cells[:, :-1] > cells[:, 1:]).tobytes().hex()
+
+
+def check_shape(known: dict[str, Facts]) -> dict[str, Facts]:
+    """What is known about one entry's files, the mask unusable where its aspect is not that of the photo.
+
+    Such a mask would be stretched over its photo, and lie beside the garment.
+    """
+    image, mask = known["image"], known.get("mask")
+    if mask is None or mask.reason or image.reason or _alike(image.width, image.height, mask.width, mask.height):
+        return known
+    reason = f"has {mask.width}x{mask.height} pixels, another shape than its photo's {image.width}x{image.height}"
+    if _alike(image.width, image.height, mask.height, mask.width):
+        reason += " (turned by 90 degrees it fits: was it drawn without the turn that the photo's EXIF asks for?)"
+    return known | {"mask": replace(mask, reason=reason)}
+
+
+def _alike(width: int, height: int, mask_width: int, mask_height: int) -> bool:
+    ratio = width * mask_height / (height * mask_width)
+    return max(ratio, 1 / ratio) - 1 <= OTHER_SHAPE + 1 / min(width, height, mask_width, mask_height)
 
 
 class Catalog:
@@ -127,6 +151,20 @@ class Catalog:
         with closing(self._open()) as database:
             rows = (database.execute(query, (b.name, s)).fetchone() for b, s in zip(blobs, stamps, strict=True))
             return {i: Facts(*row) for i, row in enumerate(rows) if row is not None}
+
+
+def digests_of(entries: list[Entry], cache_dir: str | Path) -> dict[str, str]:
+    """Id -> sha-256 of its photo's bytes, of those that can be read. It tells whether an id still means that photo."""
+    if not entries:
+        return {}
+    facts = Catalog(cache_dir).facts([entry.image for entry in entries])
+    return {entry.id: known.digest for entry, known in zip(entries, facts, strict=True) if known.digest}
+
+
+@cache
+def say_once(text: str) -> None:
+    """One sentence that a person has to know, however often the data are opened."""
+    Console(stderr=True).print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def _stamp(blob: Blob) -> str:

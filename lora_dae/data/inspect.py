@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,6 +49,7 @@ class Survey:
     items: list[Item]
     duplicates: list[tuple[Item, Item]] = field(default_factory=list)  # across splits
     outliers: list[tuple[Item, str]] = field(default_factory=list)
+    empty_masks: list[Item] = field(default_factory=list)  # without a pixel of a garment
     words: list[tuple[str, int]] = field(default_factory=list)
 
     def of(self, split: str) -> list[Item]:
@@ -64,6 +66,7 @@ def survey(cfg: DataConfig, splits: dict[str, PairDataset] | None = None) -> Sur
     found = Survey([item for name, pairs in splits.items() for item in _items(name, pairs)])
     found.duplicates = _duplicates(found, splits)
     found.outliers = _outliers(found.items)
+    found.empty_masks = _empty_masks(found.items, splits)
     said = Counter(w for i in found.items for w in re.findall(r"[^\W_]+(?:-\w+)*", i.caption.lower()))
     found.words = [(word, count) for word, count in said.most_common(60) if word not in STOP_WORDS][:24]
     return found
@@ -94,7 +97,9 @@ def print_survey(found: Survey, console: Console) -> None:
         rows["enlarged"].append(_count([i for i in items if _enlarged(i)], items))
         rows["cut above 5 % or filled"].append(_count([i for i in items if _cut(i) > MAX_CROP], items))
         rows["with source"].append(_count([i for i in items if i.paired], items))
-        rows["with mask"].append(_count([i for i in items if i.masked], items))
+        masked, empty = [i for i in items if i.masked], [i for i in found.empty_masks if i.split == split]
+        rows["with mask"].append(_count(masked, items))
+        rows["masks without a garment"].append(_count(empty, masked))
         rows["caption, words: median, most"].append(f"{np.median(words):.0f}, {max(words)}")
         long = [i for i, n in zip(items, words, strict=True) if n * TOKENS_PER_WORD + 2 > 77]
         rows["captions likely above 77 tokens"].append(_count(long, items))
@@ -170,6 +175,18 @@ def _duplicates(found: Survey, splits: dict[str, PairDataset]) -> list[tuple[Ite
         if one.facts.digest == other.facts.digest or np.abs(pixels(a) - pixels(b)).mean() < NEAR_LEVELS:
             same.append((one, other))
     return same
+
+
+def _empty_masks(items: list[Item], splits: dict[str, PairDataset]) -> list[Item]:
+    """Items whose mask, as it is trained on, has no pixel of a garment; every mask is decoded."""
+
+    def shows(item: Item) -> bool:
+        mask = splits[item.split][item.index].mask
+        return mask is not None and bool(mask.any())
+
+    masked = [item for item in items if item.masked]
+    with ThreadPoolExecutor() as pool:
+        return [item for item, garment in zip(masked, pool.map(shows, masked), strict=True) if not garment]
 
 
 def _outliers(items: list[Item]) -> list[tuple[Item, str]]:

@@ -122,7 +122,8 @@ class PairDataModule(lightning.LightningDataModule):
         """
         rank, world_size = self._rank()
         batches = self._by_size(name, range(len(self.caches[name])), rank, world_size)
-        if self._sizes(name) is not None:
+        sizes = self._sizes(name)
+        if sizes is not None and len(np.unique(np.asarray(sizes), axis=0)) > 1:
             batches = [batches[k] for k in np.random.default_rng(0).permutation(len(batches))]
         return self._loader(name, batches)
 

@@ -23,10 +23,12 @@ from lora_dae.data.buckets import (
 from lora_dae.data.catalog import Facts
 from lora_dae.data.decode import BadImageError, check_background, decode
 from lora_dae.data.entry import Blob, Entry
+from lora_dae.data.masks import decode_mask
 from lora_dae.data.pair import Lazy, Pair
 from lora_dae.data.square import Photo, fit_mask, fit_square, has_plain_backdrop
 
 FIT_VERSION = 3  # raise it when the same photo would give other pixels
+MASK_VERSION = 2  # of masks alone
 
 
 @dataclass(frozen=True)
@@ -67,22 +69,34 @@ class Fit:
 
 
 class _Photo:
-    """One entry's photos while they turn into pixels; all of them are cropped by one decision."""
+    """One entry's photos while they turn into pixels; all of them are cropped by one decision.
+
+    It belongs to one pair. Python 3.11's cached_property would hold one lock for all of them while one is decoded.
+    """
 
     def __init__(self, entry: Entry, fit: Fit, size: Size) -> None:
         self.entry, self.fit, self.size = entry, fit, size
+        self._photo: Image.Image | None = None
+        self._pixels: np.ndarray | None = None
+        self._whole: bool | None = None
 
-    @cached_property
+    @property
     def photo(self) -> Image.Image:
-        return self._decode(self.entry.image)
+        if self._photo is None:
+            self._photo = self._decode(self.entry.image)
+        return self._photo
 
-    @cached_property
+    @property
     def pixels(self) -> np.ndarray:
-        return np.array(self.photo)
+        if self._pixels is None:
+            self._pixels = np.array(self.photo)
+        return self._pixels
 
-    @cached_property
+    @property
     def whole(self) -> bool:
-        return has_plain_backdrop(self.pixels)
+        if self._whole is None:
+            self._whole = has_plain_backdrop(self.pixels)
+        return self._whole
 
     def image(self) -> np.ndarray:
         return self._fit(self.pixels)
@@ -93,7 +107,7 @@ class _Photo:
 
     def mask(self) -> np.ndarray:
         assert self.entry.mask is not None
-        mask = self._decode(self.entry.mask, "black")  # what is transparent is no garment
+        mask = self._decode(self.entry.mask, is_mask=True)
         if self.fit.buckets:
             return fit_bucket_mask(mask, self.photo, self.size)
         return fit_mask(mask, self.photo, self.fit.resolution, self.whole)
@@ -103,9 +117,10 @@ class _Photo:
             return fit_bucket(photo, self.size)
         return fit_square(photo, self.fit.resolution, self.whole)
 
-    def _decode(self, blob: Blob, background: str | None = None) -> Image.Image:
+    def _decode(self, blob: Blob, is_mask: bool = False) -> Image.Image:
         try:
-            return decode(blob.read(), 2 * max(self.size), background or self.fit.background)
+            data, draft = blob.read(), 2 * max(self.size)
+            return decode_mask(data, draft) if is_mask else decode(data, draft, self.fit.background)
         except (BadImageError, OSError) as error:
             reason = error if isinstance(error, BadImageError) else f"cannot be read ({error})"
             raise ConfigError(f"{blob.name} {reason}: replace it or take it out of the data.") from error
@@ -149,7 +164,8 @@ class PhotoPairs:
         def key(part: str) -> str:
             # Where padding ends is read off the image, so source and mask depend on it too.
             digests = "".join(facts[p].digest for p in sorted({"image", part}))
-            text = f"{FIT_VERSION}:{part}:{digests}:{size}:{bool(self.fit.buckets)}:{self.fit.background}"
+            version = f"{FIT_VERSION}.{MASK_VERSION}" if part == "mask" else FIT_VERSION
+            text = f"{version}:{part}:{digests}:{size}:{bool(self.fit.buckets)}:{self.fit.background}"
             return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
         return Pair(
@@ -180,7 +196,8 @@ class PhotoPairs:
     @cached_property
     def fingerprint(self) -> str:
         """Changes with a file's bytes, a caption, the resolution, the buckets or the order."""
-        digest = hashlib.sha256(repr((FIT_VERSION, self.fit, self.mirror)).encode())
+        versions = (FIT_VERSION, MASK_VERSION) if self.has_mask else FIT_VERSION
+        digest = hashlib.sha256(repr((versions, self.fit, self.mirror)).encode())
         for entry, facts in zip(self.entries, self.facts, strict=True):
             files = [facts[part].digest for part in sorted(facts)]
             digest.update(repr((entry.id, entry.captions, entry.mirror, files)).encode())

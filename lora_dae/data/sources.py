@@ -12,13 +12,13 @@ from rich.console import Console
 
 from lora_dae.config import Config, ConfigError, DataConfig
 from lora_dae.data.captions import prepare_captions
-from lora_dae.data.catalog import BadFile, Catalog, Facts, check_bad
+from lora_dae.data.catalog import BadFile, Catalog, Facts, check_bad, check_shape
 from lora_dae.data.entry import Entry
 from lora_dae.data.formats import shards
 from lora_dae.data.masks import add_masks
 from lora_dae.data.pair import PairDataset
 from lora_dae.data.photos import Fit, PhotoPairs
-from lora_dae.data.splits import split_entries
+from lora_dae.data.splits import FactsById, check_splits, count_shared, split_entries
 from lora_dae.data.square import Framing
 from lora_dae.data.studio.dataset import StudioDataset
 
@@ -59,7 +59,7 @@ def licence_notice(cfg: DataConfig) -> str | None:
 
 
 def read_entries(cfg: DataConfig) -> list[Entry]:
-    """What the source lists, captions prepared, a mask for all or none, ids that differ.
+    """What the source lists, captions prepared, a mask for all or none, a split for all or none, ids that differ.
 
     Without ``data.missing_source=drop`` some may have a source photo and others none.
     """
@@ -67,6 +67,7 @@ def read_entries(cfg: DataConfig) -> list[Entry]:
     without = [entry for entry in entries if entry.mask is None]
     if without and len(without) < len(entries):
         raise ConfigError(f"{without[0].where} has no mask but other lines do: give one to all lines or none.")
+    check_splits(entries)
     if len({entry.id for entry in entries}) < len(entries):
         twice = next(id for id, count in Counter(entry.id for entry in entries).items() if count > 1)
         raise ConfigError(f"data.root={cfg.root} has two photos with the id {twice}: ids must differ.")
@@ -83,9 +84,10 @@ def load_photos(cfg: DataConfig) -> dict[str, PhotoPairs]:
     check_outside(cfg, Path(cfg.cache_dir), "data.cache_dir")
     entries, ignored = _all_or_no_source(read_entries(cfg))
     usable = check_files(entries, cfg)
-    splits = split_entries([entry for entry, _ in usable], cfg.val_fraction, cfg.test_fraction, cfg.seed)
+    listed, facts = [entry for entry, _ in usable], {entry.id: f for entry, f in usable}
+    splits = split_entries(listed, cfg.val_fraction, cfg.test_fraction, cfg.seed, facts)
+    groups = _tell_garments(listed, splits, facts)
     if not all(splits.values()):
-        groups = len({entry.group_id for entry, _ in usable})
         raise ConfigError(
             f"data.root={cfg.root} has too few different photos ({groups}) to train, validate and test on: "
             "at least 3 are needed, and some in each published split."
@@ -93,7 +95,6 @@ def load_photos(cfg: DataConfig) -> dict[str, PhotoPairs]:
     leaking = len(usable) - sum(map(len, splits.values()))
     if leaking:
         console.print(f"{leaking} photos are left out: their garments are also in a published split that is held out")
-    facts = {entry.id: f for entry, f in usable}
     _tell([f["image"] for f in facts.values()], fit)
     splits["train"] = [entry for entry in splits["train"] for _ in range(entry.repeats)]
     # Held-out photos are compared with drawn ones, so they have the one size that is drawn; the validation loss is
@@ -128,6 +129,7 @@ def check_files(entries: list[Entry], cfg: DataConfig) -> list[tuple[Entry, dict
     known: list[dict[str, Facts]] = [{} for _ in entries]
     for (i, part), facts in zip(parts, Catalog(cfg.cache_dir).facts(blobs), strict=True):
         known[i][part] = facts
+    known = [check_shape(facts) for facts in known]
     bad: dict[str, BadFile] = {}
     for entry, facts_of in zip(entries, known, strict=True):
         for part, facts in facts_of.items():
@@ -226,6 +228,26 @@ def _all_or_no_source(entries: list[Entry]) -> tuple[list[Entry], frozenset[str]
     return [replace(entry, source=None) for entry in entries], ignored
 
 
+def _tell_garments(listed: list[Entry], splits: dict[str, list[Entry]], facts: FactsById) -> int:
+    """How many groups were split; says what the files themselves tell of garments and the groups do not."""
+    groups = Counter(entry.group_id for part in splits.values() for entry in part)
+    before = len({entry.group_id for entry in listed})
+    if len(groups) < before:
+        name, largest = groups.most_common(1)[0]
+        _say_once(
+            f"photos of different groups are the same file or have the same source photo, so {before} groups are split "
+            f"as {len(groups)} garments (the largest has {largest} photos, {name}); a published split decides instead"
+        )
+    shared = count_shared(splits, facts)
+    if shared:
+        _say_once(
+            f"{shared} of {len(splits['train'])} training photos are the same file as a held-out photo or have the "
+            "same source photo: published splits are kept as they are, so not all garments that are measured are new "
+            "(one group_id for both leaves such a photo out of training)"
+        )
+    return len(groups)
+
+
 def _tell(photos: list[Facts], fit: Fit) -> None:
     """What a person should know about photos that are used: enlarged ones, first frames, converted colors."""
     if fit.buckets:
@@ -245,4 +267,4 @@ def _tell(photos: list[Facts], fit: Fit) -> None:
 
 @cache
 def _say_once(text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False)
+    console.print(text, soft_wrap=True, highlight=False, markup=False)

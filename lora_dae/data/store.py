@@ -26,6 +26,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from lora_dae.config import ConfigError
+from lora_dae.data.catalog import say_once
 
 CHUNK = 256  # rows a file: a multiple of the encoding batch
 OPEN_FILES = 256
@@ -101,7 +102,7 @@ class RowStore:
                 chunk = self._take([keys[p] for p in positions])
                 if chunk is None:
                     left.append(positions)
-                elif self.directory is not None and (self.directory / f"{chunk.name}.index.npy").is_file():
+                elif self._index(chunk.name) is not None:
                     chunk.release()
                     done(len(positions))
                 else:
@@ -171,8 +172,9 @@ class RowStore:
             new = {name: index for name, index in found.items() if name not in self._chunks}
         else:
             known = set(self._chunks)
-            files = {file.name.partition(".")[0]: file for file in sorted(self.directory.glob("*.index.npy"))}
-            new = {name: np.load(file) for name, file in files.items() if name not in known}
+            names = [file.name.partition(".")[0] for file in sorted(self.directory.glob("*.index.npy"))]
+            read = {name: self._index(name) for name in names if name not in known}
+            new = {name: index for name, index in read.items() if index is not None}
         for name, index in new.items():
             self._chunks.append(name)
             self._indices.append(index)
@@ -184,6 +186,20 @@ class RowStore:
         self._low = np.concatenate([empty, *(index["low"] for index in self._indices)])[order]
         places = (chunk * CHUNK + np.arange(len(index)) for chunk, index in enumerate(self._indices))
         self._places = np.concatenate([np.empty(0, np.int64), *places])[order]
+
+    def _index(self, name: str) -> np.ndarray | None:
+        """The index of a chunk on disk; None where there is none, or none that can be read: it is not complete."""
+        if self.directory is None:
+            return None
+        file = self.directory / f"{name}.index.npy"
+        try:
+            found: np.ndarray = np.load(file)
+        except FileNotFoundError:
+            return None
+        except (EOFError, ValueError) as error:  # what a power cut leaves
+            say_once(f"{file} cannot be read ({error}): its rows are made anew")
+            return None
+        return found
 
     def locate(self, keys: Sequence[str]) -> np.ndarray:
         """The place of each key's row, int64, for ``read`` from now on; -1 where there is none."""
@@ -243,4 +259,4 @@ def _halves(keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _unwritable(directory: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"cannot write to the cache folder {directory} ({error.strerror}): set data.cache_dir.")
+    return ConfigError(f"cannot write to the cache folder {directory} ({error.strerror or error}): set data.cache_dir.")

@@ -198,7 +198,7 @@ class Watch(Method):
 
     def after(self, step: Step, guided: Tensor, reached: Tensor, level: tuple[float, float]) -> Tensor:
         reference = add_noise(self.latents, self.noise, *level)
-        both = [split_bands(x, LEVELS)[0].double().square().flatten(1).sum(1) for x in (reached, reference)]
+        both = [split_bands(x, LEVELS)[0].cpu().double().square().flatten(1).sum(1) for x in (reached, reference)]
         self.energies.append(torch.stack(both, dim=1))
         return reached
 

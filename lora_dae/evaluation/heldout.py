@@ -29,6 +29,11 @@ class HeldOut:
     def take(cls, dataset: PairDataset, count: int, conditioning: str, first: int = 0, least: int = 2) -> HeldOut:
         """``count`` pairs of a split from ``first`` on, without sources if none steer; ConfigError below ``least``."""
         _enough(len(dataset), first, "the split to evaluate on", least)
+        if conditioning == "source" and getattr(dataset, "ignored_sources", False):
+            raise ConfigError(
+                "the run draws with source photos, and some photos of its data have none: add them, or give "
+                "data.missing_source=drop in its config.yaml."
+            )
         pairs = [dataset[i] for i in range(first, min(first + count, len(dataset)))]
         return cls(pairs if conditioning == "source" else [replace_pixels(p, source=None) for p in pairs], first)
 

@@ -323,18 +323,17 @@ def usage(cfg: Config, family: str) -> str:
     trigger = "" if cfg.data.captions.trigger is None else f"{cfg.data.captions.trigger} "
     prompt = f"{words}{trigger}a woman wearing a red plaid shirt"
     # Few programs read PEFT's own files of these two, and no plain pipeline has a place for the source's channels.
-    if cfg.adapter.kind in ("loha", "lokr") or (cfg.adapter.full_finetune and source):
-        shown = " source=mannequin.jpg" if source else ""
-        return f'python sample.py run=<this folder> prompt="{prompt}"{shown}'
     attaches = cfg.adapter.kind == "lora" and not cfg.adapter.full_finetune
-    source = source and attaches
+    if cfg.adapter.kind in ("loha", "lokr") or (source and not attaches):
+        shown = " source=mannequin.jpg" if source else ""
+        return f'python sample.py run=<this folder> prompt="{prompt.removeprefix(words)}"{shown}'
     lines = [
         "import lora_dae",
         f"from diffusers import {PIPELINES[family]}",
         *(["from PIL import Image"] if source else []),
         "",
         f"pipe = {plain_pipeline(cfg.backbone, family, cfg.backbone.path)}",
-        *own_scheduler(cfg.backbone),
+        *own_scheduler(cfg.backbone, cfg.enhancement.placement == "direction"),
     ]
     if cfg.adapter.kind == "textual_inversion":
         lines.append(f'pipe.load_textual_inversion("adapter/{WORDS_FILE}", token="{TOKEN}")')

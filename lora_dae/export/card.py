@@ -123,7 +123,7 @@ def _use(cfg: Config, family: str, files: list[str]) -> list[str]:
             *(["from PIL import Image"] if source else []),
             "",
             f"pipe = {plain_pipeline(cfg.backbone, family)}",
-            *own_scheduler(cfg.backbone),
+            *own_scheduler(cfg.backbone, cfg.enhancement.placement == "direction"),
             f'lora_dae.attach(pipe, ".", strength={strength:g}{placement})',
             f'image = pipe("{prompt}", guidance_scale={guidance:g}{source}).images[0]',
             "```", "",

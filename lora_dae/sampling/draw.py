@@ -160,7 +160,7 @@ def _bytes(images: Tensor) -> np.ndarray:
     """(N, 3, H, W) in [0, 1] as uint8 (N, H, W, 3). Raises ConfigError where they are not finite."""
     if not images.isfinite().all():  # bytes would be black, and distances to them finite
         raise ConfigError(
-            "the drawn pictures are not finite: in float16 SDXL's own VAE overflows (backbone.vae_path=<its fp16-fix>, "
-            "or trainer.precision=bf16-mixed); otherwise the weights have diverged."
+            "the drawn pictures are not finite: with backbone.weights=fp16 or on a GPU without bfloat16 the network "
+            "overflows (backbone.weights=fp32 does not); otherwise the weights have diverged."
         )
     return (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()

@@ -16,7 +16,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from lora_dae.config import SCHEDULERS, ConfigError, SamplingConfig
+from lora_dae.config import SCHEDULERS, ConfigError
 
 _CLASSES: dict[str, Any] = {
     "ddim": DDIMScheduler,
@@ -52,19 +52,21 @@ def build_scheduler(name: str, base: Any) -> Any:
     return _CLASSES[name].from_config(config, **_EXTRA.get(name, {}), **_SPACING.get(name, {}))
 
 
-def check_timesteps(scheduler: Any, steps: int) -> None:
-    """Raises ConfigError where what ``set_timesteps(steps)`` made goes below timestep 0.
+def check_timesteps(scheduler: Any, steps: int, option: str = "") -> None:
+    """Raises ConfigError where what ``set_timesteps(steps)``, asked for by ``option``, made goes below timestep 0.
 
     diffusers' trailing spacing by np.arange: rounding gives some numbers one step too many.
     """
     if scheduler.timesteps[-1] < 0:
+        asked = f"{option}: " if option else ""
         raise ConfigError(
-            f"{type(scheduler).__name__} has no {steps} steps in its trailing spacing: use {steps - 1} or {steps + 1}."
+            f"{asked}{type(scheduler).__name__} has no {steps} steps in its trailing spacing: use {steps - 1} or "
+            f"{steps + 1}."
         )
 
 
-def check_sampling(cfg: SamplingConfig, base: Any) -> None:
-    """Raises ConfigError where ``cfg`` cannot be drawn with on the noise schedule of ``base``."""
-    scheduler = build_scheduler(cfg.scheduler, base)
-    scheduler.set_timesteps(cfg.num_inference_steps)
-    check_timesteps(scheduler, cfg.num_inference_steps)
+def check_schedule(name: str, steps: int, base: Any, option: str) -> None:
+    """Raises ConfigError where the solver ``name`` has no such ``steps`` on the noise schedule of ``base``."""
+    scheduler = build_scheduler(name, base)
+    scheduler.set_timesteps(steps)
+    check_timesteps(scheduler, steps, option)

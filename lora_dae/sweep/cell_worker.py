@@ -158,7 +158,8 @@ def _look(cfg: Config) -> Seen:
     if len(held_out.pairs) < asked.num_samples:
         raise ConfigError(
             f"the {asked.split} split has {len(held_out.pairs)} pairs from number {asked.first_pair} on, and "
-            f"evaluation.num_samples={asked.num_samples} are asked for: raise data.{asked.split}_size."
+            f"evaluation.num_samples={asked.num_samples} are asked for: ask for fewer, or raise "
+            f"data.{asked.split}_{'size' if cfg.data.name == 'studio' else 'fraction'}."
         )
     extras = load_extras(asked, cfg.data.resolution, held_out.captions)
     lacking = {k: v for k, v in extras.not_available.items() if k not in NOT_ASKED_FOR}

@@ -225,6 +225,8 @@ def what_matters(cfg: Config, row: str | None) -> dict[str, Any]:
     seen = {"data": training["data"], "backbone": training["backbone"], "conditioning": cfg.conditioning}
     if row == FROZEN:  # it is drawn, in the precision that the others are trained and drawn in
         seen |= {"sampling": sampling, "precision": str(cfg.trainer.get("precision", "auto"))}
+        if cfg.conditioning == "source":  # resampled with the photos of its captions since
+            seen["revision"] = 2
     return {**found, **seen}
 
 

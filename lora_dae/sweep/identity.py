@@ -35,6 +35,7 @@ NOT_TRAINING_IN = {
 LATER: dict[str, dict[str, Any]] = {
     "data": {"missing_source": "error"},
     "objective": {"low_resolution_share": 0.0, "token_share": 1.0},
+    "optimizer": {"source_learning_rate": None},
     "enhancement": {
         "gate_inputs": "energy",
         "losses": list(LOSSES),
@@ -53,10 +54,14 @@ def training_part(cfg: Config) -> dict[str, Any]:
         values[group] = {key: value for key, value in values[group].items() if key not in names}
     for group, defaults in LATER.items():
         values[group] = {k: v for k, v in values[group].items() if k not in defaults or v != defaults[k]}
+    if cfg.conditioning == "none":
+        values["optimizer"].pop("source_learning_rate", None)
     if cfg.trainer.get("early_stop_patience") is None:
         values["trainer"].pop("early_stop_patience", None)
     else:  # then training ends where validation says so
         values["trainer"] |= {key: cfg.trainer.get(key) for key in ("val_check_interval", "limit_val_batches")}
+        if cfg.data.buckets:  # a few batches are of all sizes since
+            values["trainer"]["validated"] = 2
     if cfg.objective.prior_weight > 0:  # the backbone's own pictures are drawn before the first step
         values["sampling"] = {key: value for key, value in asdict(cfg.sampling).items() if key not in NOT_DRAWING}
     else:
@@ -66,6 +71,8 @@ def training_part(cfg: Config) -> dict[str, Any]:
         values["enhancement"] = None  # there is no module to train
     else:
         values["enhancement"]["version"] = ENHANCEMENT_VERSION
+        if cfg.data.buckets and cfg.enhancement.texture and cfg.conditioning == "source":
+            values["enhancement"]["trust"] = 2  # judged in the frames that are drawn since
         if cfg.enhancement.placement == "direction":  # its gain learned on the other placement before
             values["enhancement"]["direction"] = 1
     return values

@@ -79,7 +79,7 @@ def _warnings(found: Mapping[str, Mapping[int, MeasuredCell]]) -> list[str]:
     """What makes the numbers say less than they seem to; how many seeds there are is told elsewhere."""
     every = [cell for seeds in found.values() for cell in seeds.values()]
     told = dict.fromkeys(words for cell in every for words in cell.protocol.warnings if "seeds:" not in words)
-    kinds = sorted({cell.precision or "a precision that was not recorded" for cell in every})
+    kinds = sorted({cell.precision or "a precision that was not recorded" for cell in every if cell.network_calls})
     if len(kinds) > 1:
         told[f"cells were measured in {' and '.join(kinds)}: give trainer.precision to compare like with like"] = None
     return list(told)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_dae.adapter.files import save_adapter, save_merged
 from lora_dae.adapter.other import save_other
-from lora_dae.adapter.source_input import save_source_input
+from lora_dae.adapter.source_input import save_framing, save_source_input
 from lora_dae.adapter.words import save_words
 from lora_dae.config import Config, SamplingConfig
 from lora_dae.data.sources import framing_of
@@ -23,7 +23,7 @@ from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.export.command import export_beside
 from lora_dae.sampling.load import ENHANCEMENT_FILE
-from lora_dae.sampling.schedulers import build_scheduler, check_sampling, check_timesteps
+from lora_dae.sampling.schedulers import build_scheduler, check_schedule, check_timesteps
 from lora_dae.training.agreement import LEAST, MOST, MOST_LIVE, Agreed, Pairs, learn_agreement
 from lora_dae.training.calibrate import PAIRS, calibrate_finest, calibrate_gain
 from lora_dae.training.stages import Training
@@ -83,16 +83,19 @@ def judging(cfg: Config, scheduler: str) -> SamplingConfig:
 
 def check_chains(cfg: Config, base: Any) -> None:
     """Raises ConfigError where pictures, or chains that the enhancement learns on, have no such steps on ``base``."""
-    check_sampling(cfg.sampling, base)
-    if cfg.enhancement.enabled and cfg.enhancement.placement != "none":
+    drawn, e = cfg.sampling, cfg.enhancement
+    check_schedule(drawn.scheduler, drawn.num_inference_steps, base, "sampling.num_inference_steps")
+    if not e.enabled or e.placement == "none":
+        return
+    if e.gain or e.decoder:
         for solver in ("dpm++", "ddim"):
-            check_sampling(judging(cfg, solver), base)
-        if cfg.enhancement.gain:
-            least, most = cfg.enhancement.steps_range
-            chain = build_scheduler("ddim", base)
-            for steps in range(least, most + 1):
-                chain.set_timesteps(steps)
-                check_timesteps(chain, steps)
+            judged = judging(cfg, solver)
+            check_schedule(judged.scheduler, judged.num_inference_steps, base, "enhancement.judged_steps")
+    if e.gain:
+        chain = build_scheduler("ddim", base)
+        for steps in range(e.steps_range[0], e.steps_range[1] + 1):
+            chain.set_timesteps(steps)
+            check_timesteps(chain, steps, f"enhancement.steps_range={list(e.steps_range)}")
 
 
 def _agree(trained: Training, module: EnhancementModule) -> Agreed:
@@ -141,6 +144,8 @@ def export(trained: Training) -> None:
     (folder / ENHANCEMENT_FILE).unlink(missing_ok=True)  # of an earlier LoRA, where a finished run trained on
     if cfg.adapter.full_finetune:
         save_merged(unet, folder / "unet")
+        if cfg.conditioning == "source":
+            save_framing(framing_of(trained.splits["train"]), folder)
     else:
         origin = {"backbone": cfg.backbone.name, "fingerprint": backbone.fingerprint}
         if trained.words is not None:

@@ -269,16 +269,23 @@ class LoraDae(lightning.LightningModule):
         groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in trainable_parameters(self).items():  # of one stage, unless two train jointly
             part = name.split(".")[1] if name.startswith("enhancement.") else "adapter"
+            if name.startswith("unet.source_input.") and cfg.source_learning_rate is not None:
+                part = "source_input"
             groups.setdefault(part, []).append(parameter)
         rates = {
             "adapter": cfg.learning_rate,
+            "source_input": cfg.source_learning_rate,
             "texture": self.cfg.enhancement.learning_rate,
             "decoder": self.cfg.enhancement.decoder_learning_rate,
             "gain": self.cfg.enhancement.learning_rate,
         }
         optimizer = torch.optim.AdamW(
             [
-                {"params": own, "lr": rates[part], "weight_decay": cfg.weight_decay if part == "adapter" else 0.0}
+                {
+                    "params": own,
+                    "lr": rates[part],
+                    "weight_decay": cfg.weight_decay if part in ("adapter", "source_input") else 0.0,
+                }
                 for part, own in groups.items()
             ],
             betas=(cfg.betas[0], cfg.betas[1]),

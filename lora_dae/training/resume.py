@@ -12,6 +12,7 @@ from lightning import Callback
 from omegaconf import OmegaConf
 
 from lora_dae.config import Config, ConfigError, from_dict, to_dict
+from lora_dae.data.pair import PairDataset
 
 ORIGIN = "origin"  # its key in a checkpoint
 STAGES = ("adapter", "texture", "decoder", "gain")  # in the order in which they train
@@ -54,6 +55,12 @@ def find_checkpoints(cfg: Config, run_dir: Path) -> dict[str, Path]:
             own = plain["enhancement"]
             trains = own["enabled"] and own["placement"] != "none"  # as identity.training_part has it
             plain["enhancement"] = {name: own[name] for name in OF_MODULE} if trains else None
+        rates = [plain["optimizer"]["source_learning_rate"] for plain in (before, now)]
+        if now["conditioning"] == "source" and rates.count(None) == 1:  # layers in other groups of the optimizer
+            raise ConfigError(
+                f"{next(iter(found.values()))} was trained with optimizer.source_learning_rate="
+                f"{'null' if rates[0] is None else rates[0]}: give the same to go on with it."
+            )
         for key in ("adapter", "backbone", "conditioning", "enhancement"):
             if before[key] != now[key]:
                 raise _another(next(iter(found.values())), key)
@@ -73,27 +80,45 @@ def check_steps(cfg: Config, checkpoints: Mapping[str, Path]) -> None:
         )
 
 
-def origin(cfg: Config, backbone: str) -> dict[str, str | None]:
-    """What a training begins with, by content: the fingerprint of its ``backbone``, and init_from's hash."""
+def origin(cfg: Config, backbone: str, splits: Mapping[str, PairDataset]) -> dict[str, str | None]:
+    """What a training begins with, by content: fingerprints of ``backbone``, train and val, and init_from's hash."""
     begun = cfg.adapter.init_from
     init_from = None if begun is None else hashlib.sha256(Path(begun).read_bytes()).hexdigest()
-    return {"backbone": backbone, "adapter.init_from": init_from}
+    photos = {f"data.{name}": splits[name].fingerprint for name in ("train", "val")}
+    return {"backbone": backbone, "adapter.init_from": init_from, **photos}
 
 
 def check_origin(checkpoints: Mapping[str, Path], now: Mapping[str, str | None]) -> None:
-    """Raises ConfigError where a checkpoint's training began with other weights than ``now``; older ones do not say."""
+    """Raises ConfigError where a checkpoint's training began with other weights or data than ``now``.
+
+    Older ones do not say; on other data a trained photo could become one to test on.
+    """
     for path in checkpoints.values():
-        told = torch.load(path, map_location="cpu", mmap=True, weights_only=True).get(ORIGIN)
-        for key in () if told is None else now:
-            if told[key] != now[key]:
-                raise _another(path, key)
+        told = torch.load(path, map_location="cpu", mmap=True, weights_only=True).get(ORIGIN) or {}
+        for key in now:
+            if key not in told or told[key] == now[key]:
+                continue
+            if key.startswith("data."):
+                raise ConfigError(
+                    f"{path} was trained on other photos, captions or splits ({key} differs): give it the data and "
+                    "data.* that it had, or start anew without ckpt_path (adapter.init_from begins with its LoRA)."
+                )
+            raise _another(path, key)
 
 
 class KeepOrigin(Callback):
-    """Writes the training's ``origin`` into its checkpoints."""
+    """Writes the training's ``origin`` into its checkpoints; ConfigError where it is not the same on all processes."""
 
     def __init__(self, own: Mapping[str, str | None]) -> None:
         self.own = dict(own)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        alike = trainer.strategy.broadcast(self.own) == self.own
+        if not trainer.strategy.reduce_boolean_decision(alike):
+            raise ConfigError(
+                "the processes of this training do not see the same photos, captions, splits or weights: give each "
+                "machine the same files under data.root, backbone.path and adapter.init_from."
+            )
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint[ORIGIN] = self.own

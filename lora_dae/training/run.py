@@ -21,6 +21,7 @@ from lora_dae.backbone.load import load_backbone
 from lora_dae.backbone.parts import load_scheduler
 from lora_dae.config import Config, to_dict
 from lora_dae.data.buckets import parse_buckets
+from lora_dae.data.masks import check_garments
 from lora_dae.data.pair import PairDataset, replace_pixels
 from lora_dae.data.sources import check_mask, check_outside, check_source, load_splits
 from lora_dae.enhancement.module import build_enhancement
@@ -84,14 +85,16 @@ def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Tr
         check_file(cfg.adapter.init_from)
     if checkpoints:
         check_steps(cfg, checkpoints)
-        check_origin(checkpoints, origin(cfg, folder.fingerprint()))
     tracking.check_tracking(cfg.tracking)
     quiet()
     splits = load_splits(cfg.data)
     check_source(cfg, splits["train"])
     check_mask(cfg, splits["train"])
+    check_garments(splits["train"], cfg.data)
     if cfg.conditioning == "none":
         splits = {name: _without_source(split) for name, split in splits.items()}
+    if checkpoints:
+        check_origin(checkpoints, origin(cfg, folder.fingerprint(), splits))
     console.print(f"run folder {run_dir}", soft_wrap=True, highlight=False)
     backbone = load_backbone(cfg.backbone)
     lightning.seed_everything(cfg.seed, verbose=False)  # before the adapter draws its weights

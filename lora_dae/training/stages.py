@@ -87,7 +87,7 @@ class Training:
                 f"backbone.weights={cfg.backbone.weights} needs mixed precision, but trainer.precision is 32-true "
                 "here: set trainer.precision=bf16-mixed, or backbone.weights=fp32."
             )
-        self.origin = origin(cfg, backbone.fingerprint)
+        self.origin = origin(cfg, backbone.fingerprint, splits)
         self.stopped_early = ""  # at which step and why, in words
         self.stores: dict[str, Any] = {}  # all stages read the same rows
         self.data = self._data(cfg.data.batch_size)

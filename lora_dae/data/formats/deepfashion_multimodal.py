@@ -19,7 +19,7 @@ from PIL import Image
 
 from lora_dae.config import ConfigError, DataConfig
 from lora_dae.data.entry import Entry, FileBlob, spelled
-from lora_dae.data.formats.files import read_json, root_of, walk_photos
+from lora_dae.data.formats.files import as_text, read_json, root_of, walk_photos
 from lora_dae.data.formats.label_map import mask_of_classes
 from lora_dae.data.formats.writing import Splits, every_pair, save_image, save_json
 
@@ -41,7 +41,7 @@ def read(cfg: DataConfig) -> list[Entry]:
         parts = NAME.fullmatch(photo.stem)
         if parts is None:
             raise ConfigError(f"{photo} is not named like MEN-Denim-id_00000080-01_7_additional.jpg: take it out.")
-        text = str(captions.get(photo.name, "")).strip()
+        text = as_text(captions.get(photo.name)).strip()
         category = parts[3].replace("_", " ").lower()
         entries.append(
             Entry(

@@ -4,8 +4,8 @@
     model/<id>.jpg        the photo to learn
     mask/<id>.png         the garment in model/<id>.jpg, white on black; all ids or none
     captions.jsonl        {"id": "<id>", "text": "a woman wearing a red plaid shirt"} a line, and where known
-                          "category", "group_id" (one garment, several photos) and more attributes; more lines of
-                          one id are more captions
+                          "category", "group_id" (one garment, several photos), "mirror" (false: never) and more
+                          attributes; more lines of one id are more captions
     splits.json           {"train": ["<id>", ...], "val": [...], "test": [...]}; without it a split by group_id
 
 Any image suffix will do. Ids are file names without suffix.
@@ -15,11 +15,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from lora_dae.config import ConfigError, DataConfig
 from lora_dae.data.entry import Entry, FileBlob, spelled
-from lora_dae.data.formats.files import SPLIT_NAMES, inside, read_json, read_jsonl, root_of, walk_photos
-from lora_dae.data.formats.writing import Splits, every_pair, needs_source, save_image, save_json, save_lines
+from lora_dae.data.formats.files import SPLIT_NAMES, inside, may_mirror, read_json, read_jsonl, root_of, walk_photos
+from lora_dae.data.formats.shards import mirrors
+from lora_dae.data.formats.writing import Splits, free_attributes, needs_source, save_image, save_json, save_lines
+
+OWN = ("id", "text", "group_id", "category", "mirror")
 
 
 def read(cfg: DataConfig) -> list[Entry]:
@@ -46,8 +50,9 @@ def read(cfg: DataConfig) -> list[Entry]:
                 source=FileBlob(mannequins[id]),
                 mask=FileBlob(masks[id]) if id in masks else None,
                 category=row.get("category"),
-                attributes={k: v for k, v in row.items() if k not in ("id", "text", "group_id", "category")},
+                attributes={k: v for k, v in row.items() if k not in OWN},
                 split=split_of.get(id),
+                mirror=may_mirror(row.get("mirror")),
             )
         )
     return entries
@@ -55,16 +60,25 @@ def read(cfg: DataConfig) -> list[Entry]:
 
 def write(splits: Splits, root: Path) -> None:
     needs_source("fashion_mannequin", splits)
-    lines, ids = [], {split: [] for split in splits}  # type: ignore[var-annotated]
-    for split, pair in every_pair(splits):
-        id = inside(pair.id)
-        save_image(root / "mannequin" / f"{id}.jpg", pair.source)
-        save_image(root / "model" / f"{id}.jpg", pair.image)
-        if pair.mask is not None:
-            save_image(root / "mask" / f"{id}.png", pair.mask)
-        row = {"id": id, "text": pair.caption, "group_id": pair.group_id, **(pair.attributes or {})}
-        lines.append(json.dumps(row | ({"category": pair.category} if pair.category else {}), ensure_ascii=False))
-        ids[split].append(id)
+    lines: list[str] = []
+    ids: dict[str, list[str]] = {split: [] for split in splits}
+    for split, pairs in splits.items():
+        for index in range(len(pairs)):
+            pair = pairs[index]
+            id = inside(pair.id)
+            save_image(root / "mannequin" / f"{id}.jpg", pair.source)
+            save_image(root / "model" / f"{id}.jpg", pair.image)
+            if pair.mask is not None:
+                save_image(root / "mask" / f"{id}.png", pair.mask)
+            row: dict[str, Any] = {"id": id, "text": pair.caption, "group_id": pair.group_id}
+            row |= free_attributes(pair, OWN)
+            if pair.category:
+                row["category"] = pair.category
+            if not mirrors(pairs, index):
+                row["mirror"] = False
+            rows = [row, *({"id": id, "text": text} for text in pair.captions[1:])]
+            lines += [json.dumps(row, ensure_ascii=False) for row in rows]
+            ids[split].append(id)
     save_lines(root / "captions.jsonl", lines)
     save_json(root / "splits.json", ids)
 
@@ -84,7 +98,7 @@ def _captions(path: Path) -> tuple[dict[str, dict[str, str]], dict[str, list[str
     known: dict[str, dict[str, str]] = {}
     texts: dict[str, list[str]] = {}
     for number, row in read_jsonl(path):
-        if "id" not in row:
+        if row.get("id") is None:
             raise ConfigError(f"{path} line {number} has no id: every line names its photo.")
         words = {k: str(v).strip() for k, v in row.items() if v is not None}
         known.setdefault(words["id"], words)

@@ -17,7 +17,10 @@ from lora_dae.config import ConfigError, DataConfig
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 # How publishers call their splits, and how we do.
-SPLIT_NAMES = {"train": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val", "test": "test"}
+SPLIT_NAMES = {
+    "train": "train", "training": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val",
+    "eval": "val", "evaluation": "val", "test": "test", "testing": "test",
+}  # fmt: skip
 Row = tuple[int, dict[str, Any]]  # line number, columns
 
 
@@ -44,11 +47,26 @@ def read_text(path: Path) -> str:
 def read_json(path: Path) -> Any:
     text = read_text(path)
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not JSON ({error.msg}, line {error.lineno}): correct it.") from error
     refuse_halves(text, value, str(path))
     return value
+
+
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads``, but None for NaN and infinities: JSON has none, and pandas writes them for empty cells."""
+    return json.loads(text, parse_constant=lambda _: None)
+
+
+def as_text(value: Any) -> str:
+    """A cell as text; "" for None and for NaN, the empty cell of libraries without a None of their own."""
+    return "" if value is None or value != value else str(value)
+
+
+def may_mirror(value: Any) -> bool:
+    """What a ``mirror`` column says: yes, unless it says no."""
+    return str(value).strip().lower() not in ("false", "no", "0", "0.0")
 
 
 def refuse_halves(text: str, value: Any, where: str) -> None:
@@ -69,7 +87,7 @@ def read_jsonl(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path} line {number} is not JSON ({error.msg}): correct that line.") from error
         if not isinstance(row, dict):
@@ -79,10 +97,15 @@ def read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def read_csv(path: Path) -> Iterator[Row]:
-    """Rows with the number of their last line. Quoted fields may hold line breaks."""
+    """Rows with the number of their last line. Quoted fields may hold line breaks; ConfigError for unquoted commas."""
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         for row in reader:
+            if any(row.pop(None, ())):  # the columns beyond the last name: a text was cut at a comma, others shifted
+                raise ConfigError(
+                    f"{path} line {reader.line_num} has more columns than the first line names: put texts that have "
+                    "commas in double quotes."
+                )
             yield reader.line_num, row
     except csv.Error as error:
         raise ConfigError(f"{path} line {reader.line_num} is no CSV ({error}): correct it.") from error

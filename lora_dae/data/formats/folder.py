@@ -3,7 +3,8 @@
 * ``metadata.jsonl`` or ``metadata.csv`` (Hugging Face imagefolder): ``file_name`` and ``text``, and where there is
   more to say ``captions`` (a list), ``category``, ``group_id``, ``source``, ``mask``, ``split`` and ``mirror``.
   Any other column becomes an attribute for caption templates. Files lie relative to the folder or its ``images/``.
-  It may also lie in folders named after the splits (``train/``, ``validation/`` or ``val/``, ``test/``).
+  It, or the photos that it lists, may also lie in folders named after the splits (``train/``, ``validation/`` or
+  ``val/``, ``test/``).
 * no metadata: every photo ``x.jpg``, at any depth, has its caption beside it in ``x.txt`` or ``x.caption``.
 * folders named like ``10_red dress`` (kohya): its photos come ten times a pass; "red dress" is their caption where
   they have none of their own.
@@ -15,9 +16,10 @@ photo that steers it and its garment mask.
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora_dae.config import ConfigError, DataConfig
@@ -28,13 +30,15 @@ from lora_dae.data.formats.files import (
     Row,
     find,
     inside,
+    may_mirror,
     read_csv,
     read_jsonl,
     read_text,
     root_of,
     walk_photos,
 )
-from lora_dae.data.formats.writing import Splits, every_pair, save_image, save_lines
+from lora_dae.data.formats.shards import mirrors
+from lora_dae.data.formats.writing import Splits, free_attributes, save_image, save_lines
 
 SIBLINGS = ("source", "mask")
 COLUMNS = ("file_name", "text", "captions", "category", "group_id", "source", "mask", "split", "mirror")
@@ -85,12 +89,14 @@ def _from_metadata(root: Path, table: Path, folder: str, cfg: DataConfig) -> lis
         if split and split not in SPLIT_NAMES:
             raise ConfigError(f"{where} has the split {split}: use train, val or test.")
         name = f"{folder}/{file_name}" if folder else file_name
+        # Names of source photos may begin anew in each split: the path tells them apart.
+        shared = posixpath.normpath(posixpath.join(folder, text["source"])) if text["source"] else name
         entries.append(
             Entry(
                 # A photo may be listed more than once, with other captions.
                 id=f"{name}#{number}" if name in seen else name,
                 # Photos of one garment share its source photo, and must not be split over train and test.
-                group_id=text["group_id"] or text["source"] or name,
+                group_id=text["group_id"] or shared,
                 captions=captions,
                 image=FileBlob(_locate(at, file_name)),
                 where=where,
@@ -98,8 +104,8 @@ def _from_metadata(root: Path, table: Path, folder: str, cfg: DataConfig) -> lis
                 mask=mask,
                 category=text["category"] or None,
                 attributes={str(k): _word(v) for k, v in row.items() if k not in COLUMNS and _word(v)},
-                split=SPLIT_NAMES.get(split),
-                mirror=text["mirror"].lower() not in ("false", "no", "0"),
+                split=SPLIT_NAMES.get(split) or _split_in(file_name),
+                mirror=may_mirror(text["mirror"]),
             )
         )
         seen.add(name)
@@ -111,7 +117,7 @@ def _from_sidecars(root: Path, cfg: DataConfig) -> list[Entry]:
     photos = [path for path in walk_photos(root) if not any(path.is_relative_to(folder) for folder in beside)]
     if not photos:
         raise ConfigError(f"data.root={root} holds no photos ({', '.join(PHOTO_SUFFIXES)}): put some there.")
-    captions = [_sidecar(photo) for photo in photos]
+    captions = [_sidecar(photo, required=not may_lack_caption(cfg)) for photo in photos]
     if not any(captions) and not may_lack_caption(cfg) and not any(REPEATS.fullmatch(p.parent.name) for p in photos):
         raise ConfigError(
             f"data.root={root} holds {len(photos)} photos but no captions: add metadata.jsonl or "
@@ -135,21 +141,29 @@ def _from_sidecars(root: Path, cfg: DataConfig) -> list[Entry]:
                 where=id,
                 source=_sibling(root, "source", name),
                 mask=_sibling(root, "mask", name),
-                split=SPLIT_NAMES.get(name.partition("/")[0].lower()) if "/" in name else None,
+                split=_split_in(name),
                 repeats=int(repeated[1]) if repeated else 1,
             )
         )
     return entries
 
 
-def _sidecar(photo: Path) -> str | None:
+def _split_in(name: str) -> str | None:
+    """The split that the first folder of a path is named after."""
+    first = next(iter(PurePosixPath(name).parts[:-1]), "")
+    return SPLIT_NAMES.get(first.lower())
+
+
+def _sidecar(photo: Path, required: bool) -> str | None:
+    """The caption beside a photo; an empty file counts as none, or raises ConfigError where captions are required."""
     for suffix in (".txt", ".caption"):
         sidecar = photo.with_suffix(suffix)
         if sidecar.is_file():
             caption = " ".join(read_text(sidecar).split())
-            if not caption:
+            if caption:
+                return caption
+            if required:
                 raise ConfigError(f"{sidecar} is empty: write the caption of {photo.name} into it.")
-            return caption
     return None
 
 
@@ -190,13 +204,21 @@ def _sibling(root: Path, part: str, name: str) -> FileBlob | None:
 def write(splits: Splits, root: Path) -> None:
     """images/, source/, mask/ and metadata.jsonl with the splits."""
     lines = []
-    for split, pair in every_pair(splits):
-        name = f"{inside(pair.id)}.png"
-        save_image(root / "images" / name, pair.image)
-        row: dict[str, Any] = {"file_name": f"images/{name}", "text": pair.caption, "split": split}
-        for part in SIBLINGS:
-            if getattr(pair, part) is not None:
-                save_image(root / part / name, getattr(pair, part))
-        row |= {"group_id": pair.group_id, **(pair.attributes or {})}
-        lines.append(json.dumps(row | ({"category": pair.category} if pair.category else {}), ensure_ascii=False))
+    for split, pairs in splits.items():
+        for index in range(len(pairs)):
+            pair = pairs[index]
+            name = f"{inside(pair.id)}.png"
+            save_image(root / "images" / name, pair.image)
+            for part in SIBLINGS:
+                if getattr(pair, part) is not None:
+                    save_image(root / part / name, getattr(pair, part))
+            row: dict[str, Any] = {"file_name": f"images/{name}", "text": pair.caption, "split": split}
+            row |= {"group_id": pair.group_id, **free_attributes(pair, COLUMNS)}
+            if len(pair.captions) > 1:
+                row["captions"] = pair.captions
+            if pair.category:
+                row["category"] = pair.category
+            if not mirrors(pairs, index):
+                row["mirror"] = False
+            lines.append(json.dumps(row, ensure_ascii=False))
     save_lines(root / "metadata.jsonl", lines)

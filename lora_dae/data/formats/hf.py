@@ -2,8 +2,9 @@
 
 ``data.root`` is ``owner/name`` or ``owner/name@revision``, a .parquet file, or a folder of them (splits by the first
 word of the file names: train-00000-of-00002.parquet). The first column of images is the photo; ``text``, ``caption``,
-``prompt`` or ``description`` the caption; ``source`` or ``conditioning_image`` and ``mask`` may be there. Further
-columns of words are attributes. No code of the data set is run.
+``prompt`` or ``description`` the caption, ``captions`` (a list) more of them; ``source`` or ``conditioning_image``,
+``mask``, ``id``, ``group_id``, ``category`` and ``mirror`` may be there. Further columns of words are attributes.
+No code of the data set is run.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from typing import Any
 
 from lora_dae.config import ConfigError, DataConfig
 from lora_dae.data.entry import Entry, RowBlob
-from lora_dae.data.formats.files import SPLIT_NAMES, split_of
-from lora_dae.data.formats.writing import Splits
+from lora_dae.data.formats.files import SPLIT_NAMES, as_text, may_mirror, split_of
+from lora_dae.data.formats.shards import mirrors
+from lora_dae.data.formats.writing import Splits, every_pair, free_attributes
 
 NOTICE = "check the licence on the data set's card"
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "description")
 SOURCE_COLUMNS = ("source", "conditioning_image")
+OWN = ("id", "group_id", "mirror", *CAPTION_COLUMNS)
 
 
 def read(cfg: DataConfig) -> list[Entry]:
@@ -46,7 +49,9 @@ def _from_table(root: str, name: str, table: Any, split: str) -> list[Entry]:
     source = next((column for column in SOURCE_COLUMNS if column in pictures), None)
     mask = "mask" if "mask" in pictures else None
     image = next(column for column in pictures if column not in (source, mask))
-    caption = next((column for column in CAPTION_COLUMNS if column in table.features), None)
+    filled = {column: _filled(table, column) for column in (source, mask) if column is not None}
+    told = [column for column in CAPTION_COLUMNS if column in table.features]
+    told = [column for column in told if column in (told[0], "captions")]
     words = table.select_columns([column for column in table.features if column not in pictures])
     classes = {c: kind.names for c, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)}
     version = table._fingerprint
@@ -56,37 +61,46 @@ def _from_table(root: str, name: str, table: Any, split: str) -> list[Entry]:
         values |= {c: names[values[c]] for c, names in classes.items() if values[c] is not None and values[c] >= 0}
 
         def blob(column: str | None, row: int = row, table: Any = table, where: str = where) -> RowBlob | None:
-            return (
-                None if column is None else RowBlob(f"{where} {column}", version, partial(_bytes, table, row, column))
-            )
+            if column is None or column in filled and not filled[column][row]:
+                return None
+            return RowBlob(f"{where} {column}", version, partial(_bytes, table, row, column))
 
-        given = values.get(caption) if caption else None
-        texts = given if isinstance(given, list) else [given] if given else []
+        texts: list[Any] = []
+        for column in told:
+            texts += values[column] if isinstance(values[column], list) else [values[column]]
+        id = as_text(values.get("id")) or f"{name}/{row}"
         photo = blob(image)
         assert photo is not None
         entries.append(
             Entry(
-                id=str(values.get("id") or f"{name}/{row}"),
-                group_id=str(values.get("group_id") or f"{name}/{row}"),
-                captions=tuple(text.strip() for text in texts if isinstance(text, str) and text.strip()),
+                id=id,
+                group_id=as_text(values.get("group_id")) or f"{name}/{row}",
+                captions=tuple(dict.fromkeys(t.strip() for t in texts if isinstance(t, str) and t.strip())),
                 image=photo,
                 where=where,
                 source=blob(source),
                 mask=blob(mask),
                 category=values["category"] if isinstance(values.get("category"), str) else None,
-                attributes={k: v for k, v in values.items() if isinstance(v, str) and v and k not in _OWN},
+                attributes={k: v for k, v in values.items() if isinstance(v, str) and v and k not in OWN},
                 split=split,
+                mirror=may_mirror(values.get("mirror")),
             )
         )
     return entries
 
 
-_OWN = ("id", "group_id", *CAPTION_COLUMNS)
+def _filled(table: Any, column: str) -> list[bool]:
+    """Whether each row has a photo there; Arrow knows, without reading any."""
+    import pyarrow.compute as pc
+
+    cells = table.data.column(column)
+    data, path = (pc.is_valid(pc.struct_field(cells, part)) for part in ("bytes", "path"))
+    return pc.or_(data, path).to_pylist()
 
 
 def _bytes(table: Any, row: int, column: str) -> bytes:
     cell = table[row][column]
-    if cell is None:
+    if cell is None or cell["bytes"] is None and cell["path"] is None:
         return b""
     return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
@@ -107,11 +121,16 @@ def _load(root: str) -> dict[str, Any]:
             files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
             if not files or not files[0].is_file():
                 raise ConfigError(f"data.root={root} holds no .parquet file: give one, a folder of them, or a hub id.")
+            splits = {file: split_of(file.stem, "" if file.parent == path else file.parent.name) for file in files}
+            unnamed = [file for file, split in splits.items() if split is None]
+            if 0 < len(unnamed) < len(files):
+                raise ConfigError(
+                    f"data.root={root} has {unnamed[0].name}, whose name begins with no split as those of others do "
+                    f"({', '.join(SPLIT_NAMES)}): rename it, or take it out."
+                )
             parts: dict[str, list[str]] = {}
-            for file in files:
-                parts.setdefault(
-                    split_of(file.stem, "" if file.parent == path else file.parent.name) or "train", []
-                ).append(str(file))
+            for file, split in splits.items():
+                parts.setdefault(split or "train", []).append(str(file))
             loaded = datasets.load_dataset("parquet", data_files=parts)
         else:
             name, _, revision = root.partition("@")
@@ -125,12 +144,15 @@ def _load(root: str) -> dict[str, Any]:
 
 
 def write(splits: Splits, root: Path) -> None:
-    """<split>-00000-of-00001.parquet with image, source and mask as they are shown on the hub."""
+    """<split>-00000-of-00001.parquet: image, source and mask as they are shown on the hub, attributes as columns."""
     datasets = _library()
     root.mkdir(parents=True, exist_ok=True)
+    own = (*OWN, "category", "image", "source", "mask")
+    names = list(dict.fromkeys(name for _, pair in every_pair(splits) for name in free_attributes(pair, own)))
     for split, pairs in splits.items():
         kinds: dict[str, Any] = {name: datasets.Value("string") for name in ("id", "group_id", "text", "category")}
-        kinds["image"] = datasets.Image()
+        kinds |= {"captions": datasets.List(datasets.Value("string")), "mirror": datasets.Value("bool")}
+        kinds |= {name: datasets.Value("string") for name in names} | {"image": datasets.Image()}
         if pairs.has_source:
             kinds["source"] = datasets.Image()
         if pairs.has_mask:
@@ -138,7 +160,11 @@ def write(splits: Splits, root: Path) -> None:
         rows = []
         for index in range(len(pairs)):
             pair = pairs[index]
-            row = {"id": pair.id, "group_id": pair.group_id, "text": pair.caption, "category": pair.category}
+            row: dict[str, Any] = {
+                "id": pair.id, "group_id": pair.group_id, "text": pair.caption, "category": pair.category,
+                "captions": list(pair.captions or (pair.caption,)), "mirror": mirrors(pairs, index),
+            }  # fmt: skip
+            row |= dict.fromkeys(names) | free_attributes(pair, own)
             rows.append(row | {part: getattr(pair, part) for part in ("image", "source", "mask") if part in kinds})
         table = datasets.Dataset.from_list(rows, features=datasets.Features(kinds))
         table.to_parquet(root / f"{split}-00000-of-00001.parquet")

@@ -32,8 +32,8 @@ from PIL import Image
 
 from lora_dae.config import ConfigError, DataConfig
 from lora_dae.data.entry import Entry, RowBlob
-from lora_dae.data.formats.files import SPLIT_NAMES
-from lora_dae.data.formats.shards import PARTS, entry_of, files_of, read_range
+from lora_dae.data.formats.files import SPLIT_NAMES, as_text, may_mirror, parse_json
+from lora_dae.data.formats.shards import PARTS, entry_of, files_of, mirrors, read_range
 from lora_dae.data.formats.writing import Splits
 
 CACHE_SIZE = "25GB"  # of chunks on disk; LitData advises no less
@@ -190,21 +190,21 @@ def _words(record: dict[str, Any], where: str) -> dict[str, Any]:
         captions += value if isinstance(value, list) else [value]
     given = record.get("attributes")
     given = _parsed(given or "{}", f"{where} attributes") if isinstance(given, str) else given
-    known = {**record, **(given if isinstance(given, dict) else {})}
+    known = {k: v for k, v in record.items() if k not in OWN} | (given if isinstance(given, dict) else {})
     return {
-        "id": str(record.get("id", "")),
-        "group_id": str(record.get("group_id", "")),
+        "id": as_text(record.get("id")),
+        "group_id": as_text(record.get("group_id")),
         "captions": list(dict.fromkeys(t.strip() for t in captions if isinstance(t, str) and t.strip())),
         "category": record["category"] or None if isinstance(record.get("category"), str) else None,
-        "attributes": {k: v for k, v in known.items() if k not in OWN and isinstance(v, str) and v},
-        "mirror": bool(record.get("mirror", True)),
+        "attributes": {k: v for k, v in known.items() if isinstance(v, str) and v},
+        "mirror": may_mirror(record.get("mirror")),
         "parts": [part for part in PARTS if part == "image" or record.get(part, b"") not in (b"", "", None)],
     }
 
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         raise ConfigError(f"{where} is not JSON ({error}): write the set anew.") from error
 
@@ -260,7 +260,7 @@ def write(splits: Splits, root: Path) -> None:
                 "attributes": json.dumps(pair.attributes or {}, ensure_ascii=False),
             }  # fmt: skip
             files = {part: EncodedImage(bytes=data) for part, data, _ in files_of(entry, pair)}
-            mirror = {"mirror": entry is None or entry.mirror}
+            mirror = {"mirror": mirrors(pairs, index)}
             chunks[index] = {name: Text(text=text) for name, text in words.items()} | mirror | files
         chunks.done()
         chunks.merge()

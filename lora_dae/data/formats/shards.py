@@ -7,6 +7,7 @@
 
 ``python -m lora_dae.data shards --to <folder> data=...`` writes them, files as they are; ``data.root`` is that folder
 or its address in an object store that fsspec knows (``s3://...``). The webdataset library reads the same tars.
+Splits are those that the data had when they were written, garments apart: files are not compared anew.
 
 Of the two libraries, LitData is the better kept, and reads and writes its own sets here (``data=litdata``, litdata.py).
 Ten million records need what neither has, webdataset streaming and LitData holding no sizes or words apart from the
@@ -181,7 +182,7 @@ def _add(tar: tarfile.TarFile, key: str, pairs: PairDataset, index: int) -> dict
     entry = entry_of(pairs, index)
     words = {
         "id": pair.id, "group_id": pair.group_id, "captions": list(pair.captions or (pair.caption,)),
-        "category": pair.category, "attributes": pair.attributes or {}, "mirror": entry is None or entry.mirror,
+        "category": pair.category, "attributes": pair.attributes or {}, "mirror": mirrors(pairs, index),
     }  # fmt: skip
     parts = {}
     for part, data, suffix in files_of(entry, pair):
@@ -199,6 +200,12 @@ def entry_of(pairs: PairDataset, index: int) -> Entry | None:
         shard, row = pairs.find(index)
         return shard.entries[row]
     return pairs.entries[index] if isinstance(pairs, PhotoPairs) else None
+
+
+def mirrors(pairs: PairDataset, index: int) -> bool:
+    """Whether training may mirror a pair, as its source says: ``Pair.mirror`` is False for all that is held out."""
+    entry = entry_of(pairs, index)
+    return entry is None or entry.mirror
 
 
 def files_of(entry: Entry | None, pair: Pair) -> Iterator[tuple[str, bytes, str]]:

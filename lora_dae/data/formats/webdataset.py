@@ -1,7 +1,7 @@
 """WebDataset tars that others wrote: files of one name but for the suffix are one record.
 
     train-000000.tar    0001.jpg, 0001.txt (or .json with "text" or "caption"), 0002.jpg, ...
-    more parts          0001.source.jpg, 0001.mask.png; in .json also captions, category, group_id and attributes
+    more parts          0001.source.jpg, 0001.mask.png; in .json also captions, category, group_id, attributes, mirror
 
 ``data.root`` is a tar, or a folder of them on disk or in an object store that fsspec knows (``s3://...``). A tar
 belongs to the split that the first word of its name says. Headers and words are read once at the start; for sets whose
@@ -10,7 +10,6 @@ list does not fit into memory, ``python -m lora_dae.data shards`` makes shards w
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Iterator
 from functools import partial
@@ -20,12 +19,12 @@ import fsspec
 
 from lora_dae.config import ConfigError, DataConfig
 from lora_dae.data.entry import Entry, RowBlob, spelled
-from lora_dae.data.formats.files import PHOTO_SUFFIXES, refuse_halves, split_of
+from lora_dae.data.formats.files import PHOTO_SUFFIXES, as_text, may_mirror, parse_json, refuse_halves, split_of
 from lora_dae.data.formats.shards import read_range, write
 
 __all__ = ["read", "write"]  # shards are WebDataset tars with an index beside them
 WORDS = ("text", "caption", "captions")
-OWN = (*WORDS, "id", "group_id", "category", "attributes")
+OWN = (*WORDS, "id", "group_id", "category", "attributes", "mirror")
 Member = tuple[int, int]  # where in the tar it begins, bytes
 
 
@@ -68,24 +67,26 @@ def _entries(files: Any, tar: str, root: str) -> Iterator[Entry]:
         if image is None:
             continue
         given = words.get("attributes")
-        known = {**words, **(given if isinstance(given, dict) else {})}
+        known = {k: v for k, v in words.items() if k not in OWN} | (given if isinstance(given, dict) else {})
+        id = as_text(words.get("id")) or f"{name}/{key}"
         yield Entry(
-            id=str(words.get("id") or f"{name}/{key}"),
-            group_id=str(words.get("group_id") or words.get("id") or f"{name}/{key}"),
+            id=id,
+            group_id=as_text(words.get("group_id")) or id,
             captions=tuple(dict.fromkeys(t.strip() for t in texts if isinstance(t, str) and t.strip())),
             image=image,
             where=where,
             source=blob(_photo(parts, "source."), f"{where} source"),
             mask=blob(_photo(parts, "mask."), f"{where} mask"),
             category=words["category"] if isinstance(words.get("category"), str) else None,
-            attributes={k: v for k, v in known.items() if k not in OWN and isinstance(v, str) and v},
+            attributes={k: v for k, v in known.items() if isinstance(v, str) and v},
             split=split,
+            mirror=may_mirror(words.get("mirror")),
         )
 
 
 def _words(text: bytes, where: str) -> dict[str, Any]:
     try:
-        words = json.loads(text)
+        words = parse_json(text)
     except ValueError as error:
         raise ConfigError(f"{where} is not JSON ({error}): write that tar anew.") from error
     if not isinstance(words, dict):

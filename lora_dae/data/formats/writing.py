@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from rich.console import Console
 
 from lora_dae.config import ConfigError
 from lora_dae.data.pair import Pair, PairDataset
 
 Splits = dict[str, PairDataset]
+console = Console(stderr=True)
 
 
 def every_pair(splits: Splits) -> Iterator[tuple[str, Pair]]:
@@ -21,6 +24,15 @@ def every_pair(splits: Splits) -> Iterator[tuple[str, Pair]]:
     for split, pairs in splits.items():
         for index in range(len(pairs)):
             yield split, pairs[index]
+
+
+def free_attributes(pair: Pair, own: Collection[str]) -> dict[str, str]:
+    """A pair's attributes but for those with a name that the layout uses itself (``own``), which is said once."""
+    attributes = pair.attributes or {}
+    lost = sorted(attributes.keys() & set(own) - {"category"})  # the category has its column
+    if lost:
+        _say_once(f"attributes that are not written, because the layout has columns of these names: {', '.join(lost)}")
+    return {name: word for name, word in attributes.items() if name not in own}
 
 
 def save_image(path: Path, pixels: np.ndarray) -> None:
@@ -44,3 +56,8 @@ def needs_source(layout: str, splits: Splits) -> None:
     """Raises ConfigError unless every pair has a source photo, of which the layout consists."""
     if not all(pairs.has_source for pairs in splits.values()):
         raise ConfigError(f"the layout {layout} consists of pairs, but these data have no source photos: use folder.")
+
+
+@cache
+def _say_once(text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False, markup=False)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
-import shutil
+import tempfile
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import cv2
@@ -86,9 +86,20 @@ class StudioDataset:
         self.sources = np.load(self.directory / "sources.npy", mmap_mode="r") if self.has_source else None
 
     def _render_all(self, workers: int, title: str) -> None:
-        """Render into a folder of another name and rename it, so that a killed run leaves no half cache."""
-        partial = self.directory.with_name(f"{self.directory.name}.partial{os.getpid()}")
-        partial.mkdir(parents=True)
+        """Render into a folder of another name and rename it, so that a killed run leaves no half cache.
+
+        A name that nobody had: in a container a process has the number of the killed one.
+        """
+        parent = self.directory.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{self.directory.name}.partial", dir=parent) as own:
+            partial = Path(own) / "arrays"  # the folder around it is closed to other users
+            partial.mkdir()
+            self._render_into(partial, workers, title)
+            with suppress(OSError):  # another process finished first: its pictures are the same
+                partial.rename(self.directory)
+
+    def _render_into(self, partial: Path, workers: int, title: str) -> None:
         n, r = self.size, self.resolution
 
         def array(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -118,10 +129,6 @@ class StudioDataset:
         for out in (images, masks, sources):
             if out is not None:
                 out.flush()  # type: ignore[attr-defined]
-        try:
-            partial.rename(self.directory)
-        except OSError:  # another process finished first: its pictures are the same
-            shutil.rmtree(partial)
 
     def __len__(self) -> int:
         return self.size

@@ -56,4 +56,4 @@ def store(path: Path, seen: Observed) -> None:
 
 def _weights(extractor: FeatureExtractor) -> str:
     """The sum of the weights: a folder may hold another model tomorrow."""
-    return f"{sum(p.detach().double().sum().item() for p in extractor.parameters()):.9g}"
+    return f"{sum(p.detach().cpu().double().sum().item() for p in extractor.parameters()):.9g}"

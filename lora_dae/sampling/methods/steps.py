@@ -11,6 +11,8 @@ from torch import Tensor
 from lora_dae.diffusion import current_level
 from lora_dae.sampling.method import Method, Step
 
+LEAST = 0.00466  # alphas_cumprod of Stable Diffusion's noisiest level
+
 
 class DetailDaemon(Method):
     """The network is told less noise than there is, and takes what is left of it for detail.
@@ -51,8 +53,8 @@ class WaveletCorrection(Method):
         self.low, self.high = low, high
 
     def after(self, step: Step, guided: Tensor, reached: Tensor, level: tuple[float, float]) -> Tensor:
-        cumprod = step.scheduler.alphas_cumprod
-        least = float(cumprod[cumprod > 0][-1])  # a terminal SNR of zero has no ratio
+        # A terminal SNR of zero has no ratio, and the level before it one that leaves all others no share.
+        least = max(float(step.scheduler.alphas_cumprod[-1]), LEAST)
         alpha, sigma = step.level
         share = min(1.0, sigma / max(alpha, 1e-12) / math.sqrt((1 - least) / least))
         away = reached - step.x0(guided)
