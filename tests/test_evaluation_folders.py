@@ -17,6 +17,7 @@ from test_evaluation_measure import TinyFeatures
 from lora_dae.config import ConfigError, conf_dir
 from lora_dae.evaluation import folder_run, folders
 from lora_dae.evaluation.command import EvaluateRequest, evaluate
+from lora_dae.evaluation.folders import read_masks, scan
 from lora_dae.evaluation.metrics.measure import build_reference, measure_images
 from lora_dae.evaluation.references import FLOOR
 
@@ -90,6 +91,25 @@ def _masks(root: Path, size: tuple[int, int] = (40, 40)) -> Path:
         mask[8:30, 5 : 20 + 2 * k] = 255
         Image.fromarray(mask).save(root / f"{k:02d}.png")
     return root
+
+
+def test_masks_of_ones_and_of_classes_are_read_as_those_of_a_run(tmp_path: Path) -> None:
+    """0 and 1, and a palette whose garment is dark red, mean the same garment as 0 and 255."""
+    whole = _masks(tmp_path / "whole")
+    for name in ("ones", "palette"):
+        (tmp_path / name).mkdir()
+        for file in whole.iterdir():
+            classes = Image.fromarray((np.asarray(Image.open(file)) > 0).astype(np.uint8))
+            if name == "palette":
+                classes = classes.convert("P")
+                classes.putpalette([0, 0, 0, 128, 0, 0])
+            classes.save(tmp_path / name / file.name)
+    expected, *found = (
+        list(read_masks(scan("masks", tmp_path / name), range(6), None)) for name in ("whole", "ones", "palette")
+    )
+    for masks in found:
+        assert all(np.array_equal(a, b) for a, b in zip(masks, expected, strict=True))
+    assert expected[0].max() == 255
 
 
 def test_masks_give_the_garments_numbers_that_a_run_has(two: tuple[Path, Path], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from lora_dae.config import ConfigError
 from lora_dae.data.decode import BadImageError, decode, open_image, upright_size
+from lora_dae.data.masks import decode_mask
 from lora_dae.data.square import fit_mask, fit_square
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -151,10 +152,10 @@ def read(folder: PictureFolder, index: Sequence[int], resolution: int | None) ->
 
 
 def read_masks(folder: PictureFolder, index: Sequence[int], resolution: int | None) -> Iterator[np.ndarray]:
-    """The masks at ``index`` as uint8 (H, W) of 0 and 255 where it is bright, scaled and padded as pictures are."""
+    """The masks at ``index`` as uint8 (H, W) of 0 and 255 on the garment, scaled and padded as pictures are."""
 
     def one(k: int) -> np.ndarray:
-        mask = _decode(folder.files[k], "black")  # what is transparent is no garment
+        mask = _decode(folder.files[k], decode_mask)
         return _bright(mask) if resolution is None else fit_mask(mask, mask, resolution, whole=True)
 
     return _ahead(one, index)
@@ -248,9 +249,9 @@ def _contents(folder: PictureFolder) -> Iterator[tuple[Path, bytes]]:
         yield folder.files[k], hashlib.blake2b(head + pixels.tobytes(), digest_size=16).digest()
 
 
-def _decode(file: Path, background: str = "white") -> Image.Image:
+def _decode(file: Path, decoder: Callable[[bytes], Image.Image] = decode) -> Image.Image:
     try:
-        return decode(file.read_bytes(), background=background)
+        return decoder(file.read_bytes())
     except (BadImageError, OSError) as error:
         raise ConfigError(f"{file} {_reason(error)}: replace it or take it out.") from error
 
