@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_dae.config import ConfigError
+from lora_dae.config import ConfigError, DataConfig
+from lora_dae.data.sources import load_split, load_splits
 from lora_dae.data.studio.attributes import COLORS, GARMENTS, PATTERNS, draw_look, stream
 from lora_dae.data.studio.captions import caption
 from lora_dae.data.studio.dataset import SPLIT_START, StudioDataset
@@ -113,6 +114,14 @@ def test_dataset_is_rendered_once_and_read_back(tmp_path: Path) -> None:
     assert (again.directory / "images.npy").stat().st_mtime_ns == stamp
     assert again.fingerprint == made.fingerprint
     assert StudioDataset(tmp_path, "target", "val", 2, seed=1, resolution=32, workers=1).fingerprint != made.fingerprint
+
+
+def test_one_split_alone_renders_no_other(tmp_path: Path) -> None:
+    cfg = DataConfig(cache_dir=str(tmp_path), resolution=64, train_size=2, val_size=2, test_size=2)
+    one = load_split(cfg, "test")
+    assert len({path.parent for path in tmp_path.rglob("images.npy")}) == 1
+    assert one.fingerprint == load_splits(cfg)["test"].fingerprint
+    assert len({path.parent for path in tmp_path.rglob("images.npy")}) == 3
 
 
 def test_what_a_killed_rendering_left_stands_in_nobodys_way(tmp_path: Path) -> None:

@@ -34,11 +34,17 @@ def load_splits(cfg: DataConfig) -> dict[str, PairDataset]:
         return shards.load(cfg)
     if cfg.name != "studio":
         return dict(load_photos(cfg))
-    sizes = {"train": cfg.train_size, "val": cfg.val_size, "test": cfg.test_size}
-    return {
-        split: StudioDataset(cfg.cache_dir, "target", split, size, cfg.seed, cfg.resolution, cfg.difficulty)
-        for split, size in sizes.items()
-    }
+    return {split: _studio(cfg, split) for split in ("train", "val", "test")}
+
+
+def load_split(cfg: DataConfig, name: str) -> PairDataset:
+    """One of ``load_splits``; for it the studio renders no other."""
+    return _studio(cfg, name) if cfg.name == "studio" else load_splits(cfg)[name]
+
+
+def _studio(cfg: DataConfig, split: str) -> StudioDataset:
+    size = {"train": cfg.train_size, "val": cfg.val_size, "test": cfg.test_size}[split]
+    return StudioDataset(cfg.cache_dir, "target", split, size, cfg.seed, cfg.resolution, cfg.difficulty)
 
 
 def list_entries(cfg: DataConfig) -> list[Entry]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_dae.config import ConfigError
-from lora_dae.data.sources import load_splits
+from lora_dae.data.sources import load_split
 from lora_dae.diffusion import add_noise, alpha_sigma, is_sigma_space, predict_x0
 from lora_dae.enhancement.bands import split_bands
 from lora_dae.enhancement.gates import WINDOW
@@ -117,7 +117,7 @@ def diagnose(
     Raises ConfigError for a folder that is no finished run.
     """
     run = load_run(run_dir, device)
-    held_out = HeldOut.take(load_splits(run.cfg.data)[split], num_samples, run.cfg.conditioning)
+    held_out = HeldOut.take(load_split(run.cfg.data, split), num_samples, run.cfg.conditioning)
     if len({p.image.shape for p in held_out.pairs}) > 1:
         raise ConfigError("diagnose needs photos of one size: leave data.buckets empty.")
     latents = run.backbone.encode_images(np.stack([p.image for p in held_out.pairs]))[0].float()

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from lora_dae.backbone.precision import best_device, choose_precision
 from lora_dae.config import ConfigError
-from lora_dae.data.sources import load_splits
+from lora_dae.data.sources import load_split
 from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.evaluation.photo_mode import PhotoMode
 from lora_dae.rules import check
@@ -160,7 +160,7 @@ def draw_pictures(
         raise ConfigError(f"{run_dir} was trained without enhancement: give it without @{strength:g}, or with @0.")
     cfg = replace(cfg, enhancement=replace(cfg.enhancement, strength=strength))
     check(cfg, trains=False)
-    held_out = HeldOut.take(load_splits(cfg.data)[split], count, cfg.conditioning)
+    held_out = HeldOut.take(load_split(cfg.data, split), count, cfg.conditioning)
     folder = run_dir / "pictures" / (f"{split}_strength_{strength:g}" + ("" if mode is None else mode.folder))
     settings = {
         "format": FORMAT, "strength": strength, "split": split, "count": len(held_out.pairs),

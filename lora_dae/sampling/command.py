@@ -14,7 +14,7 @@ from lora_dae.adapter.source_input import load_framing
 from lora_dae.backbone.precision import best_device, choose_precision
 from lora_dae.config import Config, ConfigError, overridden_sampling
 from lora_dae.data.pair import Pair
-from lora_dae.data.sources import load_splits
+from lora_dae.data.sources import load_split
 from lora_dae.data.square import Framing
 from lora_dae.rules import check
 from lora_dae.sampling.load import LoadedRun, load_run, read_config
@@ -113,7 +113,7 @@ def _conditions(request: SampleRequest, cfg: Config) -> tuple[str, np.ndarray | 
     """The caption, and the source photo as uint8 (H, W, 3) or None."""
     pair: Pair | None = None
     if request.example is not None or request.prompt is None:
-        test = load_splits(cfg.data)["test"]
+        test = load_split(cfg.data, "test")
         number = request.example or 0
         if not 0 <= number < len(test):
             raise ConfigError(f"example={number} is not in the test split: it has 0 to {len(test) - 1}.")

@@ -13,7 +13,7 @@ from lora_dae.backbone.load import load_backbone
 from lora_dae.backbone.precision import best_device, choose_precision
 from lora_dae.config import Config, ConfigError
 from lora_dae.data.pair import Pair, PairDataset
-from lora_dae.data.sources import load_splits
+from lora_dae.data.sources import load_split
 from lora_dae.data.square import Framing
 from lora_dae.data.studio.dataset import StudioDataset
 from lora_dae.sampling.draw import check_sampling
@@ -112,5 +112,5 @@ def _examples(cfg: Config) -> PairDataset:
     """The test split; of the studio that one alone, as rendering the others takes a while."""
     data = cfg.data
     if data.name != "studio":
-        return load_splits(data)["test"]
+        return load_split(data, "test")
     return StudioDataset(data.cache_dir, "target", "test", data.test_size, data.seed, data.resolution, data.difficulty)
