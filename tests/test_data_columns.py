@@ -102,7 +102,7 @@ def test_what_a_table_says_goes_through_an_export(
     kinds |= {"captions": datasets.List(datasets.Value("string")), "mirror": datasets.Value("bool")}
     write_parquet(tmp_path / "table" / "photos.parquet", rows, conditioning_image=datasets.Image(), **kinds)
     cfg = config("hf", tmp_path / "table")
-    writing._say_once.cache_clear()
+    writing.say_once.cache_clear()
     export(cfg, layout, tmp_path / "out")
     told = capsys.readouterr().err
     found = {entry.caption: entry for entry in read_entries(config(layout, tmp_path / "out"))}

@@ -33,7 +33,7 @@ def root(tmp_path: Path) -> Path:
     (root / "source").mkdir()
     for name in WITH_SOURCE:
         shutil.copy(root / "images" / name, root / "source" / name)
-    sources._say_once.cache_clear()  # what was said once is not said again
+    sources.say_once.cache_clear()  # what was said once is not said again
     return root
 
 

@@ -86,7 +86,7 @@ def test_copies_of_a_source_photo_are_one_garment(
     layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_garments(layout, tmp_path / "data")
-    sources._say_once.cache_clear()  # what was said once is not said again
+    sources.say_once.cache_clear()  # what was said once is not said again
     splits = load_photos(config(layout, tmp_path / "data"))
     shown = [[int(entry.caption.split()[1]) // VIEWS for entry in split.entries] for split in splits.values()]
     assert sorted(sum(shown, [])) == sorted(VIEWS * list(range(GARMENTS)))
@@ -131,7 +131,7 @@ def test_published_splits_are_kept_and_what_they_share_is_said_once(
         split = "test" if k < 3 else "val" if k < 5 else "train"
         rows.append({"file_name": f"{k}.png", "text": "a hat", "split": split})
     write_rows(tmp_path / "data" / "metadata.jsonl", rows)
-    sources._say_once.cache_clear()
+    sources.say_once.cache_clear()
     splits = load_photos(config("folder", tmp_path / "data"))
     assert [[entry.id for entry in split.entries] for split in splits.values()] == [
         [f"{k}.png" for k in range(5, 12)], ["3.png", "4.png"], ["0.png", "1.png", "2.png"],

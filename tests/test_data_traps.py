@@ -173,6 +173,6 @@ def test_what_buckets_mean_for_drawing_is_said(tmp_path: Path, capsys: pytest.Ca
     write_photos(tmp_path / "data", 4)
     cfg = config(tmp_path / "data")
     cfg.buckets = ["auto"]
-    sources._say_once.cache_clear()  # what was said once is not said again
+    sources.say_once.cache_clear()  # what was said once is not said again
     load_photos(cfg)
     assert "drawn and measured in squares of 32 x 32" in " ".join(capsys.readouterr().err.split())

@@ -90,7 +90,7 @@ def test_two_ways_of_framing_are_said_once(tmp_path: Path, capsys: pytest.Captur
     framing = framing_of(load_photos(data(tmp_path / "photos"))["train"])
     assert (framing.whole, framing.mixed) == (False, "70%")
     save(framing, tmp_path)
-    source_input._say_once.cache_clear()
+    source_input.say_once.cache_clear()
     assert load_framing(tmp_path) == load_framing(tmp_path) == framing
     assert capsys.readouterr().err.count("70% of the training photos were cropped and the others padded") == 1
 
@@ -115,7 +115,7 @@ def test_photos_that_are_gone_cost_no_training(tmp_path: Path, capsys: pytest.Ca
     write_pairs(tmp_path / "photos", [True] * 3)
     train = load_photos(data(tmp_path / "photos", background="blue"))["train"]
     shutil.rmtree(tmp_path / "photos" / "images")
-    sources._say_once.cache_clear()
+    sources.say_once.cache_clear()
     assert framing_of(train) == Framing(whole=True, background="blue", mixed="")
     assert "cannot be read any more: source photos will be padded" in capsys.readouterr().err
 

@@ -13,18 +13,17 @@ counting the latent channels alone.
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_dae.adapter.atomic import atomic, load_tensors, save_tensors
 from lora_dae.config import ConfigError
+from lora_dae.data.catalog import say_once
 from lora_dae.data.square import Framing
 
 FILE_NAME = "source_input.safetensors"
@@ -189,16 +188,11 @@ def load_framing(path: str | Path) -> Framing:
     framing = Framing.of(header)
     if framing.mixed:
         way, other = ("padded", "cropped") if framing.whole else ("cropped", "padded")
-        _say_once(
+        say_once(
             f"to become squares, {framing.mixed} of the training photos were {way} and the others {other}, their "
             f"source photos alike: a source photo that is given now is {way}"
         )
     return framing
-
-
-@cache
-def _say_once(text: str) -> None:
-    Console(stderr=True).print(text, soft_wrap=True, highlight=False)
 
 
 def _file(path: str | Path) -> Path:

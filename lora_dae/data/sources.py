@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from lora_dae.config import Config, ConfigError, DataConfig
 from lora_dae.data.captions import prepare_captions
-from lora_dae.data.catalog import BadFile, Catalog, Facts, check_bad, check_shape
+from lora_dae.data.catalog import BadFile, Catalog, Facts, check_bad, check_shape, say_once
 from lora_dae.data.entry import Entry
 from lora_dae.data.formats import shards
 from lora_dae.data.masks import add_masks
@@ -53,7 +52,7 @@ def list_entries(cfg: DataConfig) -> list[Entry]:
     if layout is None or not hasattr(layout, "read"):
         raise ConfigError(f"data={cfg.name} has no list of files to work on: do this with the data it was made of.")
     if licence_notice(cfg):
-        _say_once(f"licence  {licence_notice(cfg)}")
+        say_once(f"licence  {licence_notice(cfg)}")
     return layout.read(cfg)[: cfg.max_images]
 
 
@@ -202,7 +201,7 @@ def framing_of(train: PairDataset) -> Framing:
         except (ConfigError, OSError):  # trained from the cache, and gone since: no reason to lose a training
             continue
     if not found:
-        _say_once("the training photos cannot be read any more: source photos will be padded and not cropped")
+        say_once("the training photos cannot be read any more: source photos will be padded and not cropped")
         return Framing(background=background)
     share = sum(found) / len(found)
     alike = max(share, 1 - share)
@@ -214,7 +213,7 @@ def _drop_missing(entries: list[Entry], cfg: DataConfig) -> list[Entry]:
     kept = [entry for entry in entries if entry.source is not None]
     if cfg.missing_source != "drop" or len(kept) in (0, len(entries)):
         return entries
-    _say_once(
+    say_once(
         f"{len(entries) - len(kept)} of {len(entries)} photos have no source photo and are left out "
         "(data.missing_source=drop)"
     )
@@ -226,7 +225,7 @@ def _all_or_no_source(entries: list[Entry]) -> tuple[list[Entry], frozenset[str]
     without = [entry for entry in entries if entry.source is None]
     if len(without) in (0, len(entries)):
         return entries, frozenset()
-    _say_once(
+    say_once(
         f"{len(without)} of {len(entries)} photos have no source photo (the first: {without[0].where}), so those of "
         "the others are ignored; data.missing_source=drop leaves the photos without one out"
     )
@@ -240,13 +239,13 @@ def _tell_garments(listed: list[Entry], splits: dict[str, list[Entry]], facts: F
     before = len({entry.group_id for entry in listed})
     if len(groups) < before:
         name, largest = groups.most_common(1)[0]
-        _say_once(
+        say_once(
             f"photos of different groups are the same file or have the same source photo, so {before} groups are split "
             f"as {len(groups)} garments (the largest has {largest} photos, {name}); a published split decides instead"
         )
     shared = count_shared(splits, facts)
     if shared:
-        _say_once(
+        say_once(
             f"{shared} of {len(splits['train'])} training photos are the same file as a held-out photo or have the "
             "same source photo: published splits are kept as they are, so not all garments that are measured are new "
             "(one group_id for both leaves such a photo out of training)"
@@ -257,7 +256,7 @@ def _tell_garments(listed: list[Entry], splits: dict[str, list[Entry]], facts: F
 def _tell(photos: list[Facts], fit: Fit) -> None:
     """What a person should know about photos that are used: enlarged ones, first frames, converted colors."""
     if fit.buckets:
-        _say_once(
+        say_once(
             f"trained in the sizes of data.buckets, drawn and measured in squares of {fit.resolution} x "
             f"{fit.resolution}: there, oblong photos are cropped or padded"
         )
@@ -266,11 +265,6 @@ def _tell(photos: list[Facts], fit: Fit) -> None:
         width, height = fit.size(photo)
         enlarged += photo.width < width and photo.height < height
     if enlarged:
-        _say_once(f"{enlarged} of {len(photos)} photos are smaller than they are trained at, and are enlarged")
+        say_once(f"{enlarged} of {len(photos)} photos are smaller than they are trained at, and are enlarged")
     for remark, count in Counter(photo.remark for photo in photos if photo.remark).most_common(5):
-        _say_once(f"{count} of {len(photos)} photos: {remark}")
-
-
-@cache
-def _say_once(text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
+        say_once(f"{count} of {len(photos)} photos: {remark}")

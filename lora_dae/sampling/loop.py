@@ -150,11 +150,13 @@ def sample_latents(
     fresh = len(generators) > 0 and (stochastic or type(scheduler).__name__ in FRESH_NOISE)
     extra = {"generator": list(generators)} if fresh else {}
     # Solvers that evaluate the network twice at a noise level have its timestep twice.
-    _, positions = torch.unique_consecutive(scheduler.timesteps, return_inverse=True)
-    scale, levels = guidance.largest(conditions.source is not None), max(int(positions[-1]), 1)
+    positions = torch.unique_consecutive(scheduler.timesteps, return_inverse=True)[
+        1
+    ].tolist()  # read once, not per step
+    scale, levels = guidance.largest(conditions.source is not None), max(positions[-1], 1)
     with method.around(unet):
         for k, t in enumerate(scheduler.timesteps[first:], first):
-            told = method.seen_level(scheduler, t, int(positions[k]) / levels, scale)
+            told = method.seen_level(scheduler, t, positions[k] / levels, scale)
             model_input = scheduler.scale_model_input(sample, t)
             if told is None:
                 predictions = branch_predictions(unet, model_input, t, conditions, guidance)

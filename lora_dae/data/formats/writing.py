@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 
 from lora_dae.config import ConfigError
+from lora_dae.data.catalog import say_once
 from lora_dae.data.pair import Pair, PairDataset
 
 Splits = dict[str, PairDataset]
-console = Console(stderr=True)
 
 
 def every_pair(splits: Splits) -> Iterator[tuple[str, Pair]]:
@@ -31,7 +29,7 @@ def free_attributes(pair: Pair, own: Collection[str]) -> dict[str, str]:
     attributes = pair.attributes or {}
     lost = sorted(attributes.keys() & set(own) - {"category"})  # the category has its column
     if lost:
-        _say_once(f"attributes that are not written, because the layout has columns of these names: {', '.join(lost)}")
+        say_once(f"attributes that are not written, because the layout has columns of these names: {', '.join(lost)}")
     return {name: word for name, word in attributes.items() if name not in own}
 
 
@@ -56,8 +54,3 @@ def needs_source(layout: str, splits: Splits) -> None:
     """Raises ConfigError unless every pair has a source photo, of which the layout consists."""
     if not all(pairs.has_source for pairs in splits.values()):
         raise ConfigError(f"the layout {layout} consists of pairs, but these data have no source photos: use folder.")
-
-
-@cache
-def _say_once(text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False, markup=False)
