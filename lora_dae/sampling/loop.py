@@ -149,10 +149,9 @@ def sample_latents(
     stochastic = str(scheduler.config.get("algorithm_type")).startswith("sde")
     fresh = len(generators) > 0 and (stochastic or type(scheduler).__name__ in FRESH_NOISE)
     extra = {"generator": list(generators)} if fresh else {}
-    # Solvers that evaluate the network twice at a noise level have its timestep twice.
-    positions = torch.unique_consecutive(scheduler.timesteps, return_inverse=True)[
-        1
-    ].tolist()  # read once, not per step
+    # Solvers that evaluate the network twice at a noise level have its timestep twice. Read once, not in every step.
+    _, places = torch.unique_consecutive(scheduler.timesteps, return_inverse=True)
+    positions: list[int] = places.tolist()
     scale, levels = guidance.largest(conditions.source is not None), max(positions[-1], 1)
     with method.around(unet):
         for k, t in enumerate(scheduler.timesteps[first:], first):
