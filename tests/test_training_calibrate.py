@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,9 +73,10 @@ def module(**parts: int | bool) -> EnhancementModule:
     return made
 
 
-def pairs(count: int) -> HeldOut:
+def pairs(count: int, sources: bool = False) -> HeldOut:
     image = np.zeros((8, 8, 3), np.uint8)
-    return HeldOut([Pair(id=str(i), group_id=str(i), caption="a shirt", image=image) for i in range(count)])
+    source = image if sources else None
+    return HeldOut([Pair(str(i), str(i), "a shirt", image, source) for i in range(count)])
 
 
 REAL = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -84,12 +86,13 @@ REAL = torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 class Chain:
     """A sampler in closed form: the real latents, ``deficit`` times too weak, made louder by the module's cap.
 
-    ``deaf``: a solver with which the gain does nothing.
+    ``deaf``: a solver with which the gain does nothing; ``astray``: how far aside everything is drawn.
     """
 
     enhancement: EnhancementModule | None
     deficit: float
     deaf: bool = False
+    astray: int = 0
     placement: str = "prediction"
     cfg: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(batch_size=3)
@@ -99,10 +102,10 @@ class Chain:
     def backbone(self) -> SimpleNamespace:
         return SimpleNamespace(encode_images=lambda images: (REAL[: len(images)], None), unet=nn.Identity())
 
-    def latents(self, captions: list[str], sources: None, strength: float, indices: list[int]) -> Tensor:
+    def latents(self, captions: list[str], sources: Any, strength: float, indices: list[int]) -> Tensor:
         assert self.enhancement is not None
         gain = 0.0 if self.deaf or self.enhancement.gain is None else self.enhancement.gain.max_log_gain
-        return REAL[indices] / self.deficit * math.exp(gain)
+        return REAL[indices].roll(self.astray, -1) / self.deficit * math.exp(gain)
 
 
 @dataclass
@@ -216,6 +219,20 @@ def test_a_gain_is_judged_with_a_solver_of_each_kind(other: tuple[float, bool], 
     made = module(decoder=True)
     found = calibrate_gain((Chain(made, *other), Chain(made, 1.5)), pairs(8), ["a shirt"] * 8)  # type: ignore[arg-type]
     assert found.share == kept
+
+
+@pytest.mark.parametrize(
+    ("astray", "texture", "kept", "untrue"), [(0, True, 1.0, 1.0), (5, True, 0.0, 1.0), (5, False, 1.0, 1.0)]
+)
+def test_beside_source_texture_a_gain_is_kept_only_where_it_is_true(
+    astray: int, texture: bool, kept: float, untrue: float
+) -> None:
+    """What is drawn too weakly, but elsewhere than in the photo, comes farther from it the louder it gets."""
+    made = module(decoder=True, source_channels=4 if texture else 0)
+    chain = Chain(made, 1.5, astray=astray)
+    found = calibrate_gain((chain, chain), pairs(8, sources=True), ["a shirt"] * 8)  # type: ignore[arg-type]
+    assert (found.share, found.untrue) == (kept, untrue)
+    assert ("away from their photos" in str(found)) == (kept < untrue)
 
 
 def test_a_direction_term_keeps_its_gain() -> None:

@@ -1,7 +1,8 @@
 """What a training depends on, as a content hash: two configs of one hash train to the same weights.
 
-Strength, sampling, evaluation, tracking, folders and the ways of computing the same thing are left out, so that a
-sweep over them trains once.
+Strength, sampling, evaluation, tracking, folders and what NOT_TRAINING_IN names are left out, so that a sweep over them
+trains once. Some ways of computing the same thing count (backbone.gradient_checkpointing, data.cache, adapter.kernel):
+to leave them out now would lose all that was trained.
 """
 
 from __future__ import annotations
@@ -73,6 +74,8 @@ def training_part(cfg: Config) -> dict[str, Any]:
         values["enhancement"]["version"] = ENHANCEMENT_VERSION
         if cfg.data.buckets and cfg.enhancement.texture and cfg.conditioning == "source":
             values["enhancement"]["trust"] = 2  # judged in the frames that are drawn since
+        if cfg.enhancement.gain and cfg.enhancement.texture and cfg.conditioning == "source":
+            values["enhancement"]["judged"] = 2  # by fidelity as well since
         if cfg.enhancement.placement == "direction":  # its gain learned on the other placement before
             values["enhancement"]["direction"] = 1
     return values

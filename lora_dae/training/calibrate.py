@@ -4,7 +4,9 @@ The gain learns from a few chains of random settings, each step judged on its ow
 its data, or guidance has filled every deficit already, small errors of many steps add up to too much texture. So the
 finished module draws validation pairs with all, half and none of its gain, and the share whose band energies come
 nearest to the real photos' is what the run saves: none, where none is needed. One half of the pairs is drawn with
-DPM++ 2M and one with DDIM, which loses energy of its own: what is kept is right for solvers of both kinds.
+DPM++ 2M and one with DDIM, which loses energy of its own: what is kept is right for solvers of both kinds. A gain makes
+louder what the network has drawn, true or not, so beside the texture of source photos it is kept only where it takes
+pictures no farther away from their photos: energy is not bought with what the source has proved.
 
 The finest band of pictures is weaker than photos' because the autoencoder cannot keep all of it and no gate can say
 where what is missing would go. Where the source photo has more of it than the picture, the picture's own is made
@@ -36,27 +38,31 @@ PAIRS = 32
 
 @dataclass(frozen=True)
 class Calibration:
-    """share: how much of the gain is kept; gaps: for each share tried, how far the drawn latents' band energies are
-    from the real ones' (``on_policy_loss``), on the even and on the odd pairs."""
+    """share: how much of the gain is kept; untrue: how much would be by the energies alone, if that is more;
+    gaps: for each share tried, how far the drawn latents' band energies are from the real ones' (``on_policy_loss``),
+    on the even and on the odd pairs."""
 
     share: float
     gaps: dict[float, tuple[float, float]]
+    untrue: float = 0.0
 
     def __str__(self) -> str:
         tried = ", ".join(f"{sum(gap) / 2:.3f} with {share:.0%}" for share, gap in self.gaps.items())
-        return f"{self.share:.0%} of the gain is kept (gap of band energies on validation pairs: {tried})"
+        told = f"; {self.untrue:.0%} would take pictures away from their photos" if self.untrue > self.share else ""
+        return f"{self.share:.0%} of the gain is kept (gap of band energies on validation pairs: {tried}{told})"
 
 
 def calibrate_gain(drawers: tuple[Drawer, Drawer], held_out: HeldOut, captions: Sequence[str]) -> Calibration:
     """Keep the best share of the drawers' one enhancement's gain, in place; the first draws even pairs, the other odd.
 
     A share above 0 is kept only if it is farther from the real photos than 0 is on neither half of the pairs, and
-    nearer on one: what the gain does for one solver alone changes nothing with the other.
+    nearer on one: what the gain does for one solver alone changes nothing with the other. With source texture that
+    holds for the squared error of the latents as well.
     """
     module, backbone = drawers[0].enhancement, drawers[0].backbone
     assert module is not None and module.gain is not None
     real = backbone.encode_images(np.stack([pair.image for pair in held_out.pairs]))[0]
-    gaps, needed = {}, drawers[0].placement == "direction"
+    gaps, errors, needed = {}, {}, drawers[0].placement == "direction"
     with merged_once(backbone.unet):
         for share in SHARES:
             trial = with_share(module, share, needed)
@@ -66,13 +72,17 @@ def calibrate_gain(drawers: tuple[Drawer, Drawer], held_out: HeldOut, captions: 
             ]
             even, odd = (_gap(latents, real[half::2], module.levels) for half, latents in enumerate(drawn))
             gaps[share] = (even, odd)
+            errors[share] = [float((latents - real[half::2]).square().mean()) for half, latents in enumerate(drawn)]
     none = gaps[0.0]
     better = [
         s for s in SHARES if all(g <= g0 for g, g0 in zip(gaps[s], none, strict=True)) and sum(gaps[s]) < sum(none)
     ]
-    share = min(better, key=lambda s: sum(gaps[s]), default=0.0)
+    true = better
+    if module.texture is not None and held_out.sources is not None:
+        true = [s for s in better if all(e <= e0 for e, e0 in zip(errors[s], errors[0.0], strict=True))]
+    share, untrue = (min(some, key=lambda s: sum(gaps[s]), default=0.0) for some in (true, better))
     keep_share(module, share, needed)
-    return Calibration(share, gaps)
+    return Calibration(share, gaps, untrue)
 
 
 @dataclass(frozen=True)
