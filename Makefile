@@ -18,12 +18,14 @@ setup: $(DEV) ## create .venv and install everything into it, tools and tests' l
 # Training needs neither tests nor tools, so it does not wait for them.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@echo "installing into .venv: minutes, and several GB where pip finds only torch's CUDA build (README, Troubleshooting)"
+	$(BIN)/python -m pip install --quiet --progress-bar on -c constraints.txt -e .
 	@touch $@
 
 $(DEV): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@echo "installing into .venv: minutes, and several GB where pip finds only torch's CUDA build (README, Troubleshooting)"
+	$(BIN)/python -m pip install --quiet --progress-bar on -c constraints.txt -e ".[dev]"
 	@touch $@ $(READY)
 
 .PHONY: train

@@ -13,7 +13,7 @@ import socket
 import statistics
 import time
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 
 import torch
 import torch.distributed as dist
@@ -74,18 +74,29 @@ def _train(rank: int, together: bool, port: int, steps: int, pipe: Connection) -
 
 
 def measure(together: bool, steps: int) -> tuple[float, int]:
-    """(median seconds of a step, bytes of gradients) of two processes."""
+    """(median seconds of a step, bytes of gradients) of two processes. Raises RuntimeError where one of them dies."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe(duplex=False) for _ in range(2)]
     processes = [context.Process(target=_train, args=(r, together, port, steps, pipes[r][1])) for r in range(2)]
-    for process in processes:
+    for process, (_, sending) in zip(processes, pipes, strict=True):
         process.start()
-    told = [receiving.recv() for receiving, _ in pipes]
-    for process in processes:
-        process.join()
+        sending.close()  # the process has its own: with a second one open, its death would never be noticed
+    waiting, told = [receiving for receiving, _ in pipes], []
+    try:
+        while waiting:
+            for receiving in wait(waiting):
+                told.append(receiving.recv())
+                waiting.remove(receiving)
+    except EOFError as error:
+        raise RuntimeError("one of the two processes died: see what it printed.") from error
+    finally:
+        for process in processes:
+            if waiting:  # for one that died: the other would wait for it, too
+                process.terminate()
+            process.join()
     return max(seconds for seconds, _ in told), told[0][1]
 
 

@@ -148,10 +148,9 @@ def sweep_of(run_dir: Path) -> str | None:
 @_one_sentence
 def sample(cfg: DictConfig) -> None:
     """``python sample.py run=<dir> prompt="..."``: draw with a finished run."""
-    from lora_dae.sampling.command import SampleRequest, draw_samples
+    from lora_dae.sampling.command import draw_samples, request_of
 
-    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    path = draw_samples(SampleRequest(**values), console)
+    path = draw_samples(request_of(cfg), console)
     console.print(f"images   {path}", soft_wrap=True, highlight=False)
 
 

@@ -1,7 +1,7 @@
 """What can be configured: one dataclass per conf/ group, registered in Hydra's ConfigStore.
 
-The YAML files under ``conf/`` are small diffs on these defaults. ``check`` holds every rule that
-spans several fields; it runs before any weight is loaded.
+The YAML files under ``conf/`` are small diffs on these defaults. ``rules.check`` holds every rule
+over them; it runs before any weight is loaded.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class SamplingConfig:
     batch_size: int = 32
     seed: int = 1234
     method: str = "none"  # one of METHODS
-    method_options: dict[str, float] = field(default_factory=dict)  # in place of its published settings
+    method_options: dict[str, float] = field(default_factory=dict)  # in place of those in METHODS
     tiled_decode: bool = False  # large pictures leave the VAE in overlapping tiles: less memory, slightly other pixels
 
 
@@ -306,7 +306,7 @@ def overridden(section: Section, request: Any) -> Section:
 
 
 def overridden_sampling(sampling: SamplingConfig, request: Any) -> SamplingConfig:
-    """``overridden``; another method comes with its published settings."""
+    """``overridden``; another method comes with its settings in METHODS."""
     given = overridden(sampling, request)
     name = request.sampling_method  # `method` alone is a group of conf/
     return given if name is None else replace(given, method=name, method_options={})

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from rich.console import Console
@@ -34,11 +38,13 @@ def photo(number: int, side: int = 32) -> np.ndarray:
     ).astype(np.uint8)
 
 
-def make_study(root: Path, prompts: int = 4, methods: tuple[str, ...] = METHODS, **options: Any) -> Path:
+def make_study(
+    root: Path, prompts: int = 4, methods: tuple[str, ...] = METHODS, side: int = 32, **options: Any
+) -> Path:
     """A study of pictures of ``methods`` with sources and real photos; ``options`` as in CreateRequest."""
-    items = [Item(f"{i:02d}", f"a red shirt {i}", None, photo(i), photo(50 + i), 3) for i in range(prompts)]
+    items = [Item(f"{i:02d}", f"a red shirt {i}", None, photo(i, side), photo(50 + i, side), 3) for i in range(prompts)]
     for k, method in enumerate(methods):
-        write_pictures(root / method, items, [photo(100 * (k + 1) + i) for i in range(prompts)])
+        write_pictures(root / method, items, [photo(100 * (k + 1) + i, side) for i in range(prompts)])
     values: dict[str, Any] = {"raters": 3, "pairs": 6, "opinions": 2, **options}
     request = CreateRequest(runs=[str(root / m) for m in methods], output=str(root / "study"), **values)
     return create_study(request, Console(quiet=True))
@@ -71,6 +77,44 @@ def serving(study: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     finally:
         process.kill()
         process.wait()
+
+
+@contextmanager
+def proxied(address: str, prefix: str, hands_host_on: bool = True) -> Iterator[str]:
+    """A proxy that shows a server under a path, as nginx does by `location /rate/ { proxy_pass http://.../; }`."""
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802 (the library's name)
+            if not self.path.startswith(prefix + "/"):
+                self.send_error(404)
+                return
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            headers = {k: v for k, v in self.headers.items() if hands_host_on or k.lower() != "host"}
+            connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
+            connection.request(self.command, self.path.removeprefix(prefix), body or None, headers)
+            answer = connection.getresponse()
+            data = answer.read()
+            connection.close()
+            self.send_response(answer.status)
+            for name in ("content-type", "content-security-policy"):
+                if value := answer.getheader(name):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_POST = do_GET  # noqa: N815 (the library's name)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}{prefix}"
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def ask(url: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any, dict[str, str]]:

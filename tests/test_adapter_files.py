@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from adapter_models import draw, plain_pipeline, predict, randomize, tiny_unet
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -67,6 +69,23 @@ def test_load_adapter_restores_every_weight_and_freezes(case: str, tmp_path: Pat
     for name, parameter in trainable_parameters(unet).items():
         assert torch.equal(loaded[name], parameter), name
     assert not trainable_parameters(fresh)
+    assert torch.equal(predict(fresh.eval()), predict(unet))
+
+
+@pytest.mark.parametrize("unused", [None, False, {}], ids=str)
+def test_files_whose_header_names_all_of_peft_are_read(unused: object, tmp_path: Path) -> None:
+    """As they once were written; also by a younger PEFT, with settings that this one does not know and none uses."""
+    unet = trained(CASES["attention_conv"])
+    file = save_adapter(unet, tmp_path)
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    everything = {f"unet.{name}": value for name, value in unet.peft_config["default"].to_dict().items()}
+    told = {**everything, **json.loads(header[LORA_ADAPTER_METADATA_KEY]), "unet.of_a_younger_peft": unused}
+    assert "unet.peft_type" in told
+    old = tmp_path / "old.safetensors"
+    save_file(load_file(file), old, {**header, LORA_ADAPTER_METADATA_KEY: json.dumps(told)})
+    fresh = tiny_unet()
+    load_adapter(fresh, old)
     assert torch.equal(predict(fresh.eval()), predict(unet))
 
 

@@ -66,6 +66,32 @@ def test_layers_that_do_not_train_here_are_named_or_left_out(tmp_path: Path) -> 
     assert not torch.equal(predict(ours), predict(tiny_unet()))
 
 
+def test_layers_that_no_group_means_are_named_as_such(tmp_path: Path) -> None:
+    """kohya's default LoRA trains proj_in and proj_out as well: adapter.targets cannot ask for them."""
+    file = kohya_file(trained("attention", "sd15"), "sd15", tmp_path)
+    state = load_file(file)
+    for name in ("proj_in", "proj_out"):
+        weight = tiny_unet().get_submodule(f"mid_block.attentions.0.{name}").weight
+        base = f"lora_unet_mid_block_attentions_0_{name}"
+        state[f"{base}.lora_down.weight"] = torch.zeros(4, *weight.shape[1:])
+        state[f"{base}.lora_up.weight"] = torch.zeros(weight.shape[0], 4, *[1] * (weight.ndim - 2))
+    save_file(state, tmp_path / "default.safetensors")
+    both = r"2 of them \(proj_in, proj_out\) are in no group of adapter.targets: leave these out .*allow_partial=true"
+    with pytest.raises(ConfigError, match=both):
+        initialize(injected(CASES["attention"]), tmp_path / "default.safetensors")
+    assert "left out" in initialize(injected(CASES["attention"]), tmp_path / "default.safetensors", allow_partial=True)
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.", ""], ids=["peft", "bare"])
+def test_the_layout_of_peft_itself_is_named_as_such(prefix: str, tmp_path: Path) -> None:
+    """As save_pretrained of PEFT writes it, and without any prefix."""
+    file = save_adapter(trained("attention", "sd15"), tmp_path / "a.safetensors")
+    state = {prefix + name.removeprefix("unet."): value for name, value in load_file(file).items()}
+    save_file(state, tmp_path / "peft.safetensors")
+    with pytest.raises(ConfigError, match="is in PEFT's own layout .*save_lora_weights"):
+        initialize(injected(CASES["attention"]), tmp_path / "peft.safetensors")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

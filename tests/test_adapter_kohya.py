@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from test_adapter_files import CASES
 
 from lora_dae.adapter.atomic import save_tensors
-from lora_dae.adapter.files import save_adapter
+from lora_dae.adapter.files import merged_unet, save_adapter
 from lora_dae.adapter.inject import inject
 from lora_dae.adapter.kohya import from_kohya, known_names, kohya_metadata, to_kohya
 from lora_dae.adapter.peft_layout import from_peft, to_peft
@@ -76,6 +76,23 @@ def test_lycoris_reads_the_kohya_file(case: str, tmp_path: Path, monkeypatch: py
     assert len(network.loras) == len(layers_of(unet, tmp_path))
     network.apply_to()
     torch.testing.assert_close(predict(fresh), predict(unet), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["attentions.0.transformer_blocks.0.attn2.to_q", "resnets.0.conv1"])
+def test_comfyui_reads_dora_otherwise_than_it_was_trained(part: str, tmp_path: Path) -> None:
+    """It and Forge divide ``dora_scale`` by the row norms of W (comfy/weight_adapter/base.py), LyCORIS by W + dW's."""
+    unet, name = trained("dora", "sd15"), f"mid_block.{part}"
+    state, key = load_file(kohya_file(unet, "sd15", tmp_path)), f"lora_unet_{name}".replace(".", "_")
+    weight, expected = (model.get_submodule(name).weight.detach() for model in (tiny_unet("sd15"), merged_unet(unet)))
+    down, up, scale = (state[f"{key}.{end}"] for end in ("lora_down.weight", "lora_up.weight", "dora_scale"))
+    delta = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape) * state[f"{key}.alpha"] / down.shape[0]
+
+    def norms(matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.flatten(1).norm(dim=1).reshape(scale.shape)
+
+    lycoris, comfyui = ((weight + delta) * scale / norms(matrix) for matrix in (weight + delta, weight))
+    torch.testing.assert_close(lycoris, expected, rtol=0, atol=1e-5)
+    assert (comfyui - expected).norm() > 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("family", FAMILY)

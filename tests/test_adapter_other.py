@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_models import predict, randomize, tiny_unet
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from lora_dae.adapter.files import save_merged
 from lora_dae.adapter.inject import adapted_layer, inject, layer_ranks, trainable_parameters
 from lora_dae.adapter.other import FILE_NAME, load_other, save_other
 from lora_dae.adapter.table import adapter_rows
@@ -89,6 +91,19 @@ def test_saved_and_loaded_is_the_same_network(kind: str, tmp_path: Path) -> None
     save_file(weights, tmp_path / FILE_NAME, {"kind": kind})
     with pytest.raises(ConfigError, match="another adapter"):
         load_other(tiny_unet(), tmp_path, cfg(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_folder_is_a_plain_unet_that_predicts_the_same(kind: str, tmp_path: Path) -> None:
+    """Merging is all that other programs can have of these kinds; largest difference 1e-4 of the largest value."""
+    unet = tiny_unet()
+    inject(unet, cfg(kind))
+    randomize(unet)
+    expected = predict(unet.eval())
+    assert not torch.allclose(expected, predict(tiny_unet()), atol=1e-3)
+    plain = UNet2DConditionModel.from_pretrained(save_merged(unet, tmp_path / "unet"))
+    assert plain.state_dict().keys() == tiny_unet().state_dict().keys()
+    torch.testing.assert_close(predict(plain.eval()), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("change", [{"use_dora": True}, {"dropout": 0.1}, {"init": "gaussian"}, {"init_from": "x"}])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from adapter_models import randomize
 from compose import config
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from family_models import encoders, pipeline, write_backbone
 from rich.console import Console
 from safetensors import safe_open
@@ -111,6 +113,20 @@ def test_file_gives_every_weight_back(family: str, folders: dict[str, Path], tmp
         assert mine and all(torch.equal(loaded[key], value) for key, value in mine.items())
         assert not trainable_parameters(encoders(fresh)[name])
     assert torch.equal(text_of(fresh), text_of(pipe))
+
+
+def test_headers_name_nothing_that_an_older_peft_refuses(folders: dict[str, Path], tmp_path: Path) -> None:
+    """diffusers hands LoraConfig whatever a header names; these settings PEFT has had since DoRA (0.9, 2024)."""
+    pipe = trained(folders["sdxl"], CASES["rslora"])
+    file = save_adapter(pipe.unet, tmp_path, None, encoders(pipe))
+    with safe_open(file, framework="pt") as opened:
+        header = opened.metadata()
+    exported = to_peft(from_peft(load_file(file), header, str(file)))[1]
+    old = "r lora_alpha target_modules rank_pattern alpha_pattern lora_dropout use_dora use_rslora".split()
+    for told in (header, exported):
+        names = json.loads(told[LORA_ADAPTER_METADATA_KEY])
+        assert {name.split(".")[0] for name in names} == {"unet", *encoders(pipe)}
+        assert {name.split(".")[1] for name in names} <= set(old)
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])

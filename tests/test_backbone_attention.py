@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,34 @@ def test_timing_leaves_the_global_generator_alone(unet: UNet2DConditionModel) ->
 def test_an_unknown_setting_is_refused(unet: UNet2DConditionModel) -> None:
     with pytest.raises(ConfigError, match="flash is unknown"):
         choose_attention(unet, torch.float32, LATENTS, 16, "flash")
+
+
+def test_who_only_draws_leaves_the_memory_as_it_is(unet: UNet2DConditionModel, tmp_path: Path) -> None:
+    memory = tmp_path / "attention.json"
+    choose_attention(unet, torch.float32, LATENTS, 16, memory=memory)
+    before = memory.stat()
+    choose_attention(unet, torch.float32, LATENTS, 16, memory=memory)
+    assert (memory.stat().st_ino, memory.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    choose_attention(unet, torch.float32, (3, *LATENTS[1:]), 16, memory=memory)  # another batch size is new
+    assert memory.stat().st_ino != before.st_ino
+
+
+def test_where_nothing_can_be_written_the_choice_is_made_all_the_same(
+    unet: UNet2DConditionModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file stands where the folder should be, which not even root can write into. It is said once."""
+    (tmp_path / "cache").touch()
+    attention.say_once.cache_clear()
+    for _ in range(2):
+        assert set(choose_attention(unet, torch.float32, LATENTS, 16, memory=tmp_path / "cache" / "x.json")) == SHAPES
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["cache"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"here": 1}', b"\xff"])
+def test_a_damaged_memory_is_written_anew(content: bytes, unet: UNet2DConditionModel, tmp_path: Path) -> None:
+    memory = tmp_path / "attention.json"
+    memory.write_bytes(content)
+    first = choose_attention(unet, torch.float32, LATENTS, 16, memory=memory)
+    (known,) = json.loads(memory.read_text()).values()
+    assert set(first) == SHAPES and sorted(known.values()) == sorted(first.values())

@@ -126,13 +126,6 @@ def test_zero_terminal_snr_can_be_switched_off(tmp_path: Path) -> None:
     assert float(plain.alphas_cumprod[-1]) == pytest.approx(0.00466, abs=1e-5)
 
 
-def test_markers_in_a_checkpoint_set_v_prediction(folders: dict[str, Path], tmp_path: Path) -> None:
-    marked = {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}
-    file = write_single_file(tmp_path / "x.safetensors", folders["sdxl"], marked)
-    found = inspect_backbone(BackboneConfig(name="file", path=str(file), configs=str(folders["sdxl"])))
-    assert (found.prediction_type, found.zero_terminal_snr) == ("v_prediction", True)
-
-
 def test_another_vae(folders: dict[str, Path], tiny_backbone: Path, tmp_path: Path) -> None:
     other = AutoencoderKL(block_out_channels=(4,), norm_num_groups=4, scaling_factor=0.5)
     other.save_pretrained(tmp_path / "vae")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from family_models import write_backbone
+from huggingface_hub.utils import filter_repo_objects
 
 from lora_dae.backbone import hub
 from lora_dae.backbone.layout import inspect_backbone
@@ -105,3 +106,12 @@ def test_what_is_not_asked_for_may_be_missing(folder: Path, snapshot: Path, tmp_
     shutil.copytree(folder / "vae", tmp_path / "vae")
     (snapshot / "vae" / f"{stem}.safetensors").unlink()
     assert inspect_backbone(BackboneConfig(name="sd15", vae_path=str(tmp_path / "vae"))).path == snapshot
+
+
+def test_half_precision_is_not_fetched_beside_the_whole() -> None:
+    """By the hub client's own filter; in one file and, as diffusers and transformers write it, in several."""
+    stem = "unet/diffusion_pytorch_model"
+    wanted = [f"{stem}.safetensors", f"{stem}-00001-of-00002.safetensors", f"{stem}.safetensors.index.json"]
+    other = [f"{stem}.fp16.safetensors", *(f"{one}.fp16-00001-of-00002.safetensors" for one in (stem, "vae/model"))]
+    kept = filter_repo_objects([*wanted, *other], allow_patterns=hub._WANTED, ignore_patterns=hub._UNWANTED)
+    assert list(kept) == wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -105,6 +106,29 @@ def test_tiles_are_seen_at_their_seams_alone(tiny_backbone: Path) -> None:
     torch.testing.assert_close(tiled[..., same], plain[..., same], atol=1e-5, rtol=1e-4)
     assert (tiled - plain).abs()[..., seam, :].max() > 1e-4  # there were tiles
     assert torch.equal(backbone.decode(latents), plain)  # and are none any more
+
+
+def test_a_vae_cuts_pictures_of_its_own_size_into_tiles(copied: Path) -> None:
+    """diffusers leaves those whole that are no larger than the config's sample_size: of SDXL's VAE 1024 pixels."""
+    shutil.rmtree(copied / "vae")
+    AutoencoderKL(
+        block_out_channels=(4, 4, 4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=8,
+        norm_num_groups=4,
+        sample_size=1024,
+        mid_block_add_attention=False,
+    ).save_pretrained(copied / "vae")
+    edit(copied / "model_index.json", vae=["diffusers", "AutoencoderKL"])
+    backbone = load_backbone(BackboneConfig(path=str(copied)))
+    decoded: list[torch.Size] = []
+    backbone.vae.decoder.register_forward_pre_hook(lambda _, inputs: decoded.append(inputs[0].shape[2:]))
+    latents = torch.randn(1, 8, 128, 128, generator=torch.Generator().manual_seed(0))
+    for tiled in (True, False):
+        assert backbone.decode(latents, tiled).shape == (1, 3, 1024, 1024)
+    *tiles, whole = decoded
+    assert len(tiles) > 1 and max(max(size) for size in tiles) == 64 and whole == (128, 128)
 
 
 def test_tiny_vae_is_deterministic_and_scaled(backbone: Backbone) -> None:
@@ -242,6 +266,18 @@ def test_half_precision_variant_files_load_as_float32(copied: Path, backbone: Ba
     unet = load_backbone(BackboneConfig(path=str(copied))).unet
     assert unet.dtype == torch.float32
     torch.testing.assert_close(unet.conv_in.weight, backbone.unet.conv_in.weight, atol=1e-3, rtol=1e-3)
+
+
+def test_half_precision_in_several_files(copied: Path, backbone: Backbone) -> None:
+    """As diffusers writes them: the variant stands before the number, and the index names the files."""
+    shutil.rmtree(copied / "unet")
+    copy.deepcopy(backbone.unet).half().save_pretrained(copied / "unet", variant="fp16", max_shard_size="50KB")
+    shards = sorted(file.name for file in (copied / "unet").glob("*.safetensors"))
+    assert len(shards) > 1 and shards[0].startswith("diffusion_pytorch_model.fp16-00001-of-")
+    found = inspect_backbone(BackboneConfig(path=str(copied)))
+    assert (found.family, found.variants["unet"]) == ("sd1", "fp16")
+    (copied / "unet" / shards[1]).unlink()
+    assert f"{shards[1]} is missing" in refusal(copied)
 
 
 def test_refuses_weights_that_lack_a_tensor(copied: Path) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from lora_dae.adapter.inject import inject, trainable_parameters
 from lora_dae.backbone import precision
 from lora_dae.backbone.group_norm import NarrowGroupNorm, quicken_group_norms
-from lora_dae.backbone.precision import choose_precision, half_type, round_frozen
-from lora_dae.config import AdapterConfig
+from lora_dae.backbone.precision import choose_precision, draws_in_bf16, half_type, round_frozen
+from lora_dae.config import AdapterConfig, Config
 
 SHAPES = [(3, 64, 16, 16), (1, 96, 5, 7), (2, 32, 32, 32), (1, 320, 40, 32)]  # few pixels; one sample; many pixels
 
@@ -151,6 +151,23 @@ def test_auto_takes_bfloat16_where_it_is_clearly_faster(
     assert asked == [(torch.float32, math.inf), (torch.bfloat16, 3.0)]  # measured once in a process
     assert choose_precision("bf16-mixed", torch.device("cpu")) == "bf16-mixed"
     assert choose_precision("auto", torch.device("mps")) == "32-true"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "halved"),
+    [
+        ({"precision": "32-true"}, False),
+        ({"precision": "16-mixed"}, False),
+        ({"precision": "bf16-mixed"}, True),
+        ({}, True),
+    ],
+)
+def test_a_run_is_drawn_in_the_precision_that_it_asks_for(
+    trainer: dict[str, str], halved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine where auto, which is the default, would be bfloat16."""
+    monkeypatch.setattr(precision, "_cpu_gains", lambda: True)
+    assert draws_in_bf16(Config(run_dir="run", trainer=trainer), torch.device("cpu")) == halved
 
 
 def test_what_is_emulated_is_not_measured_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

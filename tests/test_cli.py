@@ -224,6 +224,12 @@ def test_the_printed_command_makes_the_same_request() -> None:
         "bootstrap=50", "controls=false", "runs=[runs/a,'b=runs/c@0']",
     ]  # fmt: skip
     assert _request(*printed) == request
+    for words in (
+        ("run='runs/rank=4,seed=0 (größer)'", "strength=0.5", 'output="it\'s"'),
+        ("runs=['x,y','a b=runs/é','[c]',d]", "vqa='{e: f}'"),
+    ):
+        request = _request(*words)
+        assert _request(*shlex.split(command_of(request))[2:]) == request
 
 
 def test_the_door_opens_quickly() -> None:

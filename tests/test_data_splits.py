@@ -19,8 +19,10 @@ from lora_dae.data import sources
 from lora_dae.data.catalog import Facts
 from lora_dae.data.entry import Entry, FileBlob
 from lora_dae.data.formats.files import split_of
+from lora_dae.data.pair import Pair
 from lora_dae.data.sources import load_photos, read_entries
 from lora_dae.data.splits import split_entries, unite
+from lora_dae.evaluation.heldout import HeldOut, training_pairs
 
 GARMENTS, VIEWS = 8, 3  # photos of each
 
@@ -133,7 +135,7 @@ def test_published_splits_are_kept_and_what_they_share_is_said_once(
     write_rows(tmp_path / "data" / "metadata.jsonl", rows)
     sources.say_once.cache_clear()
     splits = load_photos(config("folder", tmp_path / "data"))
-    assert [[entry.id for entry in split.entries] for split in splits.values()] == [
+    assert [sorted((e.id for e in split.entries), key=lambda id: int(id[:-4])) for split in splits.values()] == [
         [f"{k}.png" for k in range(5, 12)], ["3.png", "4.png"], ["0.png", "1.png", "2.png"],
     ]  # fmt: skip
     assert "3 of 7 training photos are the same file as a held-out photo or have" in capsys.readouterr().err
@@ -151,6 +153,35 @@ def test_validation_photos_out_of_a_published_training_split_show_other_garments
     parts = split_entries(entries, 0.2, 0.2, 0, facts)
     train, val = ({garments[entry.id] for entry in parts[name]} for name in ("train", "val"))
     assert val and not train & val and len(train | val) == 20 and len(parts["test"]) == 3
+
+
+def test_the_first_pairs_of_held_out_splits_and_the_floors_are_a_sample_of_all(tmp_path: Path) -> None:
+    """A source lists one category after the other; fewer pairs than its first one has, whichever way it is listed."""
+    kinds, rows = ("dress", "hat", "shirt"), []
+    for k in range(90):
+        save(tmp_path / "data" / f"{k:03d}.png", k)
+        kind, split = kinds[k // 30], ("train", "val", "test")[k % 3]
+        rows.append({"file_name": f"{k:03d}.png", "text": f"a {kind}", "category": kind, "split": split})
+    write_rows(tmp_path / "data" / "metadata.jsonl", rows)
+    splits: dict[str, Any] = dict(load_photos(config("folder", tmp_path / "data")))
+    first = {name: HeldOut.take(splits[name], 8, "none") for name in ("val", "test")}
+    training = training_pairs(splits["train"], first["test"])
+    assert training is not None and len({pair.id for pair in training.pairs}) == 8
+    for taken in (*first.values(), training):
+        assert {pair.category for pair in taken.pairs} == set(kinds)
+    write_rows(tmp_path / "data" / "metadata.jsonl", rows[::-1])
+    again: dict[str, Any] = dict(load_photos(config("folder", tmp_path / "data")))
+    for name, taken in first.items():
+        assert [again[name][k].id for k in taken.numbers] == [pair.id for pair in taken.pairs]
+
+
+def test_training_pairs_are_all_different_and_as_many_as_there_are() -> None:
+    """Photos that are repeated in training lie behind each other, and those of other sizes between them."""
+    small, large = (np.zeros((side, side, 3), np.uint8) for side in (8, 16))
+    train: Any = [Pair(str(k // 3), "g", "a hat", large if k // 3 == 4 else small) for k in range(30)]
+    found = training_pairs(train, HeldOut([train[0]] * 9))
+    assert found is not None and sorted(pair.id for pair in found.pairs) == list("012356789")
+    assert training_pairs(train, HeldOut([train[0]] * 10)) is None
 
 
 def test_other_names_of_splits_are_known() -> None:

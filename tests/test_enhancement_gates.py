@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lora_dae.config import ConfigError, EnhancementConfig
-from lora_dae.enhancement.gates import BandGain, noise_window
+from lora_dae.enhancement.gates import BandGain, noise_step, noise_window, observe
 
 LEVEL = {"alpha": 0.8, "sigma": 0.6, "h": 0.2}
 
@@ -26,11 +26,17 @@ def latents(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return x0, x0 + 0.3 * other, 0.8 * x0 + 0.6 * noise
 
 
+def evaluate(module, x0, x0_cond, sample, alpha, sigma, h, first_order=1.0, direction=False):
+    """Delta and log gains of a step, from what the whole module observes."""
+    step = noise_step(alpha, sigma, h, first_order, x0.device)
+    return module.judge(observe(x0, x0_cond, sample, step, module.levels), step, direction)
+
+
 def test_the_configured_gain_is_small_and_starts_as_the_identity():
     config = EnhancementConfig()
     module = BandGain(config.levels, config.hidden, config.max_log_gain)
     assert sum(parameter.numel() for parameter in module.parameters()) < 15_000
-    delta, log_gain = module.evaluate(*latents(), **LEVEL)
+    delta, log_gain = evaluate(module, *latents(), **LEVEL)
     assert torch.count_nonzero(delta) == 0 and torch.count_nonzero(log_gain) == 0
 
 
@@ -38,9 +44,9 @@ def test_every_parameter_of_the_last_layer_gets_a_gradient_at_birth_even_at_high
     module = BandGain()
     for alpha in (0.8, 0.05):
         module.zero_grad()
-        module(*latents(), alpha, (1 - alpha**2) ** 0.5, 0.2).square().sum().backward()
+        evaluate(module, *latents(), alpha, (1 - alpha**2) ** 0.5, 0.2)[0].square().sum().backward()
         assert module.output.weight.grad is not None
-    delta = module(*latents(), **LEVEL)
+    delta = evaluate(module, *latents(), **LEVEL)[0]
     (delta * torch.randn_like(delta)).sum().backward()
     assert (module.output.weight.grad.abs().amax(1) > 0).all()
 
@@ -48,14 +54,14 @@ def test_every_parameter_of_the_last_layer_gets_a_gradient_at_birth_even_at_high
 @pytest.mark.parametrize("channels", [1, 4, 8])
 def test_any_channel_count_and_channel_means_stay(channels):
     x0, sample = torch.randn(2, 2, channels, 24, 16) + 2
-    delta = random_module()(x0, x0, sample, **LEVEL).detach()
+    delta = evaluate(random_module(), x0, x0, sample, **LEVEL)[0].detach()
     assert delta.shape == x0.shape and delta.dtype == torch.float32
     assert float(delta.abs().max()) > 1e-2
     assert float(delta.mean((2, 3)).abs().max()) < 1e-6
 
 
 def test_gains_are_capped():
-    _, log_gain = random_module(scale=50).evaluate(*latents(), **LEVEL)
+    _, log_gain = evaluate(random_module(scale=50), *latents(), **LEVEL)
     assert log_gain.abs().max().item() == pytest.approx(0.405, abs=1e-3)
 
 
@@ -63,15 +69,15 @@ def test_positive_gains_shrink_by_half_of_what_guidance_amplified_and_stop_at_ze
     x0, _, sample = latents()
     module = BandGain()
     torch.nn.init.constant_(module.output.bias, 10.0)  # all gains at the cap
-    plain = module.evaluate(x0, x0.clone(), sample, **LEVEL)[1]
+    plain = evaluate(module, x0, x0.clone(), sample, **LEVEL)[1]
     torch.testing.assert_close(plain, torch.full_like(plain, 0.405))
     factor = math.exp(0.2)  # log q = 0.4, up to the energy floor
-    guided = module.evaluate(factor * x0, x0, sample, **LEVEL)[1]
+    guided = evaluate(module, factor * x0, x0, sample, **LEVEL)[1]
     torch.testing.assert_close(guided, torch.full_like(guided, 0.405 - 0.2), rtol=0, atol=2e-3)
-    strong = module.evaluate(3 * x0, x0, sample, **LEVEL)[1]
+    strong = evaluate(module, 3 * x0, x0, sample, **LEVEL)[1]
     assert torch.count_nonzero(strong) == 0
     torch.nn.init.constant_(module.output.bias, -10.0)  # attenuation is not budgeted
-    negative = module.evaluate(3 * x0, x0, sample, **LEVEL)[1]
+    negative = evaluate(module, 3 * x0, x0, sample, **LEVEL)[1]
     torch.testing.assert_close(negative, torch.full_like(negative, -0.405))
 
 
@@ -83,7 +89,7 @@ def test_the_discretization_part_is_off_for_higher_order_solvers_and_fades_with_
     x0, cond, sample = latents()
 
     def size(h: float, first_order: float) -> float:
-        return module(x0, cond, sample, 0.8, 0.6, h, first_order).abs().max().item()
+        return evaluate(module, x0, cond, sample, 0.8, 0.6, h, first_order)[0].abs().max().item()
 
     assert size(0.2, 0.0) == 0 and size(math.inf, 0.0) == 0
     assert size(0.2, 1.0) > size(0.02, 1.0) > size(0.002, 1.0) > 0
@@ -94,7 +100,7 @@ def test_the_discretization_part_is_off_for_higher_order_solvers_and_fades_with_
 def test_the_window_is_off_at_high_noise():
     lambdas = torch.tensor([-8.0, -1.41, -1.15, -0.89, 8.0])
     assert noise_window(lambdas).tolist() == pytest.approx([0, 0, 0.5, 1, 1])
-    delta = random_module()(*latents(), 0.1, 0.99**0.5, 0.2)
+    delta = evaluate(random_module(), *latents(), 0.1, 0.99**0.5, 0.2)[0]
     assert torch.count_nonzero(delta) == 0
 
 
@@ -102,8 +108,8 @@ def test_sigma_space_and_normalized_samples_give_the_same_delta():
     x0, cond, sample = latents()
     module = random_module()
     for direction in (False, True):
-        normalized = module(x0, cond, sample, 0.8, 0.6, 0.2, direction=direction)
-        unscaled = module(x0, cond, sample / 0.8, 1.0, 0.6 / 0.8, 0.2, direction=direction)
+        normalized = evaluate(module, x0, cond, sample, 0.8, 0.6, 0.2, direction=direction)[0]
+        unscaled = evaluate(module, x0, cond, sample / 0.8, 1.0, 0.6 / 0.8, 0.2, direction=direction)[0]
         torch.testing.assert_close(unscaled, normalized, rtol=1e-4, atol=1e-5)
 
 
@@ -111,10 +117,10 @@ def test_noise_levels_may_differ_within_a_batch():
     x0, cond, sample = latents()
     module = random_module()
     alpha = torch.tensor([0.8, 0.6])
-    both = module(x0, cond, sample, alpha, (1 - alpha**2).sqrt(), torch.tensor([0.1, 0.3]), 1.0)
+    both = evaluate(module, x0, cond, sample, alpha, (1 - alpha**2).sqrt(), torch.tensor([0.1, 0.3]))[0]
     for i, h in enumerate((0.1, 0.3)):
         a = float(alpha[i])
-        alone = module(x0[i : i + 1], cond[i : i + 1], sample[i : i + 1], a, (1 - a**2) ** 0.5, h, 1.0)
+        alone = evaluate(module, *(x[i : i + 1] for x in (x0, cond, sample)), a, (1 - a**2) ** 0.5, h)[0]
         torch.testing.assert_close(both[i : i + 1], alone, rtol=1e-4, atol=1e-6)
 
 
@@ -123,15 +129,15 @@ def test_gates_that_see_less_are_gates_with_other_first_weights(inputs, kept):
     """Those of all bands alike, or none: what is hidden is hidden from every later layer."""
     full, less = random_module(), BandGain(inputs=inputs)
     less.load_state_dict(full.state_dict())
-    own = full.evaluate(*latents(), **LEVEL)[1]
+    own = evaluate(full, *latents(), **LEVEL)[1]
     with torch.no_grad():
         mean = full.input.weight.unflatten(1, (3, full.levels)).mean(2, keepdim=True)
         full.input.weight.copy_(kept * mean.expand(-1, -1, full.levels).flatten(1))
-    expected, seen = full.evaluate(*latents(), **LEVEL)[1], less.evaluate(*latents(), **LEVEL)[1]
+    expected, seen = evaluate(full, *latents(), **LEVEL)[1], evaluate(less, *latents(), **LEVEL)[1]
     torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)
     assert float((seen - own).detach().abs().max()) > 0.01
     x0, _, sample = latents()
-    alone = less.evaluate(x0, x0, sample, **LEVEL)[1]  # without guidance no budget depends on the place
+    alone = evaluate(less, x0, x0, sample, **LEVEL)[1]  # without guidance no budget depends on the place
     assert (float(alone.detach().std((2, 3)).max()) < 1e-6) == (inputs == "time")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import contextmanager
 
 import diffusers
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from lora_dae.config import SCHEDULERS, ConfigError
 from lora_dae.diffusion import PREDICTION_TYPES, current_level, next_level, predict_x0
-from lora_dae.enhancement import EnhancementModule, enhance, enhance_scheduler, unenhance
+from lora_dae.enhancement import EnhancementModule, enhance_scheduler
 from lora_dae.enhancement.bands import split_bands
 from lora_dae.enhancement.hook import first_order_share, gate_inputs
 
@@ -79,6 +80,19 @@ def pipeline(unet, scheduler):
     return pipe
 
 
+@contextmanager
+def enhanced(pipe, module, strength: float = 1.0, placement: str = "prediction"):
+    """Its scheduler enhanced, and told of all that the UNet puts out, as a call of an attached pipeline does."""
+    plain = pipe.scheduler
+    pipe.scheduler = scheduler = enhance_scheduler(plain, module, strength, placement)
+    hook = pipe.unet.register_forward_hook(lambda _unet, _inputs, output: scheduler.set_conditional(output[0]))
+    try:
+        yield
+    finally:
+        hook.remove()
+        pipe.scheduler = plain
+
+
 def draw(pipe, guidance_scale: float = 3.0, **options) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     embeds = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(2))
@@ -109,13 +123,15 @@ def test_pipeline_is_bit_exact_without_and_different_with_the_module(unet, name)
         (random_module(), 1.0, "none"),
         (EnhancementModule(), 1.0, "prediction"),  # as initialized: the identity
     ):
-        assert torch.equal(draw(enhance(pipe, module, strength, placement)), plain)
-    half = draw(enhance(pipe, random_module(), 0.5))
-    whole = draw(enhance(pipe, random_module(), 1.0))
+        with enhanced(pipe, module, strength, placement):
+            assert torch.equal(draw(pipe), plain)
+    with enhanced(pipe, random_module(), 0.5):
+        half = draw(pipe)
+    with enhanced(pipe, random_module(), 1.0):
+        whole = draw(pipe)
     assert torch.isfinite(whole).all()
     assert 0 < float((half - plain).abs().max()) < float((whole - plain).abs().max())
-    assert torch.equal(draw(unenhance(pipe)), plain)
-    assert type(pipe.scheduler) is CLASSES[name] and not unet._forward_hooks
+    assert torch.equal(draw(pipe), plain)  # nothing was changed in the plain scheduler itself
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -158,11 +174,11 @@ def test_the_enhanced_scheduler_passes_for_its_own_kind(name):
 
 
 def test_an_enhanced_pipeline_is_saved_as_the_plain_one(unet, tmp_path):
-    pipe = enhance(pipeline(unet, scheduler_for("ddim")), random_module())
-    assert pipe.config.scheduler == ("diffusers", "DDIMScheduler")
-    pipe.scheduler.save_pretrained(tmp_path)
+    pipe = pipeline(unet, scheduler_for("ddim"))
+    with enhanced(pipe, random_module()):
+        assert pipe.config.scheduler == ("diffusers", "DDIMScheduler")
+        pipe.scheduler.save_pretrained(tmp_path)
     assert type(diffusers.DDIMScheduler.from_pretrained(tmp_path)) is diffusers.DDIMScheduler
-    unenhance(pipe)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -192,15 +208,15 @@ def test_x0_moves_by_strength_times_delta_whatever_the_network_predicts(name, pr
 
 def test_unet_hook_finds_the_conditional_half(unet):
     """Guidance inflates texture, so features must come from the conditional prediction."""
-    pipe = enhance(pipeline(unet, scheduler_for("ddim")), module := random_module())
+    pipe, module = pipeline(unet, scheduler_for("ddim")), random_module()
     seen = []
     evaluate = module.forward
     module.forward = lambda *inputs, **options: seen.append(inputs) or evaluate(*inputs, **options)
     outputs = []
     handle = unet.register_forward_hook(lambda _m, _i, output: outputs.append(output[0]))
-    draw(pipe)
+    with enhanced(pipe, module):
+        draw(pipe)
     handle.remove()
-    unenhance(pipe)
     x0, x0_cond, sample, alpha, sigma = seen[-1][:5]
     uncond, cond = outputs[-1].chunk(2)
     torch.testing.assert_close(x0_cond, predict_x0(cond, sample, alpha, sigma, "epsilon"))
@@ -235,8 +251,9 @@ def test_the_discretization_part_acts_only_with_first_order_solvers(unet, name):
     module.gain.output.weight[: module.levels] = 0
     module.gain.output.bias[: module.levels] = 0
     pipe = pipeline(unet, scheduler_for(name))
-    unchanged = torch.equal(draw(pipe), draw(enhance(pipe, module)))
-    unenhance(pipe)
+    plain = draw(pipe)
+    with enhanced(pipe, module):
+        unchanged = torch.equal(draw(pipe), plain)
     assert unchanged == (name not in ("ddim", "euler"))
 
 
@@ -280,7 +297,7 @@ def test_direction_placement_changes_only_the_direction_term():
     assert torch.equal(results[0].pred_original_sample, results[1].pred_original_sample)
     # prev = alpha_s x0 + sqrt(sigma_s^2 - std^2) eps + noise: only the bands of eps gain.
     noise = (sample - inputs.alpha * inputs.x0) / inputs.sigma
-    delta, log_gain = random_module().gain.evaluate(*inputs, direction=True)
+    delta = random_module()(*inputs, direction=True)
     std = 0.5 * plain._get_variance(int(timestep), int(timestep) - 100) ** 0.5
     scale = (next_level(plain, timestep)[1] ** 2 - std**2) ** 0.5
     change = results[0].prev_sample - results[1].prev_sample
@@ -290,7 +307,7 @@ def test_direction_placement_changes_only_the_direction_term():
     constant = EnhancementModule().requires_grad_(False)
     constant.gain.output.bias.fill_(10.0)
     inputs = inputs._replace(first_order=1.0)
-    delta, log_gain = constant.gain.evaluate(*inputs, direction=True)
+    delta, log_gain = constant.evaluate(*inputs, direction=True)[:2]
     low = split_bands(noise, 3)[1]
     torch.testing.assert_close(delta, (log_gain[0, 0, 0, 0].exp() - 1) * (noise - low), rtol=1e-3, atol=1e-4)
 
@@ -313,14 +330,11 @@ def test_gradients_reach_the_module_through_a_step():
     assert all(float(parameter.grad.abs().sum()) > 0 for parameter in module.parameters())
 
 
-def test_bad_requests_are_refused_in_one_sentence(unet):
-    pipe = pipeline(unet, scheduler_for("euler"))
+def test_bad_requests_are_refused_in_one_sentence():
+    scheduler = scheduler_for("euler")
     with pytest.raises(ConfigError, match="strength=-1"):
-        enhance(pipe, random_module(), -1)
+        enhance_scheduler(scheduler, random_module(), -1)
     with pytest.raises(ConfigError, match="placement='both'"):
-        enhance(pipe, random_module(), placement="both")
+        enhance_scheduler(scheduler, random_module(), placement="both")
     with pytest.raises(ConfigError, match="direction.*EulerDiscreteScheduler"):
-        enhance(pipe, random_module(), placement="direction")
-    with pytest.raises(ConfigError, match="no UNet"):
-        enhance(object(), random_module())
-    assert type(pipe.scheduler) is diffusers.EulerDiscreteScheduler and not unet._forward_hooks
+        enhance_scheduler(scheduler, random_module(), placement="direction")

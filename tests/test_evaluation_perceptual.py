@@ -268,6 +268,28 @@ def test_captions_that_clip_would_cut_off_leave_its_score_out(clip_folder: Path)
     assert "tokens, CLIP reads 16" in extras.not_available["clip_score"]
 
 
+def test_networks_of_single_pictures_go_to_the_best_device(
+    alexnet_file: Path, clip_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's meta device stands for an accelerator."""
+    networks: list[nn.Module] = []
+
+    class Network(nn.Module):
+        def __init__(self, load_weights: bool) -> None:
+            super().__init__()
+            self.register_buffer("weights", torch.zeros(1))
+            networks.append(self)
+
+    monkeypatch.setattr("torchmetrics.functional.image.dists.DISTSNetwork", Network)
+    monkeypatch.setattr("lora_dae.evaluation.metrics.extras.best_device", lambda: torch.device("meta"))
+    asked = EvaluationConfig(lpips=str(alexnet_file), clip=str(clip_folder), dists=True)
+    extras = run.load_extras(asked, 64, ["a red dress"])
+    lpips, clip = extras.perceptual["lpips_alex"], extras.clip
+    assert isinstance(lpips, Lpips) and clip is not None and "dists" in extras.perceptual
+    for module in (lpips, clip.model, *networks):
+        assert {tensor.device.type for tensor in (*module.parameters(), *module.buffers())} == {"meta"}
+
+
 class _Filters(FeatureExtractor):
     """A stand-in for the feature network: 8 random filters."""
 

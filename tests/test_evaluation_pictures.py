@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 from compose import config
 from omegaconf import OmegaConf
+from PIL import Image
 from rich.console import Console
 
 from lora_dae.config import ConfigError, to_dict
-from lora_dae.evaluation import pictures
+from lora_dae.evaluation import folders, pictures
 from lora_dae.evaluation.pictures import Item, gather, parse_spec, read_pictures, write_pictures
 
 CONSOLE = Console(quiet=True)
@@ -72,6 +74,70 @@ def test_a_run_is_drawn_once_and_again_after_a_change(run_dir: Path, monkeypatch
         gather([str(run_dir)], "test", 3, CONSOLE)
     with pytest.raises(ConfigError, match="without enhancement"):
         gather([f"{run_dir}@0.5"], "test", 3, CONSOLE)
+
+
+def test_fewer_pictures_than_are_drawn_are_read_and_more_than_a_run_has_are_rendered(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    three = gather([str(run_dir)], "test", 3, CONSOLE)
+
+    def fails(*_: object) -> None:
+        raise AssertionError("drawn again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pictures, "load_run", fails)
+        for count in (2, 3):
+            again = gather([str(run_dir)], "test", count, CONSOLE).methods["run"]
+            assert len(again) == count
+            assert all(np.array_equal(a, b) for a, b in zip(again, three.methods["run"], strict=False))
+    five = gather([str(run_dir)], "test", 5, CONSOLE).items  # its studio has three test pairs
+    assert len(five) == 5 and [i.prompt for i in five[:3]] == [i.prompt for i in three.items]
+
+
+def test_finished_folders_are_taken_whole_and_what_is_left_out_is_said(tmp_path: Path) -> None:
+    folder = _write(tmp_path / "a", [replace(_items(1)[0], id=f"{k:04d}") for k in range(130)])
+    said = io.StringIO()
+    assert len(gather([str(folder)], "test", None, Console(file=said)).items) == 130 and said.getvalue() == ""
+    assert len(gather([str(folder)], "test", 20, Console(file=said)).items) == 20
+    assert said.getvalue() == "a: 20 of 130 pictures\n"
+
+
+def test_what_only_a_later_method_knows_is_kept(tmp_path: Path) -> None:
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:12, 4:12] = 255
+    known = [replace(item, source=_image(40 + k), mask=mask) for k, item in enumerate(_items())]
+    bare = [replace(item, attributes=None, real=None) for item in known]
+    first, later = _write(tmp_path / "a", [replace(item, source=None, mask=None) for item in bare]), tmp_path / "b"
+    sets = gather([str(first), str(_write(later, known))], "test", None, CONSOLE)
+    for item, expected in zip(sets.items, known, strict=True):
+        assert item.attributes == expected.attributes
+        for part in ("source", "real", "mask"):
+            np.testing.assert_array_equal(getattr(item, part), getattr(expected, part))
+    assert sets.from_source == {"b"}
+
+
+def test_pictures_and_masks_are_read_as_anybodys_folders_are(tmp_path: Path) -> None:
+    """Transparent, turned by EXIF, of 16 bits; masks of 0 and 1, and with a palette whose garment is dark."""
+    (tmp_path / "mask").mkdir()
+    Image.fromarray(np.dstack([_image(1), _image(2)[..., 0]])).save(tmp_path / "0.png")
+    turn = Image.Exif()
+    turn[0x0112] = 6
+    Image.fromarray(_image(3)).save(tmp_path / "1.jpg", exif=turn)
+    Image.fromarray(_image(4)[..., 0].astype(np.uint16) * 257).save(tmp_path / "2.png")
+    garment = (_image(5)[..., 0] > 127).astype(np.uint8)
+    classes = Image.fromarray(garment).convert("P")
+    classes.putpalette([0, 0, 0, 128, 0, 0])
+    for k, mask in enumerate((Image.fromarray(garment), classes, Image.fromarray(garment * 255))):
+        mask.save(tmp_path / "mask" / f"{k}.png")
+    rows = [{"file_name": name, "text": "a hat", "mask": f"mask/{name[0]}.png"} for name in ("0.png", "1.jpg", "2.png")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    items, images = read_pictures(tmp_path)
+    for image, same in zip(images, folders.read(folders.scan("images", tmp_path), range(3), None), strict=True):
+        np.testing.assert_array_equal(image, same)
+    masks = folders.read_masks(folders.scan("masks", tmp_path / "mask"), range(3), None)
+    for item, same in zip(items, masks, strict=True):
+        np.testing.assert_array_equal(item.mask, same)
+        np.testing.assert_array_equal(item.mask, garment * 255)
 
 
 def test_methods_are_named_by_folder_strength_or_by_hand() -> None:

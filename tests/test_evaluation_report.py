@@ -174,6 +174,26 @@ def test_a_page_without_pictures_and_plots_is_whole(table: ResultsTable) -> None
     assert parsed.open == [] and parsed.addresses == []
 
 
+def test_without_intervals_no_bootstrap_is_spoken_of(table: ResultsTable) -> None:
+    plain = {
+        method: {name: replace(value, low=None, high=None, replicates=None) for name, value in row.items()}
+        for method, row in table.methods.items()
+    }
+    bare = ResultsTable(plain, replace(PROTOCOL, bootstrap=0))
+    assert bare.protocol.rows()["Intervals"].startswith("no intervals") and bare.legend() == ""
+    out = io.StringIO()
+    Console(width=100, file=out).print(bare.rich())
+    for text in (bare.markdown(), page_html(_page(bare)), out.getvalue()):
+        assert "20" in text and not any(word in text for word in ("bootstrap", "cannot tell", "95&nbsp;%", "Marked"))
+
+
+def test_intervals_of_large_sets_are_called_what_they_are(table: ResultsTable) -> None:
+    large = replace(table, protocol=replace(PROTOCOL, num_generated=600, num_reference=600))
+    for shown in (large.legend(), page_html(_page(large))):
+        assert "by a paired bootstrap (distances between sets: a paired jackknife), p" in shown
+    assert "by a paired bootstrap, p" in table.legend()
+
+
 def test_references_stand_apart_and_are_compared_with_nothing(table: ResultsTable, tmp_path: Path) -> None:
     floor = {"fd_effnet": _metric(1.0, 0.1, "lower", 2), "psnr": _metric(30.0, 1, "higher", 3)}
     whole = replace(table, references={"real, blurred": floor})

@@ -262,10 +262,10 @@ def test_judges_and_people_stand_on_the_page(methods: list[str], tmp_path: Path)
     reading = {"questions": 3, "strict": 1.0, "tolerant": 0.0, "parse_failures": 0.25, "unanswered": 0.0}
     entry = {
         "reading": reading, "scores": {"bad": {"texture": value}, "good": {"texture": {**value, "value": None}}},
-        "against_first": {"good | texture": {"verdict": "cannot tell"}}, "sees_texture": {"verdict": "cannot tell"},
+        "against_first": {"good | texture": {"verdict": "cannot tell"}},
+        "sees_texture": {"verdict": "cannot tell", "difference": 0.0, "p": 1.0, "pairs": 3},
     }  # fmt: skip
-    protocol = {"bank": "2-abc", "prompt_version": "1", "prompts": 3, "resolution": "24 pixels wide"}
-    vqa = {"schema": 2, "baseline": "bad", "judges": {"j": entry}, "protocol": protocol}
+    protocol = {"bank": "2-abc", "prompt_version": "1", "prompts": 3, "resolution": "24 pixels wide", "without_real": 0}
     win = {
         "a": "bad",
         "b": "good",
@@ -278,17 +278,28 @@ def test_judges_and_people_stand_on_the_page(methods: list[str], tmp_path: Path)
         "p_holm": 0.01,
         "verdict": "worse",
     }
+    pairs = {"inconsistent": 0.1, "position_bias": 0.375, "first_share": None, "missing": 2}
+    entry["pairs"] = {**pairs, "questions": {"realism": {"win_rates": [{**win, "verdict": "cannot tell"}]}}}
+    vqa = {
+        "schema": 3, "methods": ["bad", "good"], "baseline": "bad", "judges": {"j": entry},
+        "agreement": {"texture (graded)": None}, "protocol": protocol,
+    }  # fmt: skip
     people = {
-        "schema": 2, "raters": {"voted": 5, "excluded": []}, "opinion": {},
+        "schema": 3, "methods": ["bad", "good"], "raters": {"voted": 5, "excluded": []}, "opinion": {},
         "questions": {"realism": {"win_rates": [win], "alpha": None}},
     }  # fmt: skip
     (tmp_path / "vqa.json").write_text(json.dumps(vqa))
     (tmp_path / "report.json").write_text(json.dumps(people))
     _compare(methods[:2], tmp_path / "out", f"vqa={tmp_path}", f"study={tmp_path}", "controls=false")
     html = (tmp_path / "out" / "report.html").read_text()
-    for text in ("Judge j", "n/a, cannot tell", "parse failures 25.0%", "does not tell sharp real photos", "People: "
-                 "realism", "bad over good", "0.100 [0.020, 0.400]", "worse"):  # fmt: skip
+    for text in ("Judge j", "n/a, cannot tell", "parse failures 25.0%", "it does not see texture", "People: "
+                 "realism", "bad over good", "0.100 [0.020, 0.400]", "worse", "Judge j: pairs", "one judge alone",
+                 "realism: bad over good", "position bias 37.5%", "Agreement between judges",
+                 "independent votes"):  # fmt: skip
         assert text in html, text
+    for option in ("vqa", "study"):  # of other runs
+        with pytest.raises(ConfigError, match="is about good, and the page about bad, same: give runs="):
+            _compare([methods[0], methods[2]], tmp_path / "out", f"{option}={tmp_path}")
     (tmp_path / "vqa.json").write_text(json.dumps({**vqa, "schema": 99}))
     with pytest.raises(ConfigError, match="another version"):
         _compare(methods[:2], tmp_path / "out", f"vqa={tmp_path}")

@@ -50,3 +50,15 @@ def test_the_page_draws_as_the_report_was_drawn() -> None:
     for adapter in (cfg.adapter, AdapterConfig(kind="textual_inversion")):
         words = run.usage(replace(cfg, adapter=adapter), "sd1")
         assert words.startswith("python sample.py run=") and "source=mannequin.jpg" in words and TOKEN not in words
+
+
+def test_the_page_says_where_one_scale_guides_caption_and_source() -> None:
+    """Pictures of the report had two, which a pipeline's call has no place for."""
+    cfg = Config(run_dir="x")
+    assert "one scale" not in run.usage(cfg, "sd1")
+    cfg.sampling.guidance_scale, cfg.sampling.source_guidance_scale = 3.0, 1.5
+    words = run.usage(cfg, "sd1")
+    compile(words, "usage", "exec")
+    assert "# attach guides caption and source by one scale; the report has 3 and 1.5, as sample.py draws" in words
+    cfg.conditioning = "none"
+    assert "one scale" not in run.usage(cfg, "sd1")

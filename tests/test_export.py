@@ -283,7 +283,10 @@ def test_command(finished: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["sd15", "sd21", "sdxl"])
 def test_merged_folder_of_a_checkpoint_names_its_text_encoders_as_published(family: str, tmp_path: Path) -> None:
-    """Stable Diffusion's own text_encoder/model.safetensors says text_model., and transformers 4 reads nothing else."""
+    """Stable Diffusion's own text_encoder/model.safetensors says text_model., and transformers 4 reads nothing else.
+
+    Nor any other tokenizer than a vocab.json with a merges.txt, whose first line names its version.
+    """
     folder = write_backbone(tmp_path / family, family)
     file, run_dir = write_single_file(tmp_path / "any.safetensors", folder), tmp_path / "run"
     options = ("backbone=file", f"backbone.configs={folder}", "conditioning=none", "enhancement=none")
@@ -295,6 +298,10 @@ def test_merged_folder_of_a_checkpoint_names_its_text_encoders_as_published(fami
     if family == "sdxl":
         second = load_file(merged / "text_encoder_2" / "model.safetensors")
         assert {name.split(".")[0] for name in second} == {"text_model", "text_projection"}
+    for part in ("tokenizer", "tokenizer_2") if family == "sdxl" else ("tokenizer",):
+        vocabularies = [json.loads((place / part / "vocab.json").read_text()) for place in (merged, folder)]
+        merges = [(place / part / "merges.txt").read_text().splitlines()[1:] for place in (merged, folder)]
+        assert vocabularies[0] == vocabularies[1] and merges[0] == merges[1] and len(merges[0]) > 0
     ours, published = (load_backbone(BackboneConfig(name="folder", path=str(path))) for path in (merged, folder))
     assert torch.equal(ours.encode_text(["a red dress"]), published.encode_text(["a red dress"]))
 

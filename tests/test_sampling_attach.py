@@ -23,8 +23,11 @@ from diffusers import (
 )
 from family_models import write_backbone
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import lora_dae
+from lora_dae.adapter.source_input import FILE_NAME as SOURCE_FILE
 from lora_dae.config import ConfigError
 from lora_dae.enhancement.files import save_enhancement
 from lora_dae.enhancement.module import EnhancementModule
@@ -45,12 +48,23 @@ def strong(path: Path, **parts: Any) -> None:
     save_enhancement(module, path / "adapter" / "enhancement.safetensors")
 
 
+def shown(path: Path) -> None:
+    """A source photo that the UNet reacts to, in place of channels trained for a step."""
+    file = path / "adapter" / SOURCE_FILE
+    with safe_open(file, framework="pt") as opened:
+        header, (name,) = opened.metadata(), opened.keys()
+        shape = opened.get_tensor(name).shape
+    generator = torch.Generator().manual_seed(2)
+    save_file({name: 5 * torch.randn(shape, generator=generator)}, file, header)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, tiny_backbone: Path) -> dict[str, Path]:
     """Finished runs: captions on SD 1.5 and SDXL, pairs on the tiny backbone."""
     root = tmp_path_factory.mktemp("attach")
     quick = ("trainer.max_steps=2", "adapter.rank=2", "evaluation.frozen=false", "evaluation.num_samples=2",
              "optimizer.learning_rate=0.1", "data.resolution=32", "sampling.guidance_scale=2",
+             "sampling.source_guidance_scale=2",
              "sampling.num_inference_steps=3", "sampling.scheduler=ddim")  # fmt: skip
     folder = ("backbone=folder", "data=folder", f"data.root={tiny_folder}", "data.val_fraction=0.25",
               "data.test_fraction=0.25")  # fmt: skip
@@ -62,6 +76,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, tiny_backb
     found["paired"] = root / "paired"
     training.run(config(tiny_backbone, found["paired"], root / "cache", *quick, "data.train_size=8"))
     strong(found["paired"], source_channels=8, decoder=True, finest_log_gain=0.2)
+    shown(found["paired"])
     return found
 
 
@@ -181,14 +196,18 @@ def test_image_to_image_inpainting_and_controlnet(runs: dict[str, Path]) -> None
 
 
 def test_source_photo(runs: dict[str, Path], tiny_backbone: Path) -> None:
-    """With source and text guided alike: what our sampler draws from the same photo and noise, with every part."""
+    """With source and text guided alike: what our sampler draws from the same photo and noise, with every part.
+
+    Latents are compared too, as this decoder shows little of what they differ in.
+    """
     run = load_run(runs["paired"])
     module = run.enhancement
     assert (
         module is not None and None not in (module.gain, module.texture, module.decoder) and module.finest_log_gain > 0
     )
     photo = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
-    ours = run.drawer(bf16=False).images(["a red dress"], photo[None], 0.5)
+    drawer = run.drawer(bf16=False)
+    ours = drawer.images(["a red dress"], photo[None], 0.5)
     pipe = pipeline(StableDiffusionPipeline, tiny_backbone)
     before = draw(pipe)
     lora_dae.attach(pipe, runs["paired"] / "adapter", strength=0.5)
@@ -196,6 +215,11 @@ def test_source_photo(runs: dict[str, Path], tiny_backbone: Path) -> None:
     theirs = draw(pipe, latents=noise, source=Image.fromarray(photo))
     assert np.abs(np.round(theirs * 255) - ours).max() <= 2
     assert not np.allclose(theirs, draw(pipe, latents=noise), atol=1e-3)
+    for strength in (0.0, 0.5):
+        latents = drawer.latents(["a red dress"], photo[None], strength, [0])
+        arguments = {"latents": noise, "enhancement_strength": strength, "output_type": "latent"}
+        torch.testing.assert_close(draw(pipe, source=photo, **arguments), latents, rtol=0, atol=5e-3)
+        assert float((draw(pipe, **arguments) - latents).abs().max()) > 0.1  # what the photo does
     with pytest.raises(ConfigError, match="2 photos for 1 images"):
         draw(pipe, source=[photo, photo])
     with pytest.raises(ConfigError, match="source is a str"):
@@ -224,6 +248,8 @@ def test_two_pipelines_do_not_know_of_each_other(runs: dict[str, Path]) -> None:
 
 def test_mistakes(runs: dict[str, Path], tiny_backbone: Path, tmp_path: Path) -> None:
     pipe = pipeline(StableDiffusionPipeline, base_of(runs, "sd15"))
+    with pytest.raises(ConfigError, match="object has no UNet and scheduler"):
+        lora_dae.attach(object(), tmp_path)
     with pytest.raises(ConfigError, match="no adapter in"):
         lora_dae.attach(pipe, tmp_path)
     for name in ("unet", "peft_adapter.safetensors"):  # of a full fine-tuning, of LoHa and LoKr
@@ -241,3 +267,13 @@ def test_mistakes(runs: dict[str, Path], tiny_backbone: Path, tmp_path: Path) ->
         lora_dae.attach(pipe, runs["sd15"] / "adapter")
     with pytest.raises(ConfigError, match="captions alone"):
         draw(pipe, source=np.zeros((32, 32, 3), np.uint8))
+
+
+def test_a_strength_is_refused_where_there_is_no_enhancement(runs: dict[str, Path], tmp_path: Path) -> None:
+    """As sample.py does; attach's own default is no request."""
+    shutil.copytree(runs["sd15"] / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "enhancement.safetensors").unlink()
+    pipe = lora_dae.attach(pipeline(StableDiffusionPipeline, base_of(runs, "sd15")), tmp_path / "adapter")
+    assert np.array_equal(draw(pipe), draw(pipe, enhancement_strength=0.0))
+    with pytest.raises(ConfigError, match="trained without enhancement: leave enhancement_strength out"):
+        draw(pipe, enhancement_strength=0.8)

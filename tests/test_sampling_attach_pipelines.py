@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ import lora_dae
 from lora_dae.adapter.files import save_adapter
 from lora_dae.adapter.inject import inject
 from lora_dae.adapter.source_input import FILE_NAME as SOURCE_FILE
-from lora_dae.adapter.source_input import attach_source_input, save_source_input
+from lora_dae.adapter.source_input import attach_source_input, get_source_input, save_source_input
 from lora_dae.backbone.load import load_backbone
 from lora_dae.config import AdapterConfig, BackboneConfig, ConfigError
 from lora_dae.data.square import Framing
@@ -239,6 +240,41 @@ def test_offloaded_models_draw_the_same_with_a_source(
     assert np.array_equal(draw(pipe, case, source=PHOTO), expected)  # and once more, from where the models are now
 
 
+@pytest.mark.parametrize("case", ["sd15", "sdxl"])
+def test_layers_that_are_offloaded_one_by_one_draw_the_same_with_a_source(
+    case: str, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """enable_sequential_cpu_offload() before attaching: no weight is anywhere but while its layer is called."""
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.get_device", lambda: "cpu:0")
+    to_cpu = partial(accelerate.cpu_offload, execution_device=torch.device("cpu"))  # accelerate tells the two apart
+    monkeypatch.setattr(accelerate, "cpu_offload", lambda model, device, **options: to_cpu(model, **options))
+    expected = draw(lora_dae.attach(build(case, adapters), adapters[case]), case, source=PHOTO)
+    pipe = build(case, adapters)
+    pipe.enable_sequential_cpu_offload()
+    assert pipe.unet.conv_in.weight.is_meta
+    lora_dae.attach(pipe, adapters[case])
+    assert pipe.unet.source_input.conv.weight.is_meta
+    np.testing.assert_allclose(draw(pipe, case, source=PHOTO), expected, rtol=0, atol=1e-5)
+    assert not np.allclose(draw(pipe, case, source=OTHER), expected, rtol=0, atol=1e-3)  # the photo is seen
+
+
+def test_an_attach_that_fails_leaves_nothing_behind(adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = build("sd15", adapters)
+    before, load = draw(pipe, "sd15"), StableDiffusionPipeline.load_lora_weights
+
+    def load_and_fail(self: Any, *args: Any, **kwargs: Any) -> None:
+        load(self, *args, **kwargs)
+        raise MemoryError
+
+    monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", load_and_fail)
+    with pytest.raises(MemoryError):
+        lora_dae.attach(pipe, adapters["sd15"])
+    assert type(pipe) is StableDiffusionPipeline and get_source_input(pipe.unet) is None
+    assert not getattr(pipe.unet, "peft_config", None) and np.array_equal(draw(pipe, "sd15"), before)
+    monkeypatch.undo()
+    lora_dae.attach(pipe, adapters["sd15"])  # there is room for it again
+
+
 def test_size_comes_from_where_the_pipeline_takes_it(adapters: dict[str, Path]) -> None:
     """By position, by keyword, or from the image: the source is fitted into the same square."""
     pipe = lora_dae.attach(build("sd15", adapters), adapters["sd15"])
@@ -250,6 +286,8 @@ def test_size_comes_from_where_the_pipeline_takes_it(adapters: dict[str, Path]) 
         draw(pipe, "sd15", source=PHOTO, height=48)
     pipe = lora_dae.attach(build("sd15-img2img", adapters), adapters["sd15"])
     assert draw(pipe, "sd15-img2img", image=PHOTO.resize((64, 64)), source=PHOTO).shape == (1, 64, 64, 3)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))  # as it also takes its image
+    assert draw(pipe, "sd15-img2img", image=latents, source=PHOTO).shape == (1, 32, 32, 3)
     with pytest.raises(ConfigError, match="needs a square image"):
         draw(pipe, "sd15-img2img", image=PHOTO.resize((64, 32)), source=PHOTO)
 

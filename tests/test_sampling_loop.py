@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,10 +104,15 @@ def test_solvers_without_zero_terminal_snr_are_refused_on_a_base_with_it(name: s
     assert float(build_scheduler("ddim", base).alphas_cumprod[-1]) == 0
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddpm"])
-def test_latents_are_not_clipped_where_the_base_does_not_speak_of_it(name: str) -> None:
-    """SD 1.5's own PNDM does not; diffusers' default is right for pixels in [-1, 1]."""
-    assert build_scheduler(name, PNDMScheduler()).config.clip_sample is False
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "heun"])
+@pytest.mark.parametrize("base", [PNDMScheduler(), DDIMScheduler(), DDIMScheduler(clip_sample=True)])
+def test_latents_are_not_clipped_whatever_the_base_says_of_it(name: str, base: Any) -> None:
+    """SD 1.5's own PNDM does not speak of it; diffusers' default is right for pixels in [-1, 1]."""
+    scheduler = build_scheduler(name, base)
+    scheduler.set_timesteps(4)
+    far = torch.full((1, 4, 2, 2), 3.0)
+    clean = scheduler.step(torch.zeros_like(far), scheduler.timesteps[0], far).pred_original_sample  # it has no noise
+    assert float(clean.min()) >= 3
 
 
 def test_merged_layers_compute_the_text_once_a_chain(tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""sampling.tiled_decode reaches the VAE, from evaluate.py too."""
+"""sampling.tiled_decode reaches the VAE, from evaluate.py too, which draws in the precision of the run."""
 
 from __future__ import annotations
 
@@ -52,3 +52,18 @@ def test_an_evaluation_draws_in_as_little_memory_as_it_is_told(
     evaluate(EvaluateRequest(**OmegaConf.to_container(asked)), Console(quiet=True))  # type: ignore[arg-type]
     assert decoded == [(3, True), (1, True)]
     assert (run_dir / "evaluations" / "tiled_decode=true" / "metrics.json").is_file()
+
+
+def test_an_evaluation_draws_in_the_precision_that_the_run_trained_in(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a machine where bfloat16 is the faster one."""
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    write_config(config(tiny_backbone, tmp_path / "run", tmp_path / "cache", "trainer.precision=32-true"))
+    told: list[bool] = []
+    monkeypatch.setattr("lora_dae.backbone.precision._cpu_gains", lambda: True)
+    monkeypatch.setattr("lora_dae.evaluation.command.evaluate_run", lambda *_, **given: told.append(given["bf16"]))
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        asked = compose("evaluate", [f"run={tmp_path / 'run'}"])
+    evaluate(EvaluateRequest(**OmegaConf.to_container(asked)), Console(quiet=True))  # type: ignore[arg-type]
+    assert told == [False]

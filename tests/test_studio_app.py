@@ -19,13 +19,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_dae.config import ConfigError
+from lora_dae.config import Config, ConfigError
+from lora_dae.data.catalog import say_once
 from lora_dae.data.square import Framing, fit_square
 from lora_dae.enhancement.files import save_enhancement
 from lora_dae.enhancement.module import EnhancementModule
-from lora_dae.sampling.load import load_run
+from lora_dae.sampling.load import load_run, read_config
 from lora_dae.studio_app import __main__ as command
-from lora_dae.studio_app.preview import Preview, newest_run
+from lora_dae.studio_app.preview import Preview, newest_run, told
 from lora_dae.training import run as training
 
 CHROMIUM = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
@@ -94,7 +95,8 @@ def test_a_source_photo_is_framed_as_training_framed_most(
         ({"prompt": " "}, "write a caption"),
         ({"steps": 0}, "steps go from 1"),
         ({"strength": 3.0}, "the strength from 0"),
-        ({"guidance": -1.0}, "is negative"),
+        ({"guidance": -1.0}, "guidance_scale=-1.0 is below 0"),
+        ({"seed": None}, "give a seed"),
     ],
 )
 def test_values_outside_the_page_are_refused(change: dict[str, Any], message: str, preview: Preview) -> None:
@@ -104,15 +106,53 @@ def test_values_outside_the_page_are_refused(change: dict[str, Any], message: st
         preview.draw(**values)
 
 
+def test_what_sample_py_refuses_is_refused_here(preview: Preview, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method that changes what guidance adds, where the sliders leave no guidance."""
+    monkeypatch.setattr(preview.run.cfg.sampling, "method", "apg")
+    with pytest.raises(ConfigError, match="sampling.method=apg changes what guidance adds"):
+        preview.draw("a dress", None, 0, 2, 1.0, 1.0, 0.0)
+
+
+def test_a_drawing_tells_every_digit_of_its_seed() -> None:
+    assert told(0.5, 2**31 - 1) == "Strength 0.5, seed 2147483647"
+
+
 def test_newest_finished_run_is_taken(tmp_path: Path) -> None:
+    """Not one that stopped while its enhancement was judged, which cannot be drawn with."""
     assert newest_run(tmp_path / "nowhere") is None
-    for age, name in enumerate(("new", "old")):
-        (tmp_path / name / "adapter").mkdir(parents=True)
-        (tmp_path / name / "config.yaml").touch()
-        os.utime(tmp_path / name / "adapter", (1000 - age, 1000 - age))
+    for age, name in enumerate(("stopped", "new", "old")):
+        adapter = tmp_path / name / "adapter"
+        adapter.mkdir(parents=True)
+        training.write_config(Config(run_dir=str(tmp_path / name)))
+        if name != "stopped":
+            (adapter / "enhancement.safetensors").touch()
+        os.utime(adapter, (1000 - age, 1000 - age))
     (tmp_path / "unfinished").mkdir()
-    (tmp_path / "unfinished" / "config.yaml").touch()
+    training.write_config(Config(run_dir=str(tmp_path / "unfinished")))
     assert newest_run(tmp_path) == tmp_path / "new"
+
+
+def test_a_run_whose_photos_are_gone_still_draws(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = Path(shutil.copytree(finished, tmp_path / "run"))
+    cfg = read_config(run_dir)
+    cfg.run_dir, cfg.data.name, cfg.data.root = str(run_dir), "folder", str(tmp_path / "moved")
+    training.write_config(cfg)
+    preview = Preview.load(run_dir)
+    assert len(preview.examples) == 0
+    said = capsys.readouterr().err
+    assert f"no held-out examples are shown: data.root={tmp_path / 'moved'} is not a folder" in said
+    assert preview.draw("a dress", None, 0, 2, 1.0, 1.0, 0.0)[0].shape == (64, 64, 3)
+
+
+def test_an_empty_test_split_is_said(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say_once.cache_clear()  # what was said once is not said again
+    monkeypatch.setattr("lora_dae.studio_app.preview.load_split", lambda data, name: [])
+    assert len(Preview.load(finished).examples) == 0
+    assert "no held-out examples are shown: the test split is empty" in capsys.readouterr().err
 
 
 def test_shipped_backbone_alone(tmp_path: Path) -> None:

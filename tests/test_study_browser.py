@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import links, make_study, serving
+from studies import links, make_study, proxied, serving
 
 from lora_dae.study.store import StudyStore
 
@@ -138,11 +138,79 @@ def test_a_phone_in_chinese_by_touch(browser: Any, address: str, study: Path) ->
         assert max(pictures) - min(pictures) < 1  # side by side also here
         page.locator(".answers button").first.tap()
     _ready(page, 5)
-    page.tap("#language")
+    with page.expect_response(lambda answer: answer.url.endswith("/consent")):
+        page.tap("#language")
     page.wait_for_selector("html[lang=en]")
     _ready(page, 5)
     assert page.inner_text("#language") == "中文" and len(_answers(study, 2)) == 4
+    page.reload()
+    _ready(page, 5)  # and in the language that was chosen, whatever the phone's own is
+    assert page.inner_text("#language") == "中文" and page.get_attribute("html", "lang") == "en"
+    assert page.title() == "Fashion pictures"
     assert trouble == []
+
+
+def test_large_pictures_are_seen_whole(browser: Any, tmp_path: Path) -> None:
+    """512 pixels a side are more than there is room for beside each other: nobody votes on a part of a picture."""
+    study = make_study(tmp_path, prompts=2, side=512, raters=2, pairs=4, opinions=0)
+    cut = """[...document.querySelectorAll('figure')].filter(f => f.scrollWidth > f.clientWidth
+        || f.querySelector('img').getBoundingClientRect().right > document.documentElement.clientWidth).length"""
+    smoothed = "[...document.querySelectorAll('.picture img')].map(i => getComputedStyle(i).imageRendering)"
+    with serving(study) as (address, _):
+        for rater, (width, height) in enumerate([(1280, 800), (375, 667)], start=1):
+            size = {"width": width, "height": height}
+            page, trouble = _open(browser, f"{address}/r/{links(study)[rater]}", viewport=size)
+            page.click("#agree")
+            _ready(page, 1)
+            total, truths = int(page.inner_text("#count").split("/")[1]), 0
+            for number in range(1, total + 1):
+                _ready(page, number)
+                truths += "reference" in page.inner_text("h1")
+                assert page.evaluate(cut) == 0, (size, number)
+                assert set(page.evaluate(smoothed)) == {"auto"}  # a pixel left out here and there would be a lie
+                assert page.inner_text("#zoom") == "Zoom: fit"
+                _shot(page, f"large{number}_{width}")
+                page.locator(".answers button").first.click()
+            page.wait_for_selector("#thanks")
+            assert truths == 2 and trouble == []
+
+
+def test_the_arrow_that_scrolls_is_no_vote(browser: Any, tmp_path: Path) -> None:
+    study = make_study(tmp_path, raters=1, pairs=4, opinions=0)
+    with serving(study) as (address, _):
+        low = {"width": 1280, "height": 400}  # pixels: the buttons are below the window's end
+        page, _ = _open(browser, f"{address}/r/{links(study)[1]}", viewport=low)
+        page.click("#agree")
+        _ready(page, 1)
+        assert page.evaluate("document.documentElement.scrollHeight > window.innerHeight")
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("1")
+        _ready(page, 2)
+        page.keyboard.press("2")  # as the hint says
+        _ready(page, 3)
+    assert _answers(study, 0) == ["left", "tie"]
+
+
+def test_a_study_under_a_path_is_rated(browser: Any, address: str, study: Path) -> None:
+    with proxied(address, "/rate") as public:
+        page, trouble = _open(browser, f"{public}/r/{links(study)[5]}")
+        page.click("#agree")
+        _ready(page, 1)
+        assert page.evaluate("[...document.querySelectorAll('main img')].every(i => i.naturalWidth === 32)")
+        page.keyboard.press("1")
+        _ready(page, 2)
+        assert trouble == []
+
+
+def test_the_servers_reason_is_shown(browser: Any, tmp_path: Path) -> None:
+    """A proxy that names itself as the host: each request is refused, though the connection is well."""
+    study = make_study(tmp_path, raters=1)
+    with serving(study) as (address, _), proxied(address, "", hands_host_on=False) as public:
+        page, _ = _open(browser, f"{public}/r/{links(study)[1]}")
+        page.click("#agree")
+        page.wait_for_selector(".error")
+        told = page.inner_text(".error")
+        assert "not stored yet" in told and "proxy_set_header Host" in told and "No connection" not in told
 
 
 def test_a_vote_without_connection_is_sent_again(browser: Any, address: str, study: Path) -> None:

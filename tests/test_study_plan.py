@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import resource
 import sqlite3
 from collections import Counter
 from pathlib import Path
@@ -109,6 +110,8 @@ def test_bad_requests_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFix
         (["create", "ratters=3"], "ratters"),
         (["create", "raters=many"], "many"),
         (["create", "oops"], "no key=value"),
+        (["create", "title=[x"], "'title=[x' cannot be read"),
+        (["create", "runs=runs/one", f"output={other}"], "the keys are runs"),
         (["create", f"runs=[{methods[0]},{methods[1]}]", f"output={other}", "url=study.example"], "is no address"),
         (["serve", f"study={other}"], "does not exist"),
         (["serve", f"study={study}", "port=99999"], "port=99999"),
@@ -182,6 +185,24 @@ def test_opinions_of_one_method_need_no_second(tmp_path: Path) -> None:
     trial = store.next_trial(0)
     store.close()
     assert trial is not None and trial["kind"] == "opinion" and trial["right"] is None and trial["total"] == 4
+
+
+@pytest.mark.parametrize("room", [600, 10_000])
+def test_a_full_disk_leaves_no_half_study(room: int, tmp_path: Path) -> None:
+    """No file may grow beyond so many bytes, as on a full disk: too few for a picture, or for the database."""
+    make_study(tmp_path)
+    request = CreateRequest(
+        [str(tmp_path / m) for m in METHODS], str(tmp_path / "other"), raters=3, pairs=6, opinions=2
+    )
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"other cannot be written \(.+\): make room"):
+            create_study(request, Console(quiet=True))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*METHODS, "study"]
+    assert create_study(request, Console(quiet=True)).is_dir()
 
 
 def test_databases_of_another_kind_or_version_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 from studies import make_study
+from test_adapter_atomic import full_disk
 
+from lora_dae.config import ConfigError
+from lora_dae.study import report as study_report
 from lora_dae.study.exclude import Rules, excluded
 from lora_dae.study.plan import CLEAR, DEGRADED
 from lora_dae.study.report import ReportRequest, markdown, report_study, summarize
@@ -22,6 +25,7 @@ STRENGTH = {"good": 0.9, "middle": 0.0, "bad": -0.9}
 OPINION = {"good": 4, "middle": 3, "bad": 2}
 CLICKERS = {20, 21}  # at random, and in no hurry
 HASTY = 22
+ABSENT = 23
 
 
 def _answer(row: Any, rater: int, rng: np.random.Generator) -> str:
@@ -40,9 +44,9 @@ def _answer(row: Any, rater: int, rng: np.random.Generator) -> str:
 
 @pytest.fixture(scope="module")
 def voted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 raters: 20 with known preferences, two random clickers, a hasty one, one who never came."""
+    """64 raters: 60 with known preferences, two random clickers, a hasty one, one who never came."""
     root = tmp_path_factory.mktemp("voted")
-    study = make_study(root, prompts=8, methods=tuple(STRENGTH), raters=24, pairs=40, opinions=9)
+    study = make_study(root, prompts=8, methods=tuple(STRENGTH), raters=64, pairs=40, opinions=9)
     store = StudyStore(study)
     rng = np.random.default_rng(0)
     rows = store.rows(
@@ -50,7 +54,7 @@ def voted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "LEFT JOIN pictures r ON r.name=t.right"
     )
     for trial, rater, *row in rows:
-        if rater < 23:
+        if rater != ABSENT:
             ms = 150 if rater == HASTY else int(rng.integers(2000, 6000))
             last = store.vote(trial, _answer(row, rater, rng), ms)
     last.result(timeout=60)
@@ -79,7 +83,7 @@ def test_who_clicked_at_random_or_in_haste_is_left_out_and_told_why(report: dict
     out = {row["rater"]: row["why"] for row in report["raters"]["excluded"]}
     assert set(out) == {r + 1 for r in (*CLICKERS, HASTY)}
     assert "attention checks" in out[21] and "0.15 s" in out[HASTY + 1]
-    assert (report["raters"]["invited"], report["raters"]["voted"], report["raters"]["finished"]) == (24, 23, 23)
+    assert (report["raters"]["invited"], report["raters"]["voted"], report["raters"]["finished"]) == (64, 63, 63)
     assert 2 < report["seconds_per_vote"]["median"] < 6
 
 
@@ -90,12 +94,46 @@ def test_files_hold_the_raw_votes_and_the_numbers(voted: Path, report: dict[str,
     assert len(rows) == len(store.votes()) == store.rows("SELECT count(*) FROM votes")[0][0]
     store.close()
     assert len(json.loads((voted / "votes.json").read_text())) == len(rows)
-    assert sum(row["excluded"] == "True" for row in rows) == len(rows) * 3 // 23
+    assert sum(row["excluded"] == "True" for row in rows) == len(rows) * 3 // 63
     saved = json.loads((voted / "report.json").read_text())
-    assert saved["schema"] == 2 and saved["opinion"].keys() == OPINION.keys()
+    assert saved["schema"] == 3 and saved["methods"] == list(STRENGTH) and saved["opinion"].keys() == OPINION.keys()
     text = (voted / "report.md").read_text()
-    for part in ("good over middle", "preferred", "Davidson", "rater 21: passed", "23 voted", "Wilson"):
+    for part in (
+        "good over middle",
+        "preferred",
+        "Davidson",
+        "rater 21: passed",
+        "63 voted",
+        "Wilson",
+        "independent votes",
+    ):
         assert part in text
+
+
+def test_a_full_disk_leaves_the_earlier_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = make_study(tmp_path, raters=1)
+    store = StudyStore(study)
+    rows = store.rows("SELECT t.trial, t.kind, l.method FROM trials t JOIN pictures l ON l.name=t.left")
+    for trial, kind, left in rows:
+        answer = "3" if kind == "opinion" else "right" if left == DEGRADED else "left"
+        store.vote(trial, answer, 3000).result(timeout=60)
+    store.close()
+    request = ReportRequest(str(study), bootstrap=20)
+    report_study(request, Console(quiet=True))
+    files = ("report.json", "report.md", "votes.csv", "votes.json")
+    before = {name: (study / name).read_bytes() for name in files}
+    assert min(len(data) for data in before.values()) > 600  # more than the disk then has room for
+    write = study_report._write
+
+    def on_full_disk(*given: Any) -> None:
+        with full_disk():
+            write(*given)
+
+    monkeypatch.setattr(study_report, "_write", on_full_disk)
+    with pytest.raises(ConfigError, match="cannot write .*votes.json"):
+        report_study(request, Console(quiet=True))
+    assert {name: (study / name).read_bytes() for name in files} == before
+    assert not list(study.glob(".*partial*"))
 
 
 def _votes(

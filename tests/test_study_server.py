@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import sqlite3
 import threading
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import pytest
-from studies import METHODS, ask, links, make_study, serving
+from studies import METHODS, ask, links, make_study, proxied, serving
 
 from lora_dae.study.store import StudyStore
 
@@ -49,13 +52,14 @@ def test_a_rater_goes_from_consent_to_thanks_and_never_learns_a_method(address: 
         answer = "3" if state["kind"] == "opinion" else "tie"
         for side in ("left", "right", "reference"):
             if state[side]:
-                assert ask(address + state[side])[1][:4] == b"\x89PNG"
+                assert ask(urljoin(f"{address}/r/{token}", state[side]))[1][:4] == b"\x89PNG"
         assert (state["reference"] is not None) == (state["question"] == "truth")
         _, state, _ = ask(f"{api}/vote", {"trial": state["trial"], "answer": answer, "ms": 900})
-    assert numbers == list(range(1, total + 1)) and state == {"state": "done"}
+    done = {"state": "done", "title": "Fashion pictures", "language": "zh"}
+    assert numbers == list(range(1, total + 1)) and state == done
     text = " ".join(seen) + page.decode()
     assert not any(word in text for word in (*METHODS, "check", "repeat", "degraded", "clear"))
-    assert ask(f"{api}/next")[1] == {"state": "done"}
+    assert ask(f"{api}/next")[1] == done
 
 
 def test_a_reload_goes_on_and_the_first_vote_stands(address: str, study: Path) -> None:
@@ -66,6 +70,7 @@ def test_a_reload_goes_on_and_the_first_vote_stands(address: str, study: Path) -
     other = "5" if first["kind"] == "opinion" else "right"
     _, again, _ = ask(f"{api}/vote", {"trial": first["trial"], "answer": other, "ms": 5})  # e.g. a second tab
     assert second == again == ask(f"{api}/next")[1] and second["number"] == 2
+    assert ask(f"{api}/consent", {"language": "zh"})[1] == {**second, "language": "zh"}  # chosen anew, on the way
     store = StudyStore(study)
     kept = store.rows("SELECT answer FROM votes WHERE trial=?", (first["trial"],))
     store.close()
@@ -106,15 +111,59 @@ def test_foreign_pages_and_nonsense_are_refused(address: str, study: Path) -> No
 def test_behind_a_proxy_that_hands_on_no_host_the_public_address_is_let_in(tmp_path: Path) -> None:
     """nginx's proxy_pass sends its own target as Host by default, while a browser names the address that it sees."""
     study = make_study(tmp_path, url="https://Study.example:443/rate/")
-    with serving(study) as (address, _):
+    with serving(study) as (address, process):
         consent = f"{address}/api/{links(study)[1]}/consent"
         for origin in ("https://evil.example", "http://study.example", "https://study.example.evil.example", "null"):
             status, answer, _ = ask(consent, {"language": "en"}, {"Origin": origin})
             assert status == 403 and "url=" in answer["error"] and "proxy_set_header Host" in answer["error"]
         status, state, _ = ask(consent, {"language": "en"}, {"Origin": "https://study.example"})
         assert status == 200 and state["state"] == "trial"
-        proxied = {"Origin": "https://other.example", "Host": "other.example"}  # as after proxy_set_header Host
-        assert ask(consent, {"language": "en"}, proxied)[0] == 200
+        handed_on = {"Origin": "https://other.example", "Host": "other.example"}  # as after proxy_set_header Host
+        assert ask(consent, {"language": "en"}, handed_on)[0] == 200
+    assert process.stdout is not None
+    told = process.stdout.read()  # by whom it can be mended: once
+    assert told.count("proxy_set_header Host") == 1 and "'https://evil.example'" in told
+
+
+def test_a_study_under_a_path_loads_all_that_its_page_asks_for(address: str, study: Path) -> None:
+    """``url=https://host/rate``: nothing of the page lies at the host's root."""
+    token = links(study)[6]
+    with proxied(address, "/rate") as public:
+        page_url = f"{public}/r/{token}"
+        _, page, headers = ask(page_url)
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assets = re.findall(r'(?:href|src)="([^"]+\.(?:css|js))"', page.decode())
+        assert len(assets) == 2
+        texts = []
+        for asset in assets:
+            status, text, _ = ask(urljoin(page_url, asset))
+            assert status == 200, asset
+            texts.append(text.decode())
+        (api,) = re.findall(r"fetch\(`([^$]+)\$", texts[assets.index(next(a for a in assets if a.endswith(".js")))])
+        address_of_api = urljoin(page_url, api) + token
+        _, state, _ = ask(f"{address_of_api}/consent", {"language": "en"}, {"Origin": public.removesuffix("/rate")})
+        assert state["state"] == "trial"
+        assert ask(urljoin(page_url, state["left"]))[1][:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_that_is_stopped_leaves_all_votes_in_one_file(stop: signal.Signals, tmp_path: Path) -> None:
+    """Who copies study.db alone, afterwards, has them."""
+    study = make_study(tmp_path)
+    with serving(study) as (address, process):
+        api = f"{address}/api/{links(study)[1]}"
+        _, state, _ = ask(f"{api}/consent", {"language": "en"})
+        answer = "1" if state["kind"] == "opinion" else "left"
+        assert ask(f"{api}/vote", {"trial": state["trial"], "answer": answer, "ms": 5})[0] == 200
+        assert (study / "study.db-wal").exists()
+        process.send_signal(stop)
+        assert process.wait(60) == 0
+    assert not (study / "study.db-wal").exists()
+    copy = tmp_path / "copy.db"
+    copy.write_bytes((study / "study.db").read_bytes())
+    db = sqlite3.connect(copy)
+    assert db.execute("SELECT answer FROM votes").fetchall() == [(answer,)]
+    db.close()
 
 
 def test_pictures_are_served_by_name_only(address: str, study: Path) -> None:

@@ -155,18 +155,34 @@ def test_a_damaged_measurement_is_made_again(measured: Files, tmp_path: Path) ->
     assert {job.digest for job in make_jobs([study], tmp_path / "multirun")} != before
 
 
-def test_rows_that_leave_a_table_are_named(measured: Files, tmp_path: Path) -> None:
-    """Cells of another module, weights or renderer are not those that the study asks for."""
+def test_a_table_that_would_lose_rows_stays_unless_that_is_asked_for(measured: Files, tmp_path: Path) -> None:
+    """Cells of another module, weights or renderer are not those that the study asks for. Other studies go on."""
     folder, found, files = measured
     study = Study(folder, read_comparison(folder), found)
     write_results(folder, build_results(study.grid, found, files))
+    other = Study(write_study(tmp_path / "other"), study.grid, found)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for one in found:
-        if one.cell.name == "theirs":
-            cell_file(files, one.digest).unlink(missing_ok=True)  # one for all seeds
+        if one.cell.name == "theirs" or (one.cell.name == "ours" and one.seed == 1):
+            cell_file(files, one.digest).unlink(missing_ok=True)  # one for all seeds of the first
     told = io.StringIO()
-    write_tables([study], tmp_path / "multirun", Console(file=told, width=500))
-    assert ": of the table that was there theirs goes" in told.getvalue()
-    assert list(read_results(folder)["cells"]) == ["plain", "ours"]
+    write_tables([study, other], tmp_path / "multirun", Console(file=told, width=500))
+    assert ": of the table that was there ours, theirs would go, which" in told.getvalue()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert list(read_results(other.folder)["cells"]) == ["plain", "ours"]
+    write_tables([study], tmp_path / "multirun", Console(file=told, width=500), drop=True)
+    assert ": of the table that was there ours, theirs go, which" in told.getvalue()
+    cells = read_results(folder)["cells"]
+    assert {name: cell["training_seeds"] for name, cell in cells.items()} == {"plain": [0, 1, 2], "ours": [0, 2]}
+
+
+def test_a_seed_that_is_no_longer_asked_for_is_no_loss(measured: Files, tmp_path: Path) -> None:
+    folder, found, files = measured
+    write_results(folder, build_results(read_comparison(folder), found, files))
+    first = replace(read_comparison(folder), seeds=(0,))
+    one = Study(folder, first, [wanted for wanted in found if wanted.seed == 0])
+    write_tables([one], tmp_path / "multirun", Console(quiet=True))
+    assert read_results(folder)["cells"]["ours"]["training_seeds"] == [0]
 
 
 def test_a_cell_comes_back_from_its_file(tmp_path: Path) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
+from rich.console import Console
 
 from lora_dae.config import ConfigError
 from lora_dae.sweep.devices import Devices, named_devices
+from lora_dae.sweep.jobs import DONE, FAILED, Job
+from lora_dae.sweep.launcher import at_once, run_jobs
 
 
 def test_devices_are_given_out_once() -> None:
@@ -38,3 +44,23 @@ def test_jobs_share_the_cores_that_there_are_for_them(monkeypatch: pytest.Monkey
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
     threads = [Devices(jobs, []).environment([], processes) for jobs, processes in ((1, 1), (2, 1), (2, 2), (8, 4))]
     assert threads == [{}, *({"OMP_NUM_THREADS": str(n)} for n in (4, 2, 1))]
+
+
+def test_jobs_that_cannot_run_take_no_share_of_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two jobs at -j 4 each has half of them, and no quarter."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    jobs = [Job(number, [], "", tmp_path / str(number), "", str(number)) for number in range(2)]
+    code = "import os; print(os.environ.get('OMP_NUM_THREADS'))"
+    run_jobs(jobs, lambda _: [sys.executable, "-c", code], Devices(4, []), Console(quiet=True))
+    assert [one.log.read_text() for one in jobs] == ["4\n", "4\n"]
+
+
+def test_jobs_that_train_the_same_run_side_by_side_once_that_is_done(tmp_path: Path) -> None:
+    """Before, one of them trains, and the others wait for it."""
+    jobs = [Job(number, [], "", tmp_path, "", work) for number, work in enumerate("xxxy")]
+    assert at_once(jobs) == 2
+    jobs[0].state = DONE
+    assert at_once(jobs) == 3
+    jobs[3].state = FAILED
+    assert at_once(jobs) == 2

@@ -18,9 +18,8 @@ from lora_dae.cli import expand_jobs
 from lora_dae.config import ConfigError
 from lora_dae.sweep.devices import Devices
 from lora_dae.sweep.files import read_json, write_json
-from lora_dae.sweep.jobs import DONE, FAILED, RUNNING, WAITING, Job, last_error
+from lora_dae.sweep.jobs import DONE, FAILED, RUNNING, WAITING, Job
 from lora_dae.sweep.launcher import may_start, quoted, run_jobs
-from lora_dae.sweep.live import remaining, table
 from lora_dae.sweep.locks import holder, try_lock
 from lora_dae.sweep.name import sweep_name
 
@@ -206,6 +205,26 @@ def test_a_job_that_asks_for_too_many_gpus_lets_none_start(start: Run, tmp_path:
     assert on_cpu.returncode == 0 and len(ran(tmp_path)) == 2
 
 
+def test_jobs_over_several_nodes_are_refused(start: Run, tmp_path: Path) -> None:
+    """Nobody would start the processes of the second node, for which the first would wait."""
+    process = start("a=1,2", "+trainer.num_nodes=2")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and not ran(tmp_path)
+    assert "error: trainer.num_nodes=2 in a sweep: its jobs have this machine alone" in errors
+
+
+def test_a_mode_in_a_config_file_is_that_of_the_sweep_alone(start: Run, tmp_path: Path) -> None:
+    """A job that were the same sweep once more would wait for itself."""
+    (tmp_path / "app.yaml").write_text(CONFIG.replace("hydra:\n", "hydra:\n  mode: MULTIRUN\n"))
+    process = start("a=1,2")
+    try:
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert [line[0] for line in ran(tmp_path)] == ["1", "2"]
+
+
 def test_jobs_compose_what_the_sweep_composes(start: Run, tmp_path: Path) -> None:
     """Hydra's own options name another main config, and a folder of configs of one's own."""
     (tmp_path / "other.yaml").write_text(CONFIG.replace("a: 0", "a: 7"))
@@ -300,22 +319,6 @@ def test_json_files_are_whole(tmp_path: Path) -> None:
     assert read_json(tmp_path / "none.json") == {}
 
 
-def test_last_error_of_a_log(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    log.write_text("Traceback (most recent call last):\n  File ...\ntorch.OutOfMemoryError: too big\nbye\n")
-    assert last_error(log) == "torch.OutOfMemoryError: too big"
-    log.write_text("some words\nerror: adapter.rank=0 is below 1\n")
-    assert last_error(log) == "adapter.rank=0 is below 1"
-    assert last_error(log, log.stat().st_size) == ""
-
-
-def test_the_error_is_that_of_the_last_start(tmp_path: Path) -> None:
-    one = replace(job(0, "x"), directory=tmp_path)
-    one.log.write_text("error: adapter.rank=0 is below 1\n")
-    run_one(one, "import os; os.kill(os.getpid(), 9)")
-    assert (one.state, one.error) == (FAILED, "exit code -9")
-
-
 def test_a_job_is_no_task_of_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With these Lightning would start no second process, and train with one."""
     for name in ("NTASKS", "NTASKS_PER_NODE", "PROCID", "LOCALID", "NODEID", "JOB_ID"):
@@ -339,26 +342,6 @@ def test_a_job_with_other_photos_is_another_job(tmp_path: Path) -> None:
         raise ConfigError("data.root=photos does not exist.")
 
     assert not replace(one, inputs=gone).finished_before()
-
-
-def test_remaining_time_is_steps_left_at_the_speed_so_far() -> None:
-    status = {"step": 30, "of": 100, "first": 20, "begun": 1000.0, "time": 1050.0}
-    assert remaining(status, 0.0, 1050.0) == pytest.approx(350.0)  # 5 s a step, 70 steps
-    assert remaining(status, 0.0, 1060.0) == pytest.approx(340.0)
-    assert remaining({}, 0.0, 1.0) is None
-
-
-def test_the_table_says_what_a_job_tells(tmp_path: Path) -> None:
-    """One row: how far it is, its last losses, how long it has run, and how long it still needs."""
-    one = Job(3, [], "adapter.rank=4", tmp_path, "", "", state=RUNNING, started=1000.0)
-    told = {"phase": "adapter", "step": 30, "of": 100, "first": 20, "begun": 1000.0, "time": 1050.0,
-            "metrics": {"train/loss": 0.51234, "val/loss": 0.25}, "validated": {"30": 0.25}}  # fmt: skip
-    write_json(tmp_path / "status.json", told)
-    shown = table([one], 1060.0)
-    assert [str(column.header) for column in shown.columns] == ["#", "job", "state", "step", "last", "time", "left"]
-    assert [str(next(iter(column.cells))) for column in shown.columns] == [
-        "3", "adapter.rank=4", "adapter", "30/100", "train/loss 0.5123 val/loss 0.25", "1:00", "5:40",
-    ]  # fmt: skip
 
 
 def test_paths_survive_hydras_grammar(tmp_path: Path) -> None:

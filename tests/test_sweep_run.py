@@ -165,6 +165,24 @@ def test_processes_that_nobody_could_start_are_refused(
         check_processes(Trainer(**options, devices=1, num_nodes=2, strategy="ddp"))
 
 
+def test_words_after_the_multi_node_file_reach_train_last(tmp_path: Path) -> None:
+    """Of two values of a key Hydra takes the later one: so a run is gone on with."""
+    for name, text in (("scontrol", "echo node0"), ("srun", 'printf "%s\\n" "$@"')):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    told = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[0-1]",
+            "SLURM_NNODES": "2", "SLURM_CPUS_PER_TASK": "64"}  # fmt: skip
+    given = ["hydra.run.dir=runs/slurm-3", "name=two words"]
+    done = subprocess.run(
+        ["bash", str(ROOT / "experiments" / "multi_node.sbatch"), *given],
+        env={**os.environ, **told}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    words = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert words[words.index("train.py") + 1] == "experiment=rank16"
+    assert words[-3:] == ["hydra.run.dir=runs/slurm-7", *given]
+
+
 def test_ray_leaves_the_same_folders(tmp_path: Path, tiny_backbone: Path) -> None:
     """On a Ray of this machine, started for the sweep: both jobs start at once, and Ray passes on what they print."""
     pytest.importorskip("ray", reason="pip install lora-dae[ray]")

@@ -45,7 +45,8 @@ if "diverges" in overrides and len(open("ran.txt").read().split()) == 2:
 if "stop_at" in overrides and len(open("ran.txt").read().split()) == int(overrides["stop_at"]):
     Path("here").touch()
     time.sleep(60)
-(run / "status.json").write_text(json.dumps({"validated": {"1": abs(x)}}))
+loss = float("nan") if "nan" in overrides else abs(x)
+(run / "status.json").write_text(json.dumps({"validated": {"1": loss}}))
 if "forgets" in overrides:  # as the later stages of a run do
     time.sleep(1)
     (run / "status.json").write_text(json.dumps({"phase": "measuring"}))
@@ -105,14 +106,14 @@ def test_two_objectives_have_a_front_between_them() -> None:
     assert set(inside) <= set(front)  # between the two minima no point beats another
 
 
-@pytest.mark.parametrize("overrides", [[], ["forgets=1"]], ids=["told to the end", "told for a while"])
+@pytest.mark.parametrize("overrides", [["slow=1"], ["slow=1", "forgets=1"]], ids=["to the end", "for a while"])
 def test_bad_validation_is_pruned(overrides: list[str]) -> None:
     """Trials with a large validation loss would sleep for a minute: they end as soon as they have told it."""
     study = run(replace(REQUEST, objectives={"fd": "minimize", "lsd": "minimize"}, trials=3,
                         space={"x": {"low": -1.0, "high": 1.0}}, overrides=overrides))  # fmt: skip
     assert all(t.state == optuna.trial.TrialState.COMPLETE for t in study.trials)
     study.enqueue_trial({"x": 5.0})
-    more = run(replace(REQUEST, objectives={"fd": "minimize", "lsd": "minimize"}, trials=4, overrides=["slow=1"]))
+    more = run(replace(REQUEST, objectives={"fd": "minimize", "lsd": "minimize"}, trials=4, overrides=overrides))
     assert more.trials[-1].params == {"x": 5.0}
     assert more.trials[-1].state == optuna.trial.TrialState.PRUNED
 
@@ -131,7 +132,7 @@ search(replace(REQUEST, trials=3, overrides=["stop_at=2"]), Console(quiet=True),
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    study = run(replace(REQUEST, trials=3))
+    study = run(replace(REQUEST, trials=3, overrides=["stop_at=2"]))
     ran = [float(x) for x in (tmp_path / "ran.txt").read_text().split()]
     assert len(ran) == 4 and ran[1] == ran[2]
     assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
@@ -159,6 +160,12 @@ def test_a_trial_that_diverges_fails_alone() -> None:
     assert [t.state.name for t in study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
 
 
+def test_a_validation_loss_that_is_not_finite_stops_no_search() -> None:
+    """Optuna takes no NaN for the value of a finished trial: the same values would be asked for at every start."""
+    study = run(replace(REQUEST, trials=2, overrides=["nan=1"]))
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -181,6 +188,29 @@ def test_objectives_of_another_search_are_refused() -> None:
     run(replace(REQUEST, trials=1))
     with pytest.raises(ConfigError, match="other objectives"):
         run(replace(REQUEST, objectives={"fd": "maximize"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"objectives": {"lsd": "minimize"}}, "objectives"),
+        ({"overrides": ["y=1"]}, "overrides"),
+    ],
+)
+def test_a_search_goes_on_with_what_it_was_begun_with(change: dict[str, object], what: str) -> None:
+    """Numbers of another metric, or of other trainings, are not compared with its own; nor do they cost a trial."""
+    run(replace(REQUEST, trials=1))
+    with pytest.raises(ConfigError, match=f"holds a search with other {what}: give another name"):
+        run(replace(REQUEST, trials=2, **change))  # type: ignore[arg-type]
+    assert [t.state.name for t in run(replace(REQUEST, trials=2)).trials] == ["COMPLETE", "COMPLETE"]
+
+
+def test_a_search_that_does_not_say_what_it_was_begun_with_goes_on(tmp_path: Path) -> None:
+    """Those of earlier versions."""
+    (tmp_path / "search").mkdir()
+    study = optuna.create_study(storage="sqlite:///search/study.db", study_name="s", direction="minimize")
+    study.tell(study.ask({"x": distribution({"low": -5.0, "high": 5.0})}), 1.0)
+    assert len(run(replace(REQUEST, trials=2, overrides=["y=1"])).trials) == 2
 
 
 def test_an_objective_that_was_not_measured_is_named(tmp_path: Path) -> None:
@@ -241,10 +271,11 @@ def test_shipped_search_composes_and_every_trial_is_a_config_that_trains() -> No
             }
             overrides = overrides_of(values)
             command = train_command(overrides, Path("search_x/0"))
-            assert {"store=multirun/store", 'tracking.group="search_x"'} < set(command)
+            own_words = {"store=multirun/store", 'tracking.group="search_x"', "evaluation.split=val"}
+            assert own_words < set(command)
             assert command[-1] == 'hydra.run.dir="search_x/0"'
-            own = train_command(["tracking.group=mine", "store=there"], Path("search_x/0"))
-            assert own[3:] == ["tracking.group=mine", "store=there", 'hydra.run.dir="search_x/0"']
+            own = ["tracking.group=mine", "store=there", "evaluation.split=test"]
+            assert train_command(own, Path("search_x/0"))[3:] == [*own, 'hydra.run.dir="search_x/0"']
             check(typed(compose("train", [*overrides, "run_dir=here"])))
 
 

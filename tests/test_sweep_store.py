@@ -13,10 +13,9 @@ import torch
 from compose import config
 from filelock import SoftFileLock
 from safetensors.torch import load_file
-from torch.distributed import TCPStore
 
 from lora_dae.config import Config, ConfigError, DataConfig, EnhancementConfig, TrackingConfig
-from lora_dae.sweep import ranks, store
+from lora_dae.sweep import store
 from lora_dae.sweep.files import read_json, write_json
 from lora_dae.sweep.identity import inputs, training_hash, training_part
 from lora_dae.sweep.locks import try_lock
@@ -281,6 +280,38 @@ def test_a_run_that_dies_while_it_measures_keeps_no_older_numbers(make: Make, mo
     assert not stale.exists()
 
 
+def test_a_finished_job_of_hydras_own_sweep_is_not_repeated(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray and Slurm are given every job again by the same command. A single run, and another config, is measured."""
+    cfg = make("run", "enhancement=none")
+    first = store.run_in_store(cfg)
+    files = [first.run_dir / name for name in ("metrics.json", "adapter/README.md")]
+    texts = [path.read_text() for path in files]
+    measured: list[Config] = []
+
+    def again(one: Config, *arguments: Any) -> None:
+        measured.append(one)
+        for path, text in zip(files, texts, strict=True):
+            path.write_text(text)
+
+    monkeypatch.setattr(store, "measure", again)
+    store.run_in_store(cfg)
+    assert len(measured) == 1
+    monkeypatch.setattr(store, "_is_job_of_hydra", lambda: True)
+    assert store.run_in_store(cfg).table.methods.keys() == first.table.methods.keys()
+    assert len(measured) == 1 and f"measured already: {first.run_dir}" in capsys.readouterr().out
+    for one in (make("run", "enhancement=none", "sampling.seed=7"), cfg):
+        store.run_in_store(one)
+    assert [one.sampling.seed for one in measured[1:]] == [7, cfg.sampling.seed]
+    files[1].unlink()  # killed before its end
+    store.run_in_store(cfg)
+    told = read_json(first.run_dir / "trained.json")
+    write_json(first.run_dir / "trained.json", {**told, "measured_on": "other photos"})
+    store.run_in_store(cfg)
+    assert len(measured) == 5
+
+
 def test_waits_for_a_training_that_runs_elsewhere(
     make: Make, trainings: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -310,50 +341,6 @@ def test_a_disk_without_flock_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_a_checkpoint_path_and_a_store_exclude_each_other(make: Make) -> None:
     with pytest.raises(ConfigError, match="exclude each other"):
         store.run_in_store(make("run", "ckpt_path=last"))
-
-
-def test_other_ranks_follow_the_decision_of_this_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS"):
-        monkeypatch.delenv(name, raising=False)
-    path = tmp_path / "decision.json"
-    assert ranks.rank() == 0
-    ranks.tell(path, False)
-    assert not path.exists()  # nobody waits for it
-    monkeypatch.setenv("SLURM_NTASKS", "2")
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    monkeypatch.setenv("SLURM_STEP_ID", "0")
-    ranks.tell(path, False)
-    monkeypatch.setenv("SLURM_PROCID", "1")
-    assert ranks.rank() == 1
-    assert ranks.ask(path, 5) is False
-    monkeypatch.setenv("SLURM_STEP_ID", "1")  # another start: the old decision does not count
-    with pytest.raises(ConfigError, match="rank 1 heard nothing"):
-        ranks.ask(path, 0.3)
-
-
-def test_under_torchrun_an_earlier_start_decides_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Its default rendezvous has one id and one port for all starts; what its own process keeps ends with it."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("RANK", "0")
-    first = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    monkeypatch.setenv("MASTER_PORT", str(first.port))
-    ranks.tell(tmp_path / "decision.json", False)
-    monkeypatch.setenv("RANK", "1")
-    assert ranks.ask(tmp_path / "decision.json", 5) is False
-    port = first.port
-    del first
-    again = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-    assert again.port == port
-    with pytest.raises(ConfigError, match="rank 1 heard nothing"):
-        ranks.ask(tmp_path / "decision.json", 0.3)
-
-
-def test_a_process_that_lightning_starts_in_a_task_of_slurm_is_none_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    for name, value in (("SLURM_NTASKS", "1"), ("SLURM_PROCID", "0"), ("LOCAL_RANK", "1")):
-        monkeypatch.setenv(name, value)
-    assert ranks.rank() == 1
 
 
 def test_a_finished_run_tells_what_the_launcher_compares(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

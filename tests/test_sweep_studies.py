@@ -148,6 +148,28 @@ def test_what_evaluation_asks_for_is_drawn(tiny_backbone: Path, tmp_path: Path) 
     assert (drawn["plain"][2:] == drawn["first_pair=2"]).all()
 
 
+def test_a_run_leaves_the_device_before_another_one_trains(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them may not fit. Cells of the same training are drawn with the one that is there."""
+    text = STUDY.replace("[0, 1, 2]", "[0]").partition("cells:")[0] + "cells:\n  plain: [enhancement=none]\n"
+    text += "  same: [enhancement=none, sampling.seed=7]\n  wide: [enhancement=none, adapter.rank=3]\n"
+    folder = write_study(tmp_path / "experiments" / "kept", text)
+    (study,) = read_studies([folder], [*shortened(tiny_backbone, tmp_path / "cache"), "evaluation.num_samples=2"])
+    work = Work(tmp_path / "work", tmp_path / "store")
+    there: list[bool] = []
+    original = cell_worker.train_shared
+
+    def trains(cfg: Any) -> Any:
+        there.append(work._run is not None)
+        return original(cfg)
+
+    monkeypatch.setattr(cell_worker, "train_shared", trains)
+    for one in study.cells:
+        work.measure(one)
+    assert there == [False, True, False]
+
+
 def test_a_cell_that_cannot_be_measured_stops_no_other(
     tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

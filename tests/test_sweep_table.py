@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from scipy import stats
 from test_training_tracking import nested, read_offline, records
 
 from lora_dae.config import Config, ConfigError, to_dict
+from lora_dae.evaluation.report.table import MetricValue
 from lora_dae.evaluation.run import _summary
+from lora_dae.sweep.__main__ import main
 from lora_dae.sweep.files import write_json
 from lora_dae.sweep.plots import leading_metrics
 from lora_dae.sweep.report import report_if_any, write_sweep_report
@@ -68,6 +72,69 @@ def test_the_varied_keys_are_found_and_the_runs_own_strength_is_shown(sweep: Pat
     assert table.best("fd_effnet").label == "rank 16, strength 1"
     assert table.best("ssim_garment").label == "rank 16, strength 1"
     assert [row.label for row in table.tied("fd_effnet")] == ["rank 64, strength 0"]  # [2.7, 3.7] and [2.5, 3.5]
+
+
+@pytest.mark.parametrize(
+    ("kept", "without", "said"),
+    [
+        ([2, 3], (), "No other configuration's interval overlaps its own."),
+        ([3, 4], (), "Its interval overlaps that of 1 other: rank 64, strength 0."),
+        ([2, 3], (2, 3), "Not every configuration has an interval: nothing says whether the others are worse."),
+        ([2, 3], (2,), "Not every configuration has an interval: nothing says whether the others are worse."),
+        ([3], (), None),
+    ],
+    ids=["apart", "overlaps", "no intervals", "one interval", "one row"],
+)
+def test_the_best_is_ahead_only_where_intervals_say_so(
+    kept: list[int], without: tuple[int, ...], said: str | None, sweep: Path
+) -> None:
+    """Of rank 16 without and with the module, 5 and 3, and of rank 64 without, 3.2; each give or take a half."""
+    for number, run in enumerate(find_runs(sweep)):
+        if number not in kept:
+            (run / "metrics.json").unlink()
+        if number in without:
+            change(run, lambda told: [row["fd_effnet"].update(low=None, high=None) for row in told["methods"].values()])
+    html = write_sweep_report(sweep).read_text()
+    for words in ("Its interval overlaps", "No other configuration", "Not every configuration"):
+        assert html.count(words) == (said is not None and said.startswith(words))
+    assert said is None or said in html
+
+
+def change(run: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Of what a run's metrics.json says."""
+    told = json.loads((run / "metrics.json").read_text())
+    edit(told)
+    write_json(run / "metrics.json", told)
+
+
+def test_what_the_rows_do_not_share_is_told_of_none(sweep: Path) -> None:
+    """The page's protocol and warnings are those of all runs."""
+    runs = find_runs(sweep)
+    change(runs[0], lambda told: told["protocol"].update(steps=8, warnings=["few images", "of one kind"]))
+    change(runs[1], lambda told: told["protocol"].update(warnings=["few images", "the validation split"]))
+    table = read_sweep(sweep)
+    assert "Sampling: differs by row" in table.protocol and "ddim" not in table.protocol
+    assert "8 generated, 8 real images (test split)" in table.protocol
+    html = write_sweep_report(sweep).read_text()
+    for words in ("few images", "of one kind", "the validation split"):
+        assert html.count(f"Warning: {words}.") == 1
+
+
+def test_a_report_of_the_folder_one_is_in(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs with a number and without in front; its title is the folder's name, which "." does not say."""
+    make_run(sweep / "mine", 8, 1.0, 4.0)
+    monkeypatch.chdir(sweep)
+    monkeypatch.setattr(sys, "argv", ["sweep", "."])
+    main()
+    assert capsys.readouterr().out == "report.html\n"
+    assert f"<h1>{sweep.name}</h1>" in (sweep / "report.html").read_text()
+    (sweep / "empty").mkdir()
+    monkeypatch.chdir(sweep / "empty")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: ")
 
 
 def test_the_front_is_what_nothing_smaller_beats(sweep: Path) -> None:
@@ -163,7 +230,9 @@ def test_seeds_become_a_mean_with_students_interval(tmp_path: Path) -> None:
     assert table.varied == ["adapter.rank"]
     merged = table.rows[0].metrics["fd_effnet"]
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
-    assert (merged.value, merged.low, merged.high) == pytest.approx((5.0, low, high))
+    assert low < 0 and (merged.value, merged.low, merged.high) == pytest.approx((5.0, 0.0, high))  # it is a distance
+    kernel = over_seeds([{"kd_effnet": MetricValue(value, None, None, "lower")} for value in values])["kd_effnet"]
+    assert (kernel.low, kernel.high) == pytest.approx((low, high))  # may be negative: its estimate has no bias
     assert len(table.rows[0].runs) == 3
     assert over_seeds([table.rows[1].metrics]) is table.rows[1].metrics
 

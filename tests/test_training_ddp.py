@@ -116,6 +116,7 @@ def test_two_processes_train_what_one_trains(tiny_backbone: Path, shared: Path, 
         monkeypatch.setattr(Drawer, "images", counted)
         record = Record()
         training.train(make(tiny_backbone, shared, "two", *TWO, *SAMPLES), [record])
+        assert not torch.distributed.is_initialized()  # rank 0 alone goes on, and nobody waits for it
         assert sum(record.sent) == record.expected > 0  # not once per accumulated batch
         torch.save([record.gradients, record.losses], shared / f"record{number}.pt")
 
@@ -137,6 +138,7 @@ def test_two_processes_train_what_one_trains(tiny_backbone: Path, shared: Path, 
     for stage in (gradients[0], gradients[3]):  # as it says at each stage's beginning: 4 bytes a number
         assert f"2 processes, {stage.numel() * 4 / 1e6:.3g} MB of gradients reduced a step" in ended[0].text
     assert "2 processes" not in ended[1].text
+    assert ["run folder" in e.text for e in ended] == [True, False]
     assert names(shared / "two") == names(shared / "one")
     pictures = [np.asarray(Image.open(shared / n / "samples" / "step_000002.png")).astype(int) for n in ("one", "two")]
     assert np.abs(pictures[0] - pictures[1]).max() <= 2

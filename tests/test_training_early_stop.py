@@ -58,10 +58,10 @@ def test_a_stop_between_two_validations_is_not_judged(
 ) -> None:
     """It validates as well; with step 3 there would be two validations without a better one at step 4."""
     script_validation(monkeypatch, {2: 2.0, 3: 9.0, 4: 3.0, 6: 1.0})
-    options = ("trainer.max_steps=6", "trainer.val_check_interval=2", "trainer.early_stop_patience=2",
+    options = ("trainer.max_steps=7", "trainer.val_check_interval=2", "trainer.early_stop_patience=2",
                "enhancement=none")  # fmt: skip
     make = partial(config, tiny_backbone, tmp_path / "run", tmp_path / "cache", *options)
-    with pytest.raises(InterruptedRunError, match="step 3 of 6"):
+    with pytest.raises(InterruptedRunError, match="step 3 of 7"):
         training.train(make(), [Interrupt(2)])
     assert training.train(make("ckpt_path=last")).stopped_early == ""
 
@@ -111,6 +111,6 @@ def test_training_stops_early_and_says_when_and_why(
     assert straight and all(torch.equal(straight[k], resumed[k]) for k in straight)
     assert training.train(make(*EARLY, "ckpt_path=last", name="cut")).stopped_early == said  # it had stopped: no step
     assert steps == [0, 1, 2, 3]
-    longer = [o for o in EARLY if "patience" not in o] + ["trainer.early_stop_patience=5"]
+    longer = [o for o in EARLY if "patience" not in o] + ["trainer.early_stop_patience=4"]
     assert training.train(make(*longer, "ckpt_path=last", name="cut")).stopped_early == ""
     assert steps == [0, 1, 2, 3, 4, 5]

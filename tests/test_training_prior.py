@@ -66,6 +66,25 @@ def test_loss_is_that_of_the_photos_and_a_share_of_the_priors(
         assert torch.equal(seen[1][1][0], seen[1][1][1])  # one caption for all
 
 
+def test_a_training_that_goes_on_in_another_folder_keeps_to_the_same_pictures(
+    tiny_backbone: Path, tmp_path: Path
+) -> None:
+    """And they lie in that folder from then on."""
+
+    def train(name: str, *options: str) -> torch.Tensor:
+        own = (*OPTIONS, "objective.prior_weight=0.5", *options)
+        training.train(config(tiny_backbone, tmp_path / name, tmp_path / "cache", *own))
+        return load_file(tmp_path / name / "prior.safetensors")["latents"]
+
+    drawn, checkpoint = train("first"), tmp_path / "first" / "checkpoints" / "adapter.ckpt"
+    taken_over = train("second", "trainer.max_steps=2", f"ckpt_path={checkpoint}")
+    assert torch.equal(taken_over, drawn)
+    (tmp_path / "first" / "prior.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"first.prior\.safetensors is gone"):
+        train("third", "trainer.max_steps=2", f"ckpt_path={checkpoint}")
+    assert torch.equal(train("second", "trainer.max_steps=3", "ckpt_path=last"), drawn)
+
+
 def test_the_text_encoder_may_train_beside_the_prior(tiny_backbone: Path, tmp_path: Path) -> None:
     """Then a batch has tokens instead of embeddings, and so has the prior's."""
     options = (*OPTIONS, "objective.prior_weight=0.5", "adapter.targets=[cross_attention,text_encoder]")

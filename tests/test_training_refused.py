@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from compose import config
 from diffusers import DDIMScheduler
 
@@ -48,6 +49,7 @@ def make(tiny_backbone: Path, tmp_path: Path) -> Make:
         (("data.difficulty=impossible",), "impossible"),
         (("objective.caption_dropout=1.5",), "caption_dropout"),
         (("trainer.max_steps=0",), "max_steps"),
+        (("trainer.max_steps=null",), "trainer.max_steps=None is no number of steps"),
         (("trainer.val_check_interval=0.5",), "trainer.val_check_interval=0.5 counts steps"),
         (("sampling.num_inference_steps=1000",), "sampling.num_inference_steps=1000"),
         (("enhancement.judged_steps=1000",), "enhancement.judged_steps=1000"),
@@ -58,6 +60,24 @@ def make(tiny_backbone: Path, tmp_path: Path) -> Make:
         (("enhancement.losses=[beauty]",), "enhancement.losses=beauty"),
         (("enhancement.losses=[edges]",), "nothing to learn from"),
         (("backbone.gradient_checkpointing=some",), "backbone.gradient_checkpointing=some"),
+        (("backbone.attention=flash",), "backbone.attention=flash"),
+        (("adapter.alpha=0",), "adapter.alpha=0.0 leaves the adapter nothing"),
+        (("adapter.conv_alpha=nan",), "adapter.conv_alpha=nan leaves the adapter nothing"),
+        (("data.max_images=-5",), "data.max_images=-5 is below 1"),
+        (("enhancement.decoder_learning_rate=-1",), "enhancement.decoder_learning_rate=-1.0 is below 0"),
+        (("tracking.num_grid_prompts=0",), "tracking.num_grid_prompts=0 is below 1"),
+        (("trainer.precision=bf16-true",), "trainer.precision=bf16-true is unknown"),
+        (("trainer.early_stop_patience=3", "trainer.val_check_interval=1"), "early_stop_patience=3 cannot stop 4"),
+        (("tracking.distance_every_n_steps=4",), "distance_every_n_steps=4 never comes in 4 steps"),
+        (("trainer.devices=0",), r"trainer\.\* does not fit lightning.Trainer or this machine .*devices=0"),
+        (("+trainer.strategy=nonsense",), "invalid strategy name: `strategy='nonsense'`"),
+        (("+trainer.nonsense=1",), "unexpected keyword argument 'nonsense'"),
+        pytest.param(
+            ("trainer.accelerator=gpu",),
+            "No supported gpu backend found",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+        (("+trainer.limit_train_batches=2",), "trainer.limit_train_batches cannot be given here"),
         (("enhancement=direction", "enhancement.gain=false"), "placement=direction edits by the gain"),
         (("enhancement.placement=direction", "sampling.scheduler=ddim"), "no place for the source photo's texture"),
     ],
@@ -88,6 +108,13 @@ def test_younger_rules_over_training_shut_no_finished_run_out(make: Make) -> Non
     """A direction term beside source texture trained the gain alone once; such runs are drawn with as before."""
     check(make("enhancement.placement=direction", "sampling.scheduler=ddim"), trains=False)
     check(make("enhancement.placement=direction", "sampling.scheduler=ddim", "enhancement.enabled=false"))
+
+
+def test_a_file_that_only_measuring_needed_shuts_no_drawing_out(make: Make) -> None:
+    gone = make("evaluation.lpips=gone.safetensors")
+    check(gone, trains=False)
+    with pytest.raises(ConfigError, match=r"evaluation.lpips=gone.safetensors does not exist"):
+        check(gone)
 
 
 def test_source_conditioning_needs_pairs(make: Make, tiny_folder: Path) -> None:

@@ -21,7 +21,7 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from lora_dae.backbone.precision import choose_precision
+from lora_dae.backbone.precision import draws_in_bf16
 from lora_dae.config import Config, ConfigError, conf_dir
 from lora_dae.rules import check
 from lora_dae.sampling.load import load_run
@@ -259,7 +259,7 @@ def test_sampled_pictures_are_those_of_the_runs_drawer(finished: Path, tmp_path:
     grid = draw_samples(SampleRequest(**{**own, **asked}), Console())
     run = load_run(finished)
     drawer = replace(run, cfg=replace(run.cfg, sampling=replace(run.cfg.sampling, seed=3))).drawer(
-        choose_precision("auto", torch.device("cpu")) == "bf16-mixed"
+        draws_in_bf16(run.cfg, torch.device("cpu"))
     )
     for strength in (0.0, 1.0):
         expected = drawer.images(["a red dress"] * 2, None, strength)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import json
+import shlex
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from test_evaluation_folders import _folder
 from test_evaluation_measure import TinyFeatures
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+from wandb.sdk.lib.urls import DEFAULT_BASE_URL
 
 from lora_dae.cli import typed
 from lora_dae.config import Config, ConfigError, TrackingConfig, conf_dir, register, to_dict
@@ -137,7 +140,8 @@ def test_offline_run_holds_everything(make: Make, monkeypatch: pytest.MonkeyPatc
             (file,) = result.run_dir.glob(f"wandb/offline-run-*/files/{path}")
             with Image.open(file) as picture:
                 assert np.asarray(picture).std() > 0
-    assert wandb_sweep()["metric"]["name"] in columns
+    split, _, metric = wandb_sweep()["metric"]["name"].partition("/")
+    assert split == "val" and f"test/{metric}" in columns  # chosen on the one, measured here on the other
     samples = columns["test/samples"][0]
     (table,) = result.run_dir.glob(f"wandb/offline-run-*/files/{samples['path']}")
     content = json.loads(table.read_text())
@@ -232,8 +236,11 @@ def wandb_sweep() -> dict[str, Any]:
     return yaml.safe_load((ROOT / "experiments" / "wandb_sweep.yaml").read_text())
 
 
-def test_wandb_sweep_is_one_hydra_command_per_trial() -> None:
-    """W&B's own code turns the file into the agent's command; Hydra and the config's checks take all its corners."""
+def test_wandb_sweep_is_one_hydra_command_per_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B's own code turns the file into the agent's command; Hydra and the config's checks take all its corners.
+
+    By its id, which the agent puts into the environment, each trial has a folder of its own.
+    """
     sweep = wandb_sweep()
     register()
     assert (ROOT / sweep["program"]).is_file()
@@ -250,14 +257,21 @@ def test_wandb_sweep_is_one_hydra_command_per_trial() -> None:
         }  # noqa: E501
         command = [word for part in create_sweep_command(list(sweep["command"])) for word in macros.get(part, [part])]
         assert command[:3] == ["/usr/bin/env", "python", "train.py"]
+        monkeypatch.setenv("WANDB_RUN_ID", f"trial{end}")
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             cfg = typed(compose("train", [*command[3:], "run_dir=x"]))
+            whole = compose("train", [*command[3:], "run_dir=x"], return_hydra_config=True)
         check(cfg)
+        assert whole.hydra.run.dir == f"runs/wandb_sweep/trial{end}"
+        assert cfg.evaluation.split == sweep["metric"]["name"].partition("/")[0]
         assert cfg.store == "multirun/store" and cfg.enhancement.strength == values["enhancement.strength"]
         assert cfg.optimizer.learning_rate == pytest.approx(values["optimizer.learning_rate"])
 
 
 LOGIN = "machine api.wandb.ai login user password {}\n".format("k" * 40)
+OWN_LOGIN = LOGIN.replace("api.wandb.ai", DEFAULT_BASE_URL.removeprefix("https://"))  # what wandb login writes today
+OTHER_LOGIN = LOGIN.replace("api.wandb.ai", "own.org")
+HOST = {".config/wandb/settings": "[default]\nbase_url = https://own.org\n"}  # as wandb login --host does
 
 
 @pytest.mark.parametrize(
@@ -266,6 +280,12 @@ LOGIN = "machine api.wandb.ai login user password {}\n".format("k" * 40)
         ({}, {}, "offline"),
         ({"WANDB_API_KEY": "k"}, {}, "online"),
         ({}, {".netrc": LOGIN}, "online"),
+        ({}, {".netrc": OWN_LOGIN}, "online"),
+        ({}, {".netrc": OTHER_LOGIN, **HOST}, "online"),
+        ({}, {".netrc": OWN_LOGIN, **HOST}, "offline"),
+        ({"WANDB_BASE_URL": DEFAULT_BASE_URL}, {".netrc": OTHER_LOGIN, **HOST}, "offline"),
+        ({"WANDB_CONFIG_DIR": "elsewhere"}, {".netrc": OTHER_LOGIN, **HOST}, "offline"),
+        ({"WANDB_IDENTITY_TOKEN_FILE": "token"}, {}, "online"),
         ({}, {".netrc": LOGIN.replace("wandb", "else")}, "offline"),
         ({}, {".netrc": "nonsense"}, "offline"),
         ({"NETRC": "elsewhere"}, {"elsewhere": LOGIN}, "online"),
@@ -282,12 +302,14 @@ LOGIN = "machine api.wandb.ai login user password {}\n".format("k" * 40)
 def test_wandb_is_online_with_a_login_and_offline_without(
     environment: dict[str, str], files: dict[str, str], mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("MODE", "API_KEY", "BASE_URL", "CONFIG_DIR", "IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
+    monkeypatch.delenv("NETRC", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name, value in environment.items():
-        monkeypatch.setenv(name, str(tmp_path / value) if name == "NETRC" else value)
+        monkeypatch.setenv(name, str(tmp_path / value) if name in ("NETRC", "WANDB_CONFIG_DIR") else value)
     for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert tracking.wandb_mode("auto") == mode
     assert tracking.wandb_mode("disabled") == "disabled"  # what is asked for counts
@@ -298,12 +320,13 @@ def test_a_run_after_an_offline_one_says_how_to_upload_it(
 ) -> None:
     """In one process, as in a sweep's job that trains and then measures: Lightning's own logger sets WANDB_MODE."""
     monkeypatch.setenv("WANDB_MODE", "offline")
-    for name in ("trains", "measures"):
+    for name in ("trains", "measures it"):
         (tmp_path / name).mkdir()
         logger = tracking.wandb_logger(TrackingConfig(), tmp_path / name, {}, Console(soft_wrap=True))
         assert logger is not None and logger.experiment.offline
         tracking.finish([logger])
-        assert f"wandb sync {tmp_path / name / 'wandb'}/offline-run-*" in capsys.readouterr().out
+        command = shlex.split(capsys.readouterr().out.partition("later with: ")[2])
+        assert command[:2] == ["wandb", "sync"] and len(glob.glob(command[2])) == 1
 
 
 def test_tensorboard_gets_a_trainings_curves_and_pictures(make: Make) -> None:

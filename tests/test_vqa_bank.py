@@ -10,7 +10,7 @@ import pytest
 from lora_dae.config import ConfigError
 from lora_dae.data.studio import attributes as studio
 from lora_dae.data.studio.captions import caption as studio_caption
-from lora_dae.vqa.bank import GRADES, SHIPPED, load_bank
+from lora_dae.vqa.bank import GRADES, PAIR_OPTIONS, SHIPPED, load_bank
 from lora_dae.vqa.parse import parse_answer
 
 
@@ -138,6 +138,14 @@ COLORS = ("red", "blue", "light blue")
         ("7", GRADES, None, "missing"),
         ("[" * 100_000, GRADES, None, "missing"),
         ("between 3 and 4", GRADES, None, "missing"),
+        ("I have no idea.", ("yes", "no"), None, "missing"),
+        ("No idea.", ("yes", "no"), None, "missing"),
+        ("At first glance both look alike", PAIR_OPTIONS, None, "missing"),
+        ("I see 1 garment", GRADES, None, "missing"),
+        ("4/10", GRADES, None, "missing"),
+        ("2 out of 3 buttons are there", GRADES, None, "missing"),
+        ("**Yes**, it is.", ("yes", "no"), "yes", "tolerant"),
+        ("Second\nIts cloth is sharper.", PAIR_OPTIONS, "second", "tolerant"),
     ],
 )
 def test_answers_are_read_or_missing_never_guessed(text: str, options: tuple[str, ...], answer: str, how: str) -> None:

@@ -24,8 +24,8 @@ from PIL import Image
 from rich.console import Console
 
 from lora_dae.config import ConfigError, conf_dir
+from lora_dae.data.captioner import endpoint_captioner
 from lora_dae.evaluation.pictures import Item, write_pictures
-from lora_dae.vqa import endpoint
 from lora_dae.vqa.ask import Task
 from lora_dae.vqa.bank import Question
 from lora_dae.vqa.cache import AnswerCache
@@ -35,12 +35,13 @@ from lora_dae.vqa.score import per_item, reading
 
 pytest.importorskip("openai", reason="openai is not installed: pip install 'lora-dae[judge]'")
 
-SECRET = "sk-very-secret"
+KEY, SECRET = "OPENAI_API_KEY", "sk-very-secret"
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.setenv(KEY, SECRET)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     server = Server()
     yield server
     server.http.shutdown()
@@ -64,19 +65,52 @@ def test_the_request_is_what_the_protocol_says(server: Server, cache: AnswerCach
     prefix, data = pictures[1]["image_url"]["url"].split(",")
     image = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
     assert prefix == "data:image/png;base64" and image.shape == (336, 336, 3) and (image == 1).all()
-    assert server.seen_keys == {f"Bearer {SECRET}"}
-    _ask(server, cache, _tasks(pictures=1), json_schema=False)
+    assert server.seen_keys == {"Bearer none"}  # OPENAI_API_KEY is set, and not this server's
+    _ask(server, cache, _tasks(pictures=1), json_schema=False, api_key_env=KEY)
     assert "response_format" not in server.requests[-1]
+    assert server.seen_keys == {"Bearer none", f"Bearer {SECRET}"}
+
+
+def test_openais_key_goes_to_no_other_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the captioner send it, but to OpenAI's own, and where its SDK would: to OPENAI_BASE_URL."""
+    photo = Image.new("RGB", (8, 8))
+    server.behavior = lambda request, number: (200, "a red dress")
+    assert endpoint_captioner(server.url, "m", "describe", 1e6)(photo) == "a red dress"
+    assert server.seen_keys == {None}
+    server.behavior = lambda request, number: (401, {"error": {"message": "who are you?"}})
+    with pytest.raises(ConfigError, match=f"who are you.*export OPENAI_BASE_URL={server.url} beside OPENAI_API_KEY"):
+        endpoint_captioner(server.url, "m", "describe", 1e6)(photo)
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/")
+    server.behavior = lambda request, number: (200, "a red dress")
+    endpoint_captioner(server.url, "m", "describe", 1e6)(photo)
+    assert server.seen_keys == {None, f"Bearer {SECRET}"}
+
+
+def test_the_sdks_own_address_is_asked_told_and_part_of_the_key(
+    server: Server, cache: AnswerCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OPENAI_BASE_URL stands for the hosted API; another server there is another judge."""
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    _ask(server, cache, _tasks(), base_url=None)
+    assert len(server.requests) == 1 and server.seen_keys == {f"Bearer {SECRET}"}
+    server.behavior = lambda request, number: (404, {"error": {"message": "no such model"}})
+    with pytest.raises(ConfigError, match=f"{server.url}, other.*does not know the model"):
+        _ask(server, cache, _tasks(), base_url=None, model="other")
+    here = build_judge("j", JudgeConfig(kind="endpoint", model="m"))
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:1/v1")
+    monkeypatch.delenv(KEY)  # a server of one's own may want none
+    there = build_judge("j", JudgeConfig(kind="endpoint", model="m"))
+    assert server.url in here.key and "localhost:1" in there.key
 
 
 def test_nothing_is_asked_twice_and_the_key_is_stored_nowhere(
     server: Server, cache: AnswerCache, tmp_path: Path
 ) -> None:
-    first = _ask(server, cache, _tasks(3))
-    again = _ask(server, cache, _tasks(3))
+    first = _ask(server, cache, _tasks(3), api_key_env=KEY)
+    again = _ask(server, cache, _tasks(3), api_key_env=KEY)
     assert len(server.requests) == 3 and [a.raw for a in first] == [a.raw for a in again]
     _ask(server, cache, _tasks(3), model="another")
-    assert len(server.requests) == 6
+    assert len(server.requests) == 6 and f"Bearer {SECRET}" in server.seen_keys
     cache.close()
     assert not any(SECRET.encode() in path.read_bytes() for path in tmp_path.iterdir())
 
@@ -87,6 +121,15 @@ def test_failures_and_limits_of_the_server_are_waited_out(server: Server, cache:
     server.behavior = lambda request, number: (codes.get(number, 200), '{"answer": "no"}')
     (answer,) = _ask(server, cache, _tasks(), retries=3)
     assert answer.parsed.answer == "no" and len(server.requests) == 4
+
+
+def test_a_server_that_wants_a_long_rest_is_told_by_its_name(server: Server, cache: AnswerCache) -> None:
+    """The SDK waits for no more than two minutes; the server is running, and asks for fewer requests."""
+    server.headers = {"Retry-After": "300"}
+    server.behavior = lambda request, number: (429, {"error": {"message": "slow down"}})
+    with pytest.raises(ConfigError, match="too often.*slow down.*judges.judge.requests_per_minute") as error:
+        _ask(server, cache, _tasks(), retries=2)
+    assert "is it running" not in str(error.value)
 
 
 def test_a_malformed_answer_is_missing_and_a_failed_request_is_unanswered(server: Server, cache: AnswerCache) -> None:
@@ -138,41 +181,6 @@ def test_requests_run_at_once_but_no_more_than_allowed(server: Server, cache: An
     assert server.most_at_once == 3
 
 
-def test_requests_per_minute_are_kept(server: Server, cache: AnswerCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that stands still the n-th request waits n intervals."""
-    waits: list[float] = []
-
-    class Clock:
-        monotonic = staticmethod(lambda: 50.0)
-        sleep = staticmethod(waits.append)
-
-    monkeypatch.setattr(endpoint, "time", Clock)
-    _ask(server, cache, _tasks(4), requests_per_minute=20, concurrency=4)
-    assert sorted(waits) == [0, 3, 6, 9]
-
-
-def test_asking_stops_at_the_cost_limit_and_goes_on_later(server: Server, cache: AnswerCache) -> None:
-    prices = {"price_in": 10.0, "price_out": 100.0, "concurrency": 1}  # 100 + 10 tokens: 0.002 a request
-    with pytest.raises(ConfigError, match="stopped at max_cost=0.005 .0.004 spent"):
-        _ask(server, cache, _tasks(9), max_cost=0.005, **prices)
-    assert len(cache) == 2
-    assert len(_ask(server, cache, _tasks(9), max_cost=1.0, **prices)) == 9 and len(server.requests) == 9
-
-
-def test_requests_at_once_do_not_pass_the_cost_limit(server: Server, cache: AnswerCache) -> None:
-    barrier = threading.Barrier(4, timeout=20)
-
-    def together(request: dict[str, Any], number: int) -> tuple[int, str]:
-        if 1 < number <= 5:  # the first shows what one costs; the next four leave together, before any is paid for
-            barrier.wait()
-        return 200, '{"answer": "yes"}'
-
-    server.behavior = together
-    with pytest.raises(ConfigError, match="stopped at max_cost=0.011 .0.01 spent"):
-        _ask(server, cache, _tasks(20), max_cost=0.011, price_in=10.0, price_out=100.0, concurrency=4)
-    assert len(server.requests) == len(cache) == 5  # of 0.002 each: a sixth would pass it
-
-
 def test_streams_are_put_together_and_broken_ones_are_no_answer(server: Server, cache: AnswerCache) -> None:
     server.behavior = lambda request, number: (200, ['{"ans', 'wer": ', '"no"}', None])
     (answer,) = _ask(server, cache, _tasks(), stream=True)
@@ -187,7 +195,7 @@ def test_a_refused_request_is_missing_and_the_rest_is_asked(status: int, server:
     """Also eight in a row, of eight prompts: whoever answers some questions is not down."""
     refused = (status, {"error": {"code": "content_filter", "message": f"unsafe picture {SECRET}"}})
     server.behavior = lambda request, number: refused if 2 <= number <= 9 else (200, '{"answer": "yes"}')
-    answers = _ask(server, cache, _tasks(12), concurrency=1)
+    answers = _ask(server, cache, _tasks(12), concurrency=1, api_key_env=KEY)
     assert [a.parsed.answer for a in answers] == ["yes", *[None] * 8, *["yes"] * 3] and len(server.requests) == 12
     assert "unsafe picture ***" in str(answers[1].why) and answers[0].why is None
     found = reading(answers)
@@ -232,13 +240,14 @@ def test_refusals_stop_at_once_and_never_show_the_key(
 ) -> None:
     server.behavior = lambda request, number: (status, {"error": {"message": f"bad key {SECRET}"}})
     with pytest.raises(ConfigError, match=message) as error:
-        _ask(server, cache, _tasks(9), concurrency=1)
+        _ask(server, cache, _tasks(9), concurrency=1, api_key_env=KEY)
     assert SECRET not in str(error.value) and "***" in str(error.value)
     assert len(server.requests) == 1
 
 
 def test_the_hosted_api_needs_a_key_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv(KEY, raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(ConfigError, match="export OPENAI_API_KEY"):
         build_judge("hosted", JudgeConfig(kind="endpoint", model="m"))
 

@@ -88,8 +88,12 @@ def test_a_judge_that_answered_at_temperature_0_is_asked_in_no_other_way(server:
     assert [r["temperature"] for r in server.requests] == [0, 0, 0]
 
 
-def test_thoughts_that_leave_no_room_for_an_answer_are_said_and_paid(server: Server, cache: AnswerCache) -> None:
-    choice = {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": ""}}
+@pytest.mark.parametrize("thought", ["", "<think>First, the collar: it is"])
+def test_thoughts_that_leave_no_room_for_an_answer_are_said_and_paid(
+    thought: str, server: Server, cache: AnswerCache
+) -> None:
+    """Some servers keep what a model thinks, others give it within the text; neither is an answer to be kept."""
+    choice = {"index": 0, "finish_reason": "length", "message": {"role": "assistant", "content": thought}}
     body = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
     body["usage"] = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
     server.behavior = lambda request, number: (200, body)

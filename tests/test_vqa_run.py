@@ -1,4 +1,4 @@
-"""From pictures to table: pairs in both orders, controls, the command; a tiny real VLM."""
+"""From pictures to table: pairs in both orders, controls, the command."""
 
 from __future__ import annotations
 
@@ -17,29 +17,18 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
 from test_adapter_atomic import full_disk
-from test_vqa_score import _q
-from tokenizers import Tokenizer, decoders, models
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from test_vqa_score import _answer, _q
 
 from lora_dae.config import ConfigError, conf_dir
 from lora_dae.evaluation.attributes.classifier import load_embedded
 from lora_dae.evaluation.pictures import Item, write_pictures
+from lora_dae.evaluation.report.sheets import judges_sheets
 from lora_dae.vqa import run as vqa
-from lora_dae.vqa.__main__ import main
 from lora_dae.vqa.ask import Task, ask_all
 from lora_dae.vqa.bank import PAIR_OPTIONS, Question
 from lora_dae.vqa.cache import AnswerCache, image_hash
-from lora_dae.vqa.judges import ClassifierJudge, Judge, JudgeConfig, Reply, build_judge, enlarged, judge_config
+from lora_dae.vqa.judges import ClassifierJudge, Judge, JudgeConfig, Reply
 from lora_dae.vqa.pairwise import outcome, pair_tasks
-from lora_dae.vqa.score import per_item, reading
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +37,7 @@ class Scripted:
     """A judge whose answers are a function of pictures and question."""
 
     concurrency = 1
+    cost = 0.0
 
     def __init__(self, name: str, say: Any) -> None:
         self.name, self.key, self.say, self.asked = name, name, say, 0
@@ -148,7 +138,83 @@ def test_two_judges_a_table_and_controls(folders: list[str], tmp_path: Path, mon
     assert "one judge alone" not in text
     assert "Warning: it does not see texture" in text and "parse failures" in text and "position bias 100.0%" in text
     saved = json.loads((tmp_path / "out" / "vqa.json").read_text())
-    assert saved["schema"] == 2 and saved["protocol"]["bank"].startswith("2-")
+    assert saved["schema"] == 3 and saved["methods"] == ["flat", "sharp"] and saved["protocol"]["bank"].startswith("2-")
+    sheets = {sheet.title: sheet for sheet in judges_sheets(tmp_path / "out", ["flat", "sharp"])}
+    titles = ["Judge seeing", "Judge seeing: pairs", "Judge blind", "Judge blind: pairs"]
+    assert list(sheets) == [*titles, "Agreement between judges (Krippendorff's alpha)"]
+    assert "position bias 100.0%" in sheets["Judge blind: pairs"].notes[0]
+    assert ["texture: flat over sharp", "0", "6", "0"] in [row[:4] for row in sheets["Judge seeing: pairs"].rows]
+    assert any("Warning: it does not see texture" in note for note in sheets["Judge blind"].notes)
+
+
+def test_few_prompts_prove_no_blindness_and_controls_that_are_left_out_are_told(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four prompts of one mind are 2 of 16 sign patterns, whatever the judge sees."""
+    judge = Scripted("seeing", _contrast)
+    result = _ask(folders, tmp_path / "few", [judge], monkeypatch, "num_samples=4")
+    seen = result["judges"]["seeing"]["sees_texture"]
+    assert seen["difference"] > 0 and seen["p"] == 2 / 16
+    text = (tmp_path / "few" / "vqa.md").read_text()
+    assert "Whether it sees texture could not be shown (4 prompts, difference +" in text
+    assert "does not see texture" not in text and "no controls" not in text
+    silent = Scripted("silent", lambda i, q: "hm" if q.about == "texture" else _contrast(i, q))
+    _ask(folders, tmp_path / "silent", [silent], monkeypatch)
+    assert "could not be shown (0 prompts)" in (tmp_path / "silent" / "vqa.md").read_text()
+    for folder in folders:  # one line of each
+        lines = (Path(folder) / "metadata.jsonl").read_text().splitlines()
+        row = json.loads(lines[2])
+        del row["real"]
+        lines[2] = json.dumps(row)
+        (Path(folder) / "metadata.jsonl").write_text("\n".join(lines))
+    result = _ask(folders, tmp_path / "without", [judge], monkeypatch)
+    assert list(result["judges"]["seeing"]["scores"]) == ["flat", "sharp"]
+    text = (tmp_path / "without" / "vqa.md").read_text()
+    assert "**Warning: no controls, as 1 of 6 prompts have no real photo" in text
+    (scores, pairs) = judges_sheets(tmp_path / "without", ["flat", "sharp"])
+    assert any("Warning: no controls, as 1 of 6 prompts" in note for note in scores.notes)
+    assert any("one judge alone" in note for note in scores.notes) and "pairs" in pairs.title
+
+
+def test_judges_that_agree_on_the_controls_alone_do_not_agree() -> None:
+    """Everybody tells sharp photos from blurred ones; on the methods these two say the opposite."""
+    question = _q("texture", None, kind="graded")
+    said = {"a": ("2", "4"), "b": ("4", "2"), vqa.REAL: ("5", "5"), vqa.BLURRED: ("1", "1")}
+    answers = {
+        judge: [_answer(i, question, both[k], (row,)) for i in range(10) for row, both in said.items()]
+        for k, judge in enumerate(("one", "two"))
+    }
+    result = vqa.summarize(answers, {}, list(said), ["a", "b"], 10, 20)
+    assert result["agreement"]["texture (graded)"] < 0
+    assert result["judges"]["one"]["sees_texture"]["verdict"] == "better"
+
+
+def test_judges_are_loaded_when_runs_are_there_and_local_ones_when_pictures_are(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    gather = vqa.gather
+
+    def gathered(*given: Any) -> Any:
+        order.append("pictures")
+        return gather(*given)
+
+    def built(name: str, cfg: JudgeConfig) -> Judge:
+        order.append(name)
+        return Scripted(name, _contrast)
+
+    monkeypatch.setattr(vqa, "gather", gathered)
+    monkeypatch.setattr(vqa, "build_judge", built)
+    judges = {"local": {"kind": "transformers", "model": "m"}, "remote": {"kind": "endpoint", "model": "m"}}
+    request = _request([str(tmp_path / "absent")], tmp_path / "out", "num_samples=2")
+    request.judges = judges
+    with pytest.raises(ConfigError, match="absent does not exist"):
+        vqa.ask_judges(request, Console(quiet=True))
+    assert order == [] and not (tmp_path / "out").exists()
+    request = _request(folders, tmp_path / "out", "num_samples=2")
+    request.judges = judges
+    assert list(vqa.ask_judges(request, Console(quiet=True))["judges"]) == ["local", "remote"]
+    assert order == ["remote", "pictures", "local"]
 
 
 def _ids(output: Path) -> list[str]:
@@ -206,38 +272,6 @@ def test_the_embedded_classifier_answers_what_it_knows() -> None:
     assert not judge.takes(_q("realism", None, kind="graded"))
 
 
-def test_every_judge_of_conf_composes_and_is_checked() -> None:
-    names = sorted(path.stem for path in (conf_dir() / "judge").glob("*.yaml"))
-    request = _request(["a"], Path("out"), f"judge=[{','.join(names)}]")
-    assert sorted(request.judges) == names
-    for name, values in request.judges.items():
-        if "model" in values:
-            with pytest.raises(ConfigError, match=f"judges.{name}.model is missing"):
-                judge_config(name, values)
-            values["model"] = "m"
-        assert judge_config(name, values).kind in ("endpoint", "transformers", "classifier")
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"kind": "oracle"}, "kind=oracle"),
-        ({"kind": "endpoint", "model": "m", "api_key": "sk"}, "do not belong into configs"),
-        ({"kind": "endpoint", "model": "m", "base_url": "http://me:pw@host/v1"}, "password or a query"),
-        ({"kind": "endpoint", "model": "m", "base_url": "http://host/v1?key=pw"}, "password or a query"),
-        ({"kind": "endpoint", "model": "m", "modle": 1}, "modle is unknown"),
-        ({"kind": "endpoint", "model": "m", "timeout": 0}, "timeout=0"),
-        ({"kind": "endpoint", "model": "m", "max_cost": 1.0}, "needs price_in"),
-        ({"kind": "endpoint", "model": "m", "requests_per_minute": -1}, "requests_per_minute=-1"),
-        ("classifier", "must be a mapping"),
-    ],
-)
-def test_wrong_judges_are_one_sentence(values: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as error:
-        judge_config("x", values)
-    assert "sk" not in str(error.value).split() and "pw" not in str(error.value).split()
-
-
 def test_a_full_disk_stops_in_one_sentence_and_earlier_answers_stay(tmp_path: Path) -> None:
     """SQLite's own error, by its own limit on the size of a file."""
     cache = AnswerCache(tmp_path / "c.sqlite")
@@ -286,77 +320,6 @@ def test_a_cache_of_another_kind_is_refused_and_pixels_are_the_key(tmp_path: Pat
     assert image_hash(image.transpose(1, 0, 2)) == image_hash(np.ascontiguousarray(image.transpose(1, 0, 2)))
 
 
-@pytest.fixture(scope="module")
-def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random Llava: letters as tokens, 28-pixel pictures of four patches."""
-    folder = tmp_path_factory.mktemp("vlm")
-    letters = [chr(c) for c in range(32, 127)] + ["\n"]
-    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "<image>", *letters])}
-    bpe = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    bpe.decoder = decoders.Fuse()
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, additional_special_tokens=["<image>"], **special)
-    template = (
-        "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}"
-        "{% endif %}{% endfor %}{% endfor %}\n"
-    )
-    LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
-        tokenizer=tokenizer, patch_size=14, vision_feature_select_strategy="default", chat_template=template,
-        image_token="<image>", num_additional_image_tokens=1,
-    ).save_pretrained(folder)  # fmt: skip
-    small = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
-    vision = CLIPVisionConfig(image_size=28, patch_size=14, projection_dim=16, **small).to_dict()
-    text = LlamaConfig(vocab_size=len(vocab), bos_token_id=1, eos_token_id=2, pad_token_id=2, **small).to_dict()
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=3))
-    for p in model.model.multi_modal_projector.parameters():
-        p.data *= 1e3  # a freshly initialized one hardly looks at its input
-    for p in model.model.language_model.parameters():
-        p.data *= 3
-    model.save_pretrained(folder)
-    return folder
-
-
-def test_a_random_vision_language_model_is_deterministic_sees_pictures_and_is_never_scored(
-    tiny_vlm: Path, tmp_path: Path
-) -> None:
-    judge = build_judge("tiny", JudgeConfig("transformers", model=str(tiny_vlm), max_tokens=8))
-    questions = [_q("a"), _q("g", None, kind="graded")]
-    images = _pictures([0, 90, 255])
-    tasks = [Task(k, ("m",), (image,), q) for k, image in enumerate(images) for q in questions]
-    tasks.append(Task(0, ("m", "n"), tuple(images[:2]), Question("p", "p", "pair", "?", PAIR_OPTIONS)))
-    answers, again = (ask_all(tasks, judge, AnswerCache(tmp_path / f"{i}.sqlite")) for i in range(2))
-    assert [a.raw for a in answers] == [a.raw for a in again]
-    assert len({a.raw for a in answers if a.task.question.id == "a"}) > 1  # other pictures, other words
-    single = [a for a in answers if len(a.task.methods) == 1]
-    assert reading(single).parse_failures == 1
-    assert all(np.isnan(v).all() for v in per_item(single, "m", 3).values())
-
-
-def test_vqascore_of_a_local_model_is_its_softmax(tiny_vlm: Path) -> None:
-    """The probability of the tokens that spell yes, after the very input that a question would have."""
-    judge: Any = build_judge("tiny", JudgeConfig("transformers", model=str(tiny_vlm)))
-    question = Question("s", "vqascore", "score", "Is it red?", ("yes", "no"))
-    assert not judge.takes(question)  # letters are its tokens: none of them is an answer
-    tokenizer = judge.processor.tokenizer
-    numbers = {word: tokenizer.convert_tokens_to_ids(letter) for word, letter in (("yes", "Y"), ("no", "n"))}
-    judge._answers = {number: word for word, number in numbers.items()}  # as if these letters were the words
-    picture = np.full((28, 28, 3), 90, np.uint8)
-    inputs = judge.processor(images=[enlarged(picture)], text="<image>Is it red?", return_tensors="pt")
-    with torch.no_grad():
-        probabilities = judge.model(**inputs).logits[0, -1].softmax(0)
-    told = {word: probabilities[number].item() for word, number in numbers.items()}
-    assert judge.takes(question)
-    assert json.loads(judge.ask([picture], question).raw) == pytest.approx(told, rel=1e-4)
-
-
-def test_a_model_that_cannot_be_loaded_is_one_sentence(tmp_path: Path, tiny_vlm: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="cannot be loaded"):
-        build_judge("x", JudgeConfig("transformers", model=str(tmp_path)))
-
-
 def test_the_command(folders: list[str], tmp_path: Path) -> None:
     line = [sys.executable, "-m", "lora_dae.vqa", f"runs=[{','.join(folders)}]", "bootstrap=20"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -364,12 +327,3 @@ def test_the_command(folders: list[str], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Judge classifier" in done.stdout and (tmp_path / "vqa" / "vqa.json").is_file()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["flat", "sharp", "vqa"]
-
-
-def test_a_command_without_runs_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["vqa"])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: runs is missing")

@@ -10,8 +10,8 @@ header alpha falls back to the rank.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from lora_dae.adapter.atomic import atomic, load_tensors, save_tensors
 from lora_dae.adapter.fused import fuse
 from lora_dae.adapter.inject import ADAPTER_NAME, is_injected
 from lora_dae.adapter.kohya import KOHYA_FILE
-from lora_dae.adapter.peft_layout import read_configuration
+from lora_dae.adapter.peft_layout import read_configuration, written_configuration
 from lora_dae.adapter.source_input import SourceInput, detach_source_input
 from lora_dae.adapter.targets import base_layer
 from lora_dae.adapter.text import COMPONENTS, load_text, merge_text, own_name, text_state
@@ -40,9 +40,13 @@ _PREFIX = "unet."
 
 
 def trained_megabytes(folder: str | Path) -> float:
-    """All that was trained, 10^6 bytes, as it lies in the adapter's ``folder``; kohya's file is a copy of the LoRA."""
+    """All that was trained, 10^6 bytes, as it lies in the adapter's ``folder``.
+
+    Not kohya's file, a copy of the LoRA, nor what a killed process left half written (names that begin with a dot).
+    """
     files = [file for file in Path(folder).rglob("*.safetensors") if file.name != KOHYA_FILE]
-    return sum(file.stat().st_size for file in files) / 1e6
+    whole = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    return sum(file.stat().st_size for file in whole) / 1e6
 
 
 def save_adapter(
@@ -63,7 +67,7 @@ def save_adapter(
     header = {
         **(metadata or {}),
         "format": "pt",
-        LORA_ADAPTER_METADATA_KEY: json.dumps({**_configuration(unet, state), **text_configuration}, sort_keys=True),
+        LORA_ADAPTER_METADATA_KEY: written_configuration({**_configuration(unet, state), **text_configuration}),
     }
     return save_tensors({**{_PREFIX + key: value for key, value in state.items()}, **text}, _file(path), header)
 
@@ -152,12 +156,12 @@ def _widen_conv_in(unet: UNet2DConditionModel, source_input: SourceInput) -> Non
 
 
 def _configuration(unet: UNet2DConditionModel, state: dict[str, Tensor]) -> dict[str, Any]:
-    """PEFT's configuration as diffusers reads it back: plain JSON values under the UNet's prefix."""
+    """PEFT's configuration under the UNet's prefix, as diffusers is to read it back."""
     values = unet.peft_config[ADAPTER_NAME].to_dict()
     values["target_modules"] = sorted({_layer_of(key) for key in state})  # PEFT may have shortened the names
     # diffusers never puts the layers that it adds into eval mode, so a plain pipeline would draw with dropout
     values["lora_dropout"] = 0.0
-    return {_PREFIX + key: sorted(value) if isinstance(value, set) else value for key, value in sorted(values.items())}
+    return {_PREFIX + key: value for key, value in values.items()}
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -216,9 +220,14 @@ def _check(
 
 
 def _checked_configuration(file: Path, weights: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's settings in the header, which must describe a LoRA of the layers and ranks that the file has."""
-    configuration = read_configuration(header, str(file))
-    for component in ("unet", *COMPONENTS):
+    """PEFT's settings in the header, which must describe a LoRA of the layers and ranks that the file has.
+
+    Without those that this PEFT does not know and that are not in use: files once named all of their time's PEFT.
+    """
+    components = ("unet", *COMPONENTS)
+    known = {f"{component}.{field.name}" for component in components for field in fields(LoraConfig)}
+    configuration = {k: v for k, v in read_configuration(header, str(file)).items() if v or k in known}
+    for component in components:
         own = _part(configuration, component)
         try:
             settings = LoraConfig(**own)

@@ -150,7 +150,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _is_peft_s_to_split(base: nn.Module) -> bool:
+def _leaves_split_to_peft(base: nn.Module) -> bool:
     """Where no rounded copy is kept: of int8 weights, to save memory, and on a GPU, where rounding costs little."""
     return is_int8(base) or base.weight.device.type != "cpu"  # type: ignore[union-attr, return-value]
 
@@ -181,7 +181,7 @@ class FusedLinear(Linear):
         a, b, dtype = self.lora_A[name].weight, self.lora_B[name].weight, _compute_dtype(x)
         if merging_pays(x.numel() // x.shape[-1], base.in_features, base.out_features):
             return MergedLinear.apply(x, base, a, b, self.scaling[name], dtype)
-        if _is_peft_s_to_split(base):
+        if _leaves_split_to_peft(base):
             return super().forward(x)
         return SplitLinear.apply(x, _frozen(self, dtype, x.shape), a, b, self.scaling[name])
 
@@ -206,6 +206,6 @@ class FusedConv2d(Conv2d):
         a, b, dtype = self.lora_A[name].weight, self.lora_B[name].weight, _compute_dtype(x)
         if merging_pays(positions, base.in_channels * math.prod(base.kernel_size), base.out_channels):
             return MergedConv.apply(x, base, a, b, self.scaling[name], dtype)
-        if _is_peft_s_to_split(base):
+        if _leaves_split_to_peft(base):
             return super().forward(x)
         return SplitConv.apply(x, _frozen(self, dtype, x.shape), a, b, self.scaling[name])

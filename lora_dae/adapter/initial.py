@@ -42,7 +42,7 @@ def read_lora(
     """Layers by ``<component>.<module>``, as the models name them, of a LoRA file in kohya's or diffusers' layout.
 
     Names that the UNet and the text ``encoders`` do not have stay as the file has them. Raises ConfigError if the
-    file is damaged, holds no LoRA, another kind of adapter, or values that are not finite.
+    file is damaged, holds no LoRA, another kind of adapter, PEFT's own layout, or values that are not finite.
     """
     file = check_file(path)
     tensors, header = load_tensors(file, "it is damaged, get it anew")
@@ -51,6 +51,12 @@ def read_lora(
     if is_peft(list(tensors)):
         layers = from_peft(tensors, header, str(file))
     else:
+        bare = next((key for key in tensors if ".lora_A." in key), None)  # kohya's is lora_down
+        if bare is not None:
+            raise ConfigError(
+                f"{file} is in PEFT's own layout ({bare} first, with no unet. or text_encoder. in front): save it with "
+                "save_lora_weights of a diffusers pipeline."
+            )
         family = unet_family({name: p.shape for name, p in unet.named_parameters()})
         layers = from_kohya(tensors, known_names({"unet": unet, **(encoders or {})}, family), str(file))
     check_finite(layers, str(file))
@@ -90,16 +96,29 @@ def initialize(
     unused = [name for name in layers if name not in used]
     if not used:
         raise ConfigError(f"no layer of {path} is one that trains here ({unused[0]} first): change adapter.targets.")
+    groups = {f"unet.{name}": group for name, group in group_layers(unet)}
     if unused and not allow_partial:
-        raise ConfigError(
-            f"{len(unused)} of {len(layers)} layers in {path} do not train here ({unused[0]} first): add their "
-            "group to adapter.targets, or leave them out with adapter.allow_partial=true."
-        )
+        raise ConfigError(_left_out(unused, len(layers), groups, path))
     for name, layer in used.items():
         _check_shape(targets[name], layer, name, path)
         _fill(targets[name], layer, name, path)
-    groups = {f"unet.{name}": group for name, group in group_layers(unet)}
     return _table({name: groups.get(name, "text_encoder") for name in targets}, used, len(unused), path)
+
+
+def _left_out(unused: list[str], count: int, groups: Mapping[str, str], path: str | Path) -> str:
+    """What to do about the ``unused`` of a file's ``count`` layers; ``groups``: of the UNet's layers that have one."""
+    said = f"{len(unused)} of {count} layers in {path} do not train here ({unused[0]} first)"
+    # kohya's LoRAs train proj_in and proj_out as well
+    alone = [name for name in unused if name not in groups and not name.startswith(("text_encoder", "lora_te"))]
+    if not alone:
+        return f"{said}: add their group to adapter.targets, or leave them out with adapter.allow_partial=true."
+    kinds = sorted({name.rpartition(".")[2] for name in alone})
+    named = ", ".join(kinds[:4] + ["..."] * (len(kinds) > 4))
+    others = "" if len(alone) == len(unused) else "add the groups of the others to adapter.targets, and "
+    return (
+        f"{said}, and {len(alone)} of them ({named}) are in no group of adapter.targets: {others}leave these out with "
+        "adapter.allow_partial=true."
+    )
 
 
 def _fill(target: Any, layer: LoraWeights, name: str, path: str | Path) -> None:

@@ -8,7 +8,8 @@
 Names are those that kohya writes: of the diffusers UNet for SD 1.x and 2.x, of the SGM UNet for SDXL
 (``lora_unet_input_blocks_4_1_...``); text encoders are ``lora_te_`` there, ``lora_te1_`` and ``lora_te2_`` here.
 Every layer has its own alpha, so ranks and scales may be mixed. ``dora_scale`` holds row norms (LyCORIS'
-``wd_on_output``), which ComfyUI and Forge tell by its shape.
+``wd_on_output``). LyCORIS divides it by the row norms of W + dW, as PEFT does and training did; ComfyUI and Forge,
+which tell it by its shape, by those of W, and so scale each row by |W + dW| / |W|: DoRA goes to them merged.
 """
 
 from __future__ import annotations

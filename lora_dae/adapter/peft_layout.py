@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
@@ -22,6 +21,11 @@ from lora_dae.adapter.weights import LoraWeights
 from lora_dae.config import ConfigError
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+# Of PEFT's settings those that say what a layer computes. diffusers hands LoraConfig all that a header has, and a PEFT
+# that is older than the file refuses names that it does not know.
+SETTINGS = (
+    "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "lora_dropout", "use_dora", "use_rslora",
+)  # fmt: skip
 
 
 def from_peft(tensors: Mapping[str, Tensor], header: Mapping[str, str], where: str) -> dict[str, LoraWeights]:
@@ -66,7 +70,13 @@ def to_peft(layers: Mapping[str, LoraWeights]) -> tuple[dict[str, Tensor], dict[
                 tensors[f"{component}.{module}.{end}"] = layer.magnitude.reshape(shape)
         start = "^" if component == "unet" else ""
         configuration |= {f"{component}.{key}": value for key, value in _configuration(own, start).items()}
-    return tensors, {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(configuration, sort_keys=True)}
+    return tensors, {"format": "pt", LORA_ADAPTER_METADATA_KEY: written_configuration(configuration)}
+
+
+def written_configuration(configuration: Mapping[str, Any]) -> str:
+    """What a header says of PEFT's settings, given all of them by ``<component>.<setting>``."""
+    kept = {key: value for key, value in configuration.items() if key.partition(".")[2] in SETTINGS}
+    return json.dumps(kept, sort_keys=True)
 
 
 def is_peft(keys: list[str]) -> bool:
@@ -85,17 +95,15 @@ def _configuration(layers: Mapping[str, LoraWeights], start: str) -> dict[str, A
     rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
     alpha = Counter(layer.alpha for layer in layers.values()).most_common(1)[0][0]
     exact = {name: start + re.escape(name) for name in layers}  # PEFT matches patterns at the end of names
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
-        target_modules=sorted(layers),
-        rank_pattern={exact[name]: layer.rank for name, layer in layers.items() if layer.rank != rank},
-        alpha_pattern={exact[name]: layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
-        use_dora=dora == {True},
-    ).to_dict()
     return {
-        key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
-        for key, value in config.items()
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(layers),
+        "rank_pattern": {exact[name]: layer.rank for name, layer in layers.items() if layer.rank != rank},
+        "alpha_pattern": {exact[name]: layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
+        "lora_dropout": 0.0,
+        "use_dora": dora == {True},
+        "use_rslora": False,  # LoraWeights' alpha has its square root in it
     }
 
 

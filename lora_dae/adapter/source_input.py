@@ -159,6 +159,8 @@ def load_source_input(unet: UNet2DConditionModel, path: str | Path) -> dict[str,
             f"{tuple(conv_in.weight.shape)}; load the backbone that it was trained on."
         )
     source_input = get_source_input(unet) or attach_source_input(unet)
+    if source_input.conv.weight.is_meta:  # as conv_in under sequential offloading: a copy into it would be lost
+        source_input.to_empty(device="cpu")
     with torch.no_grad():
         source_input.conv.weight.copy_(weight)
     return {key: value for key, value in metadata.items() if key not in ("format", "kind")}

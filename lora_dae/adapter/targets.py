@@ -12,7 +12,8 @@ text_encoder              no layer of the UNet: see text.py
 ``conv`` is kohya's definition (sd-scripts, ``networks/lora.py``: ``ResnetBlock2D``, ``Downsample2D`` and
 ``Upsample2D``), so that results compare: besides the 3x3 convolutions it takes the 1x1 ``conv_shortcut`` and
 the linear ``time_emb_proj``. Also as there, only convolutions larger than 1x1 use the rank of convolutions
-(``adapter.conv_rank``); 1x1 convolutions and linears use the network's rank (``adapter.rank``).
+(``adapter.conv_rank``); 1x1 convolutions and linears use the network's rank (``adapter.rank``). ``proj_in`` and
+``proj_out`` around transformer blocks, which kohya's default LoRA trains with all of these blocks, are in no group.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from diffusers.models import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 
 from lora_dae.config import ConfigError
+from lora_dae.data.catalog import say_once
 
 PROCESSORS: dict[str, Any] = {"plain": AttnProcessor, "sdpa": AttnProcessor2_0}
 
@@ -50,7 +52,7 @@ def choose_attention(
     ``setting`` is ``backbone.attention``. ``auto`` means sdpa on an accelerator; on a CPU one layer of
     every shape that latents of ``latents_shape`` (N, C, h, w) and texts of ``text_length`` tokens lead to
     is timed with both, forward and backward, in ``dtype`` (under autocast if the weights are of another).
-    The two round differently, so the choice is kept in the JSON file ``memory``: the next run on this
+    The two round differently, so the choice is kept in the JSON file ``memory`` where it can be: the next run on this
     machine takes the same one, and a seed gives the same weights again.
 
     ``device``: where the UNet will compute, if it is not there yet. Call it before LoRA is injected or input
@@ -66,23 +68,44 @@ def choose_attention(
 
     layers = _layers_by_shape(unet, latents_shape, text_length)
     key = f"{platform.node()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    remembered = json.loads(memory.read_text()) if memory is not None and memory.is_file() else {}
+    remembered = _read(memory)
     known = remembered.setdefault(key, {})
     chosen: dict[str, str] = {}
+    is_new = False
     for shape, same in layers.items():
         name = f"{latents_shape[0]} x {shape} {dtype} on {same[0].to_q.weight.dtype}"
-        if name not in known:
+        if known.get(name) not in PROCESSORS:
             with torch.random.fork_rng(devices=[]):  # a seed's weights must not depend on whether this was timed
                 known[name] = _faster(same[0], shape, latents_shape[0], dtype)
+            is_new = True
         chosen[str(shape)] = known[name]
         for layer in same:
             layer.set_processor(PROCESSORS[known[name]]())
-    if memory is not None:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        partial = memory.with_suffix(f".partial{os.getpid()}")  # jobs and processes share this file
-        partial.write_text(json.dumps(remembered, indent=1))
-        partial.replace(memory)
+    if memory is not None and is_new:
+        _write(memory, remembered)
     return chosen
+
+
+def _read(memory: Path | None) -> dict[str, dict[str, str]]:
+    """What was chosen before; nothing where there is no such file, or one that cannot be read."""
+    try:
+        found = {} if memory is None else json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and all(isinstance(one, dict) for one in found.values()) else {}
+
+
+def _write(memory: Path, remembered: dict[str, dict[str, str]]) -> None:
+    """Keep the choice; where that cannot be, as beside a run that may only be read, it holds for this time alone."""
+    partial = memory.with_suffix(f".partial{os.getpid()}")  # jobs and processes share this file
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(remembered, indent=1), encoding="utf-8")
+        partial.replace(memory)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        say_once(f"{memory} cannot be written ({error.strerror}): attention was timed for this time alone")
 
 
 @torch.no_grad()

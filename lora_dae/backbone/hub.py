@@ -35,7 +35,7 @@ _PARTS: dict[str, tuple[str, str | None]] = {
 }
 _WANTED = ["model_index.json", *(f"{part}/*{end}" for part in _PARTS for end in (".json", ".txt", ".safetensors"))]
 # The same weights in other precisions and for other uses: they would double the download.
-_UNWANTED = ["*.fp16.safetensors", "*.non_ema.safetensors", "*openvino*", "*flax*"]
+_UNWANTED = ["*.fp16.safetensors", "*.fp16-*.safetensors", "*.non_ema.safetensors", "*openvino*", "*flax*"]
 
 
 def repository(cfg: BackboneConfig) -> tuple[str, str | None] | None:

@@ -146,8 +146,11 @@ def _inspect_file(file: Path, cfg: BackboneConfig) -> BackboneFolder:
     if not unet:
         raise ConfigError(f"{file} holds no UNet in the CompVis/SGM layout ({prefix}*): give a full checkpoint.")
     family = unet_family(unet)
-    if "v_pred" in shapes and cfg.prediction_type == "auto":  # markers that trainers leave in such checkpoints
-        cfg = replace(cfg, prediction_type="v_prediction", zero_terminal_snr="ztsnr" in shapes or cfg.zero_terminal_snr)
+    # Markers that trainers leave in such checkpoints; what the config says itself stays.
+    if "v_pred" in shapes and cfg.prediction_type == "auto":
+        cfg = replace(cfg, prediction_type="v_prediction")
+    if "ztsnr" in shapes and cfg.prediction_type == "v_prediction" and cfg.zero_terminal_snr is None:
+        cfg = replace(cfg, zero_terminal_snr=True)
     if family == "sd2" and cfg.prediction_type == "auto" and cfg.configs is None:
         raise ConfigError(
             f"{file} is SD 2.x and does not say what it predicts: set backbone.prediction_type=epsilon (base models, "
@@ -248,11 +251,8 @@ def _inspect(path: Path, cfg: BackboneConfig, single_file: Path | None = None) -
 
 def _folder_family(path: Path, config: dict[str, Any], variant: str | None) -> str:
     """By the headers of the UNet's weight files; raises ConfigError where they contradict its config."""
-    dotted = "" if variant is None else f".{variant}"
-    whole = path / "unet" / f"{WEIGHTED_PARTS['unet']}{dotted}.safetensors"
-    files = [whole] if whole.is_file() else sorted((path / "unet").glob(f"*-of-*{dotted}.safetensors"))
     shapes: dict[str, list[int]] = {}
-    for file in files:
+    for file in _weight_files(path / "unet", WEIGHTED_PARTS["unet"], variant):
         shapes |= read_shapes(file)
     attends = {shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")}
     if attends and attends != {config.get("cross_attention_dim")}:
@@ -267,6 +267,19 @@ def _folder_family(path: Path, config: dict[str, Any], variant: str | None) -> s
             "otherwise: restore the folder from the model's source."
         )
     return family
+
+
+def _weight_files(part: Path, stem: str, variant: str | None) -> list[Path]:
+    """The whole file, or the shards that the index names. Raises ConfigError for one that is missing."""
+    dotted = "" if variant is None else f".{variant}"
+    whole, index = part / f"{stem}{dotted}.safetensors", part / f"{stem}.safetensors.index{dotted}.json"
+    if whole.is_file():
+        return [whole]
+    files = [part / name for name in sorted(set(_json(index).get("weight_map", {}).values()))]
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None:
+        raise ConfigError(f"{missing} is missing, which {index.name} names: restore it from the model's source.")
+    return files
 
 
 def _variant(part: Path, stem: str) -> str | None:

@@ -23,6 +23,7 @@ from lora_dae.config import BackboneConfig, ConfigError
 
 ENCODE_BATCH_SIZE = 16
 ENCODE_PIXELS = 16 * 256 * 256  # at once: an SDXL VAE takes about 1.5 GB for a photo of 1024 x 1024
+TILE = 512  # pixels
 # Of the UNet by backbone.weights; int8 holds its blocks in int8 (int8.py) and the rest so.
 WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
 
@@ -172,7 +173,7 @@ class Backbone:
     def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
         """Scaled latents (N, C, h, w) to images, float32 (N, 3, H, W) in [0, 1].
 
-        ``tiled``: in diffusers' own overlapping tiles, of 512 pixels where the VAE's config names no other size.
+        ``tiled``: in diffusers' own overlapping tiles, of at most 512 pixels.
         """
         images = []
         kind = self.device.type
@@ -188,14 +189,21 @@ class Backbone:
     @contextmanager
     def _tiling(self) -> Iterator[None]:
         vae: Any = self.vae
+        factor, latents = self.vae_scale_factor, vae.tile_latent_min_size
         if isinstance(vae, AutoencoderTiny):  # diffusers takes 2 ** out_channels, 8, for the factor of any
-            vae.tile_latent_min_size = vae.tile_latent_min_size * vae.spatial_scale_factor // self.vae_scale_factor
-            vae.spatial_scale_factor = self.vae_scale_factor
+            side = latents * vae.spatial_scale_factor // factor
+            told = {"tile_latent_min_size": side, "spatial_scale_factor": factor}
+        else:  # diffusers cuts nothing up to the size that the VAE was trained at, 1024 pixels for SDXL's
+            side = min(latents, TILE // factor)
+            told = {"tile_latent_min_size": side, "tile_sample_min_size": side * factor}
+        own = {name: getattr(vae, name) for name in told}
+        vars(vae).update(told)
         vae.enable_tiling()
         try:
             yield
         finally:
             vae.disable_tiling()
+            vars(vae).update(own)
 
     @property
     def _scale(self) -> float:
@@ -216,8 +224,9 @@ def load_backbone(cfg: BackboneConfig, device: str | torch.device = "cpu") -> Ba
     second = folder.family == "sdxl"
     if second and cfg.text_chunks > 1:
         raise ConfigError("backbone.text_chunks is for one text encoder; SDXL has two: leave it at 1.")
-    tokenizer = load_tokenizer(folder, "tokenizer")  # first, as a missing file shows before weights load
+    tokenizer = load_tokenizer(folder, "tokenizer")  # first, as what is wrong shows before weights load
     tokenizer_2 = load_tokenizer(folder, "tokenizer_2") if second else None
+    scheduler = load_scheduler(folder)
     fp32, text_encoder_2 = torch.float32, None
     vae: AutoencoderKL | AutoencoderTiny
     if folder.vae_class == "AutoencoderTiny":
@@ -236,7 +245,7 @@ def load_backbone(cfg: BackboneConfig, device: str | torch.device = "cpu") -> Ba
         vae=vae,
         text_encoder=load_part(CLIPTextModel, folder, "text_encoder", device, fp32),
         tokenizer=tokenizer,
-        scheduler=load_scheduler(folder),
+        scheduler=scheduler,
         folder=folder,
         fingerprint=folder.fingerprint(),
         text_encoder_2=text_encoder_2,

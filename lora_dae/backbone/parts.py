@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,13 +120,21 @@ def load_scheduler(folder: BackboneFolder) -> Any:
             f"{diffusers.__version__} does not have: name another class in scheduler/scheduler_config.json."
         )
     scheduler = scheduler_class.from_pretrained(folder.path / "scheduler")
+    if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("use_flow_sigmas"):
+        raise ConfigError(
+            f"the backbone at {folder.path} uses {folder.scheduler_class}, a noise schedule that no Stable Diffusion "
+            "1.x, 2.x or XL was trained on: restore scheduler/scheduler_config.json, or give another backbone."
+        )
     changes: dict[str, Any] = {}
     if folder.prediction_type not in (None, scheduler.config.prediction_type):
         changes["prediction_type"] = folder.prediction_type
-    if folder.zero_terminal_snr and not getattr(scheduler.config, "rescale_betas_zero_snr", False):
+    marked = bool(scheduler.config.get("rescale_betas_zero_snr"))
+    # A class that does not know it keeps it in its config all the same.
+    rescaled = marked and "rescale_betas_zero_snr" in inspect.signature(scheduler_class.__init__).parameters
+    if folder.zero_terminal_snr and not rescaled:
         # Only trailing timesteps reach pure noise (Lin et al. 2024, section 3.3)
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    elif not folder.zero_terminal_snr and getattr(scheduler.config, "rescale_betas_zero_snr", False):
+    elif not folder.zero_terminal_snr and marked:
         changes["rescale_betas_zero_snr"] = False  # asked for
     if not changes and not is_sigma_space(scheduler):
         return scheduler

@@ -8,6 +8,8 @@ from functools import cache
 import torch
 from torch import nn
 
+from lora_dae.config import Config
+
 CLEAR_WIN = 1.2  # two runs of one seed must not differ because a clock was noisy
 _HOPELESS = 3.0  # times as long as float32, once warm: emulated, and slow to measure
 
@@ -24,6 +26,11 @@ def choose_precision(setting: str, device: torch.device) -> str:
     if device.type != "cpu":
         return "32-true"
     return "bf16-mixed" if _cpu_gains() else "32-true"
+
+
+def draws_in_bf16(cfg: Config, device: torch.device) -> bool:
+    """Whether a run's pictures are drawn in bfloat16 on ``device``, by the ``trainer.precision`` that it trained in."""
+    return choose_precision(str(cfg.trainer.get("precision", "auto")), device).startswith("bf16")
 
 
 def half_type(device: torch.device) -> torch.dtype:

@@ -40,6 +40,7 @@ LONGEST_THOUGHT = 4000  # tokens more where what a model thinks before it answer
 RETRIES = 5
 REFUSALS = (400, 403, 413, 422)  # of one request, as content filters do
 GIVE_UP_AFTER = 5  # photos refused and none described yet: the request itself is wrong
+OPENAI = "https://api.openai.com/v1"
 INSTEAD = {"max_tokens": "max_completion_tokens", "temperature": "its own temperature"}  # for reasoning models
 Describe = Callable[[Image.Image], str]
 
@@ -100,7 +101,7 @@ def fill_captions(cfg: DataConfig, to: Path, describe: Describe, model: str) -> 
 
 
 def endpoint_captioner(endpoint: str, model: str, prompt: str, per_minute: float) -> Describe:
-    """Asks ``endpoint``/chat/completions; the key, if one is needed, is taken from OPENAI_API_KEY.
+    """Asks ``endpoint``/chat/completions; OPENAI_API_KEY goes to OpenAI's, and to the one that OPENAI_BASE_URL names.
 
     At most ``per_minute`` requests; a busy server (429, 5xx) is asked again, later and later. Where the model refuses
     one of INSTEAD's parameters it is asked in the other way from then on. Raises PhotoRefusedError for one photo.
@@ -111,8 +112,8 @@ def endpoint_captioner(endpoint: str, model: str, prompt: str, per_minute: float
         raise ConfigError(f"--per-minute {per_minute} must be above 0.")
     headers = {"Content-Type": "application/json"}
     secret = os.environ.get("OPENAI_API_KEY", "")
-    if secret:
-        headers["Authorization"] = f"Bearer {secret}"
+    if secret and endpoint.rstrip("/") in (OPENAI, os.environ.get("OPENAI_BASE_URL", "").rstrip("/")):
+        headers["Authorization"] = f"Bearer {secret}"  # it is nobody else's
     last = -1e9
     changed: set[str] = set()  # of INSTEAD, by an answer
 
@@ -147,7 +148,10 @@ def endpoint_captioner(endpoint: str, model: str, prompt: str, per_minute: float
                 if error.code in REFUSALS:
                     raise PhotoRefusedError(reason) from error
                 if error.code != 429 and error.code < 500 or attempt == RETRIES - 1:
-                    raise ConfigError(f"{endpoint} refuses to caption ({reason}).") from error
+                    advice = ""
+                    if error.code == 401 and "Authorization" not in headers:
+                        advice = f": if it needs a key, export OPENAI_BASE_URL={endpoint} beside OPENAI_API_KEY"
+                    raise ConfigError(f"{endpoint} refuses to caption ({reason}){advice}.") from error
                 wait = error.headers.get("Retry-After", "")
                 time.sleep(float(wait) if wait.replace(".", "").isdigit() else 2.0**attempt)
             except (OSError, http.client.HTTPException) as error:  # dropped connections are no URLError

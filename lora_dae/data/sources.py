@@ -17,7 +17,7 @@ from lora_dae.data.formats import shards
 from lora_dae.data.masks import add_masks
 from lora_dae.data.pair import PairDataset
 from lora_dae.data.photos import Fit, PhotoPairs
-from lora_dae.data.splits import FactsById, check_splits, count_shared, split_entries
+from lora_dae.data.splits import FactsById, check_splits, count_shared, split_entries, spread
 from lora_dae.data.square import Framing
 from lora_dae.data.studio.dataset import StudioDataset
 
@@ -102,6 +102,7 @@ def load_photos(cfg: DataConfig) -> dict[str, PhotoPairs]:
         console.print(f"{leaking} photos are left out: their garments are also in a published split that is held out")
     _tell([f["image"] for f in facts.values()], fit)
     splits["train"] = [entry for entry in splits["train"] for _ in range(entry.repeats)]
+    splits |= {name: spread(splits[name]) for name in ("val", "test")}  # training shuffles by itself
     # Held-out photos are compared with drawn ones, so they have the one size that is drawn; the validation loss is
     # taken on them as they would be trained on.
     square = replace(fit, buckets=())

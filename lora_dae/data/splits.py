@@ -94,6 +94,14 @@ def _digest(entry: Entry, part: str, facts: FactsById) -> str:
     return "" if known is None else known.digest
 
 
+def spread(entries: list[Entry]) -> list[Entry]:
+    """A held-out split in the order of a hash of its ids, so that its first N are a sample of all of it.
+
+    Sources list one category or one folder after the other, and the first pairs are those that are drawn and measured.
+    """
+    return sorted(entries, key=lambda entry: _unit_hash(entry.id))
+
+
 def _published(entries: list[Entry], val_fraction: float, seed: int, facts: FactsById) -> dict[str, list[Entry]]:
     parts: dict[str, list[Entry]] = {name: [e for e in entries if e.split == name] for name in SPLITS}
     if not parts["test"]:

@@ -9,9 +9,10 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from lora_dae.backbone.precision import best_device, choose_precision
+from lora_dae.backbone.precision import best_device, draws_in_bf16
 from lora_dae.config import ConfigError, conf_dir
 from lora_dae.evaluation.diagnose import diagnose
+from lora_dae.sampling.load import read_config
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="diagnose")
@@ -24,7 +25,7 @@ def main(cfg: DictConfig) -> None:
         if int(cfg.num_samples) < 2:
             raise ConfigError(f"num_samples={cfg.num_samples} is below 2: a wrong source is the next pair's.")
         device = best_device()
-        bf16 = choose_precision("auto", device) == "bf16-mixed"
+        bf16 = draws_in_bf16(read_config(Path(cfg.run)), device)
         diagnose(Path(cfg.run), Console(), cfg.split, int(cfg.num_samples), bf16, device)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

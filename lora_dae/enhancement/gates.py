@@ -5,7 +5,7 @@ It edits the predicted clean latents once per reverse step, ``x0' = x0 + strengt
     delta = sum_b (exp(l_b) - 1) * W_b x0,      l_b = cap * tanh(c_b + (1 - e^-h) * first_order * u_b)
 
 ``c_b`` calibrates the network. ``u_b`` repairs what a first-order solver loses: a DDIM step multiplies a
-band's standard deviation by a cosine below 1 (see ``objective.ddim_std_ratio``). It fades as steps get short,
+band's standard deviation by a cosine, the smaller the longer the step. It fades as steps get short,
 and is off where the solver is of higher order or draws fresh noise; there it would over-sharpen.
 """
 
@@ -29,7 +29,7 @@ WINDOW = (-1.4, -0.9)  # lambda = log(alpha / sigma)
 _FREQUENCIES = 4  # of the Fourier features of lambda
 NOISE_FEATURES = 2 * _FREQUENCIES + 2
 LAMBDA_RANGE = 8.0
-_FEATURE_SCALE = 0.25  # log energies span about [-9, 4]
+FEATURE_SCALE = 0.25  # log energies span about [-9, 4]
 
 
 class BandGain(nn.Module):
@@ -58,47 +58,14 @@ class BandGain(nn.Module):
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
-    def forward(
-        self,
-        x0: Tensor,
-        x0_cond: Tensor,
-        sample: Tensor,
-        alpha: Level,
-        sigma: Level,
-        h: Level,
-        first_order: Level = 1.0,
-        direction: bool = False,
-    ) -> Tensor:
-        """The delta to add to ``x0`` (or, with ``direction``, to the predicted noise); see ``evaluate``."""
-        return self.evaluate(x0, x0_cond, sample, alpha, sigma, h, first_order, direction)[0]
-
-    def evaluate(
-        self,
-        x0: Tensor,
-        x0_cond: Tensor,
-        sample: Tensor,
-        alpha: Level,
-        sigma: Level,
-        h: Level,
-        first_order: Level = 1.0,
-        direction: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    def judge(self, seen: Observed, step: NoiseStep, direction: bool = False) -> tuple[Tensor, Tensor]:
         """Delta (B, C, H, W) and log gains (B, levels, H, W), both float32.
 
-        ``x0`` is the guided prediction, ``x0_cond`` the conditional one (the same object where there is no
-        guidance), ``sample`` the noisy latents, all (B, C, H, W). ``alpha``, ``sigma``: noise level of
-        ``sample``; ``h``: step size in lambda, >= 0, may be infinite; ``first_order`` in [0, 1]: how far the
-        solver is a deterministic first-order one. Numbers or tensors of B values. The mean of delta per image
-        and channel is 0.
+        Delta is to be added to x0 or, with ``direction``, to the predicted noise; its mean per image and channel is 0.
         """
-        step = noise_step(alpha, sigma, h, first_order, x0.device)
-        return self.judge(observe(x0, x0_cond, sample, step, self.levels), step, direction)
-
-    def judge(self, seen: Observed, step: NoiseStep, direction: bool = False) -> tuple[Tensor, Tensor]:
-        """As ``evaluate``, of what has been observed."""
         assert seen.noisy is not None and seen.noise_energy is not None
         with torch.autocast(device_type=seen.bands.device.type, enabled=False):
-            features = torch.cat([seen.conditional, seen.noise_energy, seen.excess], dim=1) * _FEATURE_SCALE
+            features = torch.cat([seen.conditional, seen.noise_energy, seen.excess], dim=1) * FEATURE_SCALE
             features = visible(features, self.levels, self.inputs)
             log_gain = self._log_gain(features, seen.excess, step)
             bands = seen.bands
@@ -132,7 +99,11 @@ class Observed(NamedTuple):
 
 
 def observe(x0: Tensor, x0_cond: Tensor, sample: Tensor | None, step: NoiseStep, levels: int) -> Observed:
-    """Arguments as ``BandGain.evaluate``; without ``sample`` nothing is told of it."""
+    """What gates see of ``x0``, the guided prediction; all (B, C, H, W).
+
+    ``x0_cond``: the conditional prediction (the same object where there is no guidance); ``sample``: the noisy latents,
+    None where nothing is told of them.
+    """
     with torch.autocast(device_type=x0.device.type, enabled=False):
         # One call for all: at latent sizes it is the number of calls that costs.
         parts = [x0, *([] if sample is None else [sample.float() / step.scale]), *([] if x0_cond is x0 else [x0_cond])]
@@ -157,7 +128,11 @@ class NoiseStep(NamedTuple):
 
 
 def noise_step(alpha: Level, sigma: Level, h: Level, first_order: Level, device: torch.device) -> NoiseStep:
-    """Numbers or B numbers each, as in ``BandGain.evaluate``; those of a step are computed once for all images."""
+    """What gates are told of a step: numbers, or tensors of B values; those of a step are computed once for all images.
+
+    ``alpha``, ``sigma``: noise level of the sample; ``h``: step size in lambda, >= 0, may be infinite; ``first_order``
+    in [0, 1]: how far the solver is a deterministic first-order one.
+    """
     values = (alpha, sigma, h, first_order)
     if any(isinstance(value, Tensor) for value in values):
         return _noise_step(*values, device)

@@ -1,8 +1,8 @@
 """Puts the enhancement module into the reverse step of any Stable Diffusion pipeline of diffusers.
 
-    pipe = enhance(pipe, load_enhancement("enhancement.safetensors"), strength=0.7)
+    pipe.scheduler = enhance_scheduler(pipe.scheduler, load_enhancement("enhancement.safetensors"), strength=0.7)
 
-The scheduler is replaced by a copy whose ``step`` first edits the network output, or for
+The enhanced scheduler is a copy whose ``step`` first edits the network output, or for
 ``placement="direction"`` edits DDIM's direction term afterwards. It stays an instance of its own class, with
 its own configuration, signatures and numerics; multistep solvers convert the edited output themselves and so
 keep a consistent history. At strength 0, or without a module, the very same tensors pass through.
@@ -90,39 +90,10 @@ class EnhancedScheduler:
         """Hand over the network's conditional output for the next ``step`` (before guidance mixes it).
 
         Batch as the sample's, or as a pipeline batches it: twice [unconditional, conditional], or three times
-        [conditional, image only, neither] (InstructPix2Pix). Without it the guided output is taken instead.
+        [conditional, image only, neither] (InstructPix2Pix); three in another order (perturbed attention) are usable
+        but less exact. Without it the guided output is taken instead.
         """
         self.enhancement.conditional = output
-
-
-def enhance(pipe: Any, module: EnhancementModule | None, strength: float = 1.0, placement: str = "prediction") -> Any:
-    """Enhance a diffusers pipeline with a UNet, in place; returns it. A second call replaces the first.
-
-    ``strength`` >= 0 scales the edit (1 as trained, 0 off); ``placement`` is ``prediction``, ``direction`` or
-    ``none``. Set the scheduler first: one assigned later is not enhanced. The guidance features assume the
-    batch orders of ``EnhancedScheduler.set_conditional``; three-way batches of another order (perturbed
-    attention) give usable but less exact features. Unsupported schedulers and values raise ConfigError.
-    """
-    if getattr(pipe, "unet", None) is None or getattr(pipe, "scheduler", None) is None:
-        raise ConfigError(f"{type(pipe).__name__} has no UNet and scheduler; use a Stable Diffusion pipeline.")
-    scheduler = enhance_scheduler(pipe.scheduler, module, strength, placement)
-    unenhance(pipe)
-    pipe.scheduler = scheduler
-    pipe._enhancement_hook = pipe.unet.register_forward_hook(
-        lambda _unet, _inputs, output: scheduler.set_conditional(output[0])
-    )
-    return pipe
-
-
-def unenhance(pipe: Any) -> Any:
-    """Undo ``enhance`` in place; returns the pipeline. Does nothing to a plain one."""
-    if getattr(pipe, "_enhancement_hook", None) is not None:
-        pipe._enhancement_hook.remove()
-        pipe._enhancement_hook = None
-    if isinstance(pipe.scheduler, EnhancedScheduler):
-        pipe.scheduler = _copy(pipe.scheduler, pipe.scheduler.plain_class)
-        del pipe.scheduler.enhancement
-    return pipe
 
 
 def enhance_scheduler(
@@ -133,12 +104,14 @@ def enhance_scheduler(
     source: Tensor | None = None,
     trust: Tensor | None = None,
 ) -> Any:
-    """An enhanced copy of a diffusers scheduler, for a sampling loop of one's own; arguments as ``enhance``.
+    """An enhanced copy of a diffusers scheduler, for a pipeline or a sampling loop of one's own.
 
+    ``strength`` >= 0 scales the edit (1 as trained, 0 off); ``placement`` is ``prediction``, ``direction`` or ``none``.
     ``source``: latents of the source photos (S, C, h, w), scaled as the UNet sees latents, one per image or per
     prompt; without it a module's source texture does nothing. ``trust``: in each of them, as ``module.trust`` gives it.
 
-    Call ``set_conditional`` before each ``step`` where guidance is used, and ``set_timesteps`` as usual.
+    Call ``set_conditional`` before each ``step`` where guidance is used, and ``set_timesteps`` as usual. Unsupported
+    schedulers and values raise ConfigError.
     """
     if placement not in PLACEMENTS:
         raise ConfigError(f"enhancement.placement={placement!r} is unknown; use one of {', '.join(PLACEMENTS)}.")

@@ -119,9 +119,10 @@ class EnhancementModule(nn.Module):
         source: Tensor | None = None,
         trust: Tensor | None = None,
     ) -> Edit:
-        """Arguments as ``BandGain.evaluate``; ``source``: the source photo's latents (B, C, H, W), scaled as ``x0``.
+        """Arguments as ``gates.observe`` and ``gates.noise_step``.
 
-        ``trust`` (B,) in each source, as ``trust`` says; None = whole.
+        ``source``: latents of the source photos (B, C, H, W), scaled as ``x0``; ``trust`` (B,) in each of them, as
+        ``trust`` says; None = whole.
         """
         delta, log_gain, gates, match = torch.zeros_like(x0, dtype=torch.float32), None, None, None
         step = noise_step(alpha, sigma, h, first_order, x0.device)

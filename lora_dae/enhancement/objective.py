@@ -1,4 +1,4 @@
-"""What the enhancement module learns from, and the closed forms that say what a first-order solver loses.
+"""What the enhancement module learns from.
 
 The loss is on-policy: it compares a state that the sampler itself reached, as a distribution of local band
 energies, with really noised images at the same noise level. It never asks the predicted x0 for the band energy
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lora_dae.config import LOSSES
-from lora_dae.diffusion import Level
 from lora_dae.enhancement.bands import local_log_energy, noise_variances, split_bands
 
 _REGULARIZATION = 1e-3
@@ -65,29 +64,6 @@ def gain_regularization(log_gain: Tensor) -> Tensor:
     """1e-3 of mean square and mean absolute difference between neighbors of (B, levels, H, W) log gains."""
     variation = log_gain.diff(dim=-1).abs().mean() + log_gain.diff(dim=-2).abs().mean()
     return _REGULARIZATION * (log_gain.square().mean() + variation)
-
-
-def ddim_std_ratio(variance: Tensor, alpha: Level, sigma: Level, next_alpha: Level, next_sigma: Level) -> Tensor:
-    """What one DDIM step does to a Gaussian band's standard deviation, relative to the exact flow, in (0, 1].
-
-    cos(theta_t - theta_s) with theta = atan2(sigma, alpha * sqrt(variance)). ``variance``: the band's, of x0.
-    Over a trajectory the ratios multiply; small variances (fine texture) lose most.
-    """
-    spread = variance.sqrt()
-
-    def angle(a: Level, s: Level) -> Tensor:
-        return torch.atan2(torch.as_tensor(s, dtype=variance.dtype), a * spread)
-
-    return torch.cos(angle(alpha, sigma) - angle(next_alpha, next_sigma))
-
-
-def exact_gain(variance: Tensor, alpha: Level, sigma: Level, next_alpha: Level, next_sigma: Level) -> Tensor:
-    """The x0 gain g* >= 1 that makes one DDIM step exact for a Gaussian band of ``variance``; 1 as h -> 0."""
-    total = alpha**2 * variance + sigma**2
-    next_total = next_alpha**2 * variance + next_sigma**2
-    kept = next_sigma / sigma
-    step = next_alpha - alpha * kept  # alpha_s * (1 - e^-h)
-    return ((next_total / total).sqrt() - kept) / (step * alpha * variance / total)
 
 
 def _at(places: Tensor, values: Tensor) -> Tensor:

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_dae.enhancement.bands import local_log_energy, split_bands
-from lora_dae.enhancement.gates import Observed, pointwise, visible, weighted
+from lora_dae.enhancement.gates import FEATURE_SCALE, Observed, pointwise, visible, weighted
 from lora_dae.enhancement.match import Match, Matcher, warp
 
-_SCALE = 0.25  # log energies span about [-9, 4]
 _FLOOR = 1e-4
 
 
@@ -115,7 +114,7 @@ class SourceTexture(nn.Module):
         if self.inputs == "time":
             far, sure = torch.zeros_like(far), torch.zeros_like(sure)
         features = torch.cat([visible(energies, self.levels, self.inputs), far], dim=1)
-        hidden = self.spatial(pointwise(self.input, torch.cat([features * _SCALE, sure, flag], dim=1)))
+        hidden = self.spatial(pointwise(self.input, torch.cat([features * FEATURE_SCALE, sure, flag], dim=1)))
         if self.film is not None:
             assert conditions is not None
             scale, shift = self.film(conditions)[:, :, None, None].chunk(2, dim=1)

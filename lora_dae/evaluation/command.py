@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
-from dataclasses import asdict, dataclass, fields, replace
+import os
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lora_dae.backbone.precision import best_device, choose_precision
+from lora_dae.backbone.precision import best_device, draws_in_bf16
 from lora_dae.config import Config, ConfigError, EvaluationConfig, overridden, overridden_sampling, to_dict
 from lora_dae.evaluation.compare_runs import CompareRequest, compare_runs
 from lora_dae.evaluation.folder_run import FolderRequest, evaluate_folder
+from lora_dae.evaluation.heldout import enlarged
 from lora_dae.evaluation.photo_mode import NOISE_STRENGTH, PhotoMode, photo_mode
-from lora_dae.evaluation.report.page import OnPage
+from lora_dae.evaluation.report.page import OnPage, override
 from lora_dae.evaluation.run import evaluate_run
 from lora_dae.rules import check, check_evaluation
 from lora_dae.sampling.load import read_config
@@ -27,7 +28,7 @@ OF_SAMPLING = (
     "tiled_decode",
 )  # fmt: skip
 OF_RUN = ("strength", *OF_SAMPLING, "frozen", "first_pair", "wrong_source", "reconstructions")
-OF_FOLDER = ("reference", "train", "masks", "paired", "resolution")
+OF_FOLDER = ("reference", "train", "masks", "paired", "resolution", "cache_dir")
 OF_COMPARISON = ("baseline", "vqa", "study")
 MODELS = ("lpips", "clip", "dinov2", "cmmd")  # null means the run's own, so that "none" leaves one out
 
@@ -73,7 +74,7 @@ class EvaluateRequest:
     dinov2: str | None
     cmmd: str | None
     controls: bool | None
-    cache_dir: str
+    cache_dir: str | None
     output: str | None
     tracking: dict[str, Any]  # for ``on_page``: where else the page goes
 
@@ -95,6 +96,8 @@ def evaluate(request: EvaluateRequest, console: Console, on_page: OnPage | None 
     for option in OF_DRAWN:
         if modes[0] == "images" and getattr(request, option) is not None:
             raise ConfigError(f"{option} needs prompts, which images= does not have: leave it out.")
+    if modes[0] != "images" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"{modes[0]}= draws in one process, and each of these would draw all: leave torchrun out.")
     given = photo_mode(request.mode, request.noise_strength)
     if given is not None and modes[0] == "images":
         raise ConfigError(f"mode={given.name} draws from real photos: give run= or runs= to draw with, not images=.")
@@ -106,11 +109,14 @@ def _run(request: EvaluateRequest, console: Console, on_page: OnPage | None) -> 
     own = read_config(run_dir)
     cfg = requested(own, request)
     check(cfg, trains=False)
+    check_evaluation(cfg.evaluation)
+    if request.strength and not (own.enhancement.enabled and own.enhancement.placement != "none"):
+        raise ConfigError(f"run={run_dir} was trained without enhancement: leave strength out, or give 0.")
     mode = photo_mode(request.mode, request.noise_strength)
     output = folder_of(run_dir, own, cfg, mode) if request.output is None else Path(request.output)
     if output != run_dir:
         console.print(f"other settings than the run's own: its report stays, this one goes to {output}", soft_wrap=True)
-    bf16 = choose_precision("auto", best_device()) == "bf16-mixed"
+    bf16 = draws_in_bf16(cfg, best_device())
     evaluate_run(
         run_dir,
         console,
@@ -136,7 +142,7 @@ def _folder(request: EvaluateRequest, console: Console, on_page: OnPage | None) 
         masks=None if request.masks is None else Path(request.masks),
         paired=bool(request.paired),
         resolution=request.resolution,
-        cache_dir=Path(request.cache_dir),
+        cache_dir=Path(request.cache_dir or "cache"),
         seed=request.seed or 0,
         output=Path(request.output or f"evaluations/{images.resolve().name}"),
         command=command_of(request),
@@ -145,6 +151,8 @@ def _folder(request: EvaluateRequest, console: Console, on_page: OnPage | None) 
 
 
 def _compare(request: EvaluateRequest, console: Console, on_page: OnPage | None) -> None:
+    if isinstance(request.runs, str):  # else each letter would be a method
+        raise ConfigError(f"runs={request.runs} is no list: write runs=[{request.runs}].")
     cfg = measured(EvaluationConfig(), request)
     check_evaluation(cfg)
     mode = photo_mode(request.mode, request.noise_strength)
@@ -158,6 +166,7 @@ def _compare(request: EvaluateRequest, console: Console, on_page: OnPage | None)
         output=Path(request.output or "evaluations/comparison" + ("" if mode is None else f",mode={mode.name}")),
         command=command_of(request),
         mode=mode,
+        num_samples=request.num_samples,
     )
     compare_runs(comparison, cfg, console, on_page)
 
@@ -166,14 +175,9 @@ def requested(own: Config, request: Any) -> Config:
     """The run's config with the request's numbers, where given; the studio renders as many pairs as are asked for."""
     sampling, evaluation = overridden_sampling(own.sampling, request), measured(own.evaluation, request)
     cfg = replace(own, sampling=sampling, evaluation=evaluation)
-    if own.data.name == "studio" and (request.num_samples is not None or request.first_pair is not None):
-        test_size, val_size = own.data.test_size, own.data.val_size
+    if request.num_samples is not None or request.first_pair is not None:
         last = evaluation.first_pair + evaluation.num_samples
-        if evaluation.split == "val":
-            val_size = max(val_size, last)
-        else:
-            test_size = max(test_size, last)
-        cfg = replace(cfg, data=replace(own.data, test_size=test_size, val_size=val_size))
+        cfg = replace(cfg, data=enlarged(own.data, evaluation.split, last))
     if request.strength is not None:
         cfg = replace(cfg, enhancement=replace(cfg.enhancement, strength=request.strength))
     return cfg
@@ -211,15 +215,6 @@ def folder_of(run_dir: Path, own: Config, cfg: Config, mode: PhotoMode | None = 
 
 def command_of(request: EvaluateRequest) -> str:
     """The command that makes the same page again."""
-    defaults = {"cache_dir": "cache"}
-    words = []
-    for field in fields(request):
-        value = asdict(request)[field.name]
-        if field.name == "tracking" or value is None or value == defaults.get(field.name):
-            continue
-        if isinstance(value, list):  # an = means something in Hydra's grammar, unless quoted
-            text = f"[{','.join(repr(one) if '=' in one else one for one in value)}]"
-        else:
-            text = str(value)
-        words.append(shlex.quote(f"{field.name}={text.lower() if isinstance(value, bool) else text}"))
+    given = {field.name: getattr(request, field.name) for field in fields(request) if field.name != "tracking"}
+    words = [override(name, value) for name, value in given.items() if value is not None]
     return " ".join(["python evaluate.py", *words])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,26 +12,26 @@ from rich.console import Console
 
 from lora_dae.backbone.load import load_backbone
 from lora_dae.backbone.precision import best_device
-from lora_dae.config import ConfigError, EvaluationConfig
-from lora_dae.data.pair import Pair
+from lora_dae.config import ConfigError, DataConfig, EvaluationConfig
+from lora_dae.data.pair import Pair, PairDataset
 from lora_dae.data.sources import load_splits
 from lora_dae.evaluation.attributes.labels import studio_classifier
-from lora_dae.evaluation.heldout import HeldOut, overlap, training_pairs
+from lora_dae.evaluation.heldout import HeldOut, enlarged, overlap, training_pairs
 from lora_dae.evaluation.metrics.extras import load_extras
 from lora_dae.evaluation.metrics.features import load_features, stack_images
-from lora_dae.evaluation.metrics.measure import build_reference, measure_images
-from lora_dae.evaluation.metrics.observe import Observed
+from lora_dae.evaluation.metrics.measure import build_reference
 from lora_dae.evaluation.metrics.pattern import pattern_distance
 from lora_dae.evaluation.metrics.sizes import add_infinity, size_curves
 from lora_dae.evaluation.photo_mode import PhotoMode
-from lora_dae.evaluation.pictures import METADATA, Item, find_methods, gather, parse_spec
+from lora_dae.evaluation.pictures import METADATA, SETTINGS, Item, drawn_strength, find_methods, gather, parse_spec
 from lora_dae.evaluation.references import reference_rows
 from lora_dae.evaluation.report.examples import extremes, prompt_grid
-from lora_dae.evaluation.report.page import OnPage, Page, check_writable, write_page
-from lora_dae.evaluation.report.plots import plot_band_power, plot_sizes
-from lora_dae.evaluation.report.protocol import Protocol, size_warnings
+from lora_dae.evaluation.report.page import OnPage, Page, check_writable, publish
+from lora_dae.evaluation.report.plots import plot_sizes
+from lora_dae.evaluation.report.protocol import ON_VALIDATION, Protocol, of_pairs, sampling_words, size_warnings
 from lora_dae.evaluation.report.sheets import judges_sheets, people_sheets
-from lora_dae.evaluation.report.table import MetricValue, ResultsTable
+from lora_dae.evaluation.report.table import ResultsTable
+from lora_dae.evaluation.side_by_side import measure_methods, plot_texture
 from lora_dae.sampling.load import read_config
 
 
@@ -47,6 +48,7 @@ class CompareRequest:
     output: Path
     command: str
     mode: PhotoMode | None = None  # the real photos themselves are given
+    num_samples: int | None = None  # pictures of each; None: all of finished folders, the usual number of runs
 
 
 def compare_runs(
@@ -62,12 +64,12 @@ def compare_runs(
         raise ConfigError(f"baseline={request.baseline} is none of the methods: use one of {', '.join(names)}.")
     find_methods(request.runs, request.split, request.mode)  # before features are loaded
     check_writable(request.output)
-    sheets = [] if request.vqa is None else judges_sheets(request.vqa)
-    sheets += [] if request.study is None else people_sheets(request.study)
+    sheets = [] if request.vqa is None else judges_sheets(request.vqa, names)
+    sheets += [] if request.study is None else people_sheets(request.study, names)
     extractor = load_features(cfg.features).to(best_device())  # what cannot be had costs no drawing
-    sets = gather(request.runs, request.split, cfg.num_samples, console, request.mode)
+    sets = gather(request.runs, request.split, request.num_samples, console, request.mode)
     held_out = _held_out(sets.items)
-    size = held_out.pairs[0].image.shape
+    size, count = held_out.pairs[0].image.shape, len(held_out.pairs)
     if any(p.image.shape != size for p in held_out.pairs) or next(iter(sets.methods.values()))[0].shape != size:
         raise ConfigError("the real photos have not the pictures' size: measure both at one resolution.")
     if any(p.source is not None and p.source.shape != size for p in held_out.pairs):
@@ -79,49 +81,34 @@ def compare_runs(
     classifier = studio_classifier(held_out.attributes)
     pattern = pattern_distance(extractor)
     first = request.baseline or names[0]
-    methods: dict[str, dict[str, MetricValue]] = {}
-    seen: dict[str, Observed] = {}
+    ordered = {name: sets.methods[name] for name in sorted(names, key=lambda n: n != first)}
     with console.status("measuring"):
-        for name in sorted(names, key=lambda n: n != first):
-            methods[name], seen[name] = measure_images(
-                stack_images(sets.methods[name]),
-                real,
-                extractor,
-                attributes=held_out.attributes,
-                classifier=classifier,
-                bootstrap=cfg.bootstrap,
-                seed=request.seed,
-                paired=given or (sources_given and name in sets.from_source),
-                perceptual=extras.perceptual,
-                clip=extras.clip,
-                captions=held_out.captions,
-                sources=None if held_out.sources is None else stack_images(list(held_out.sources)),
-                pattern=pattern,
-                more=extras.more,
-            )
-        # Who drew from the prompt alone is not measured against the photo of the same pair.
-        if sources_given and not given:
-            comparable = next(set(methods[n]) for n in methods if n in sets.from_source)
-            for name in set(methods) - sets.from_source:
-                methods[name] = {k: v for k, v in methods[name].items() if k in comparable}
-        references, leaked = {}, None
-        run = _first_run(request.runs)
-        splits = None if run is None else load_splits(read_config(run).data)
-        if splits is not None:
-            leaked = overlap(splits, request.split, len(held_out.pairs))
+        methods, seen = measure_methods(
+            ordered, held_out, real, extractor, extras, from_source=sets.from_source, given=given,
+            classifier=classifier, pattern=pattern, bootstrap=cfg.bootstrap, seed=request.seed,
+        )  # fmt: skip
+        references = {}
+        trained = _trained_on(request, count)
+        leaks = [(runs, overlap(splits, request.split, count)) for runs, splits in trained]
         if cfg.controls:
+            run = _first_run(request.runs)
             backbone = None if run is None else load_backbone(read_config(run).backbone, best_device())
-            training = None if splits is None else training_pairs(splits["train"], held_out)
+            training = training_pairs(trained[0][1]["train"], held_out) if trained else None
             references = reference_rows(
                 held_out, real, training, backbone, extractor, extras, classifier, cfg.bootstrap, request.seed,
                 pattern, given,
             )  # fmt: skip
     seeds = sorted({item.seed for item in sets.items if item.seed is not None})
     curves = size_curves(seen, methods, real.features, extractors, request.seed)
+    split = _split(request)
+    mode = request.mode.name if request.mode else "source" if sources_given else "text"
+    warnings = [f"{runs}: {found}" for runs, found in leaks if found]
+    if "val" in split:
+        warnings.append(ON_VALIDATION)
     protocol = Protocol(
-        num_generated=len(held_out.pairs),
+        num_generated=count,
         num_reference=len(real),
-        split=request.split,
+        split=split,
         resolution=size[0],
         sampler=None,
         steps=None,
@@ -130,24 +117,20 @@ def compare_runs(
         seeds=seeds,
         features=cfg.features,
         bootstrap=cfg.bootstrap,
-        definitions=[*extras.definitions, *_settings(request.runs)],
+        definitions=[*extras.definitions, *of_pairs(mode), *_settings(request.runs)],
         not_available=extras.not_available,
-        mode=request.mode.name if request.mode else "source" if sources_given else "text",
+        mode=mode,
         noise_strength=request.mode.noise_strength if request.mode else None,
         resize="none: pictures and real photos have one size",
-        files="PNG",
-        warnings=[*([leaked] if leaked else []), *size_warnings(len(held_out.pairs), len(real), len(seeds))],
+        files="; ".join(f"{name}: {found}" for name, found in sets.files.items()),
+        warnings=[*warnings, *size_warnings(count, len(real), len(seeds))],
     )
     add_infinity(methods, curves, protocol)
     table = ResultsTable(methods, protocol, references, curves)
     console.print(table.rich())  # first: whatever becomes of the files, the numbers are there
-    on_garment = any(observed.on_garment for observed in seen.values())
-    spectra = {n: observed.power.spectrum() for n, observed in seen.items() if observed.on_garment == on_garment}
-    power = real.observed(on_garment).power
-    plots = [plot_band_power(spectra, power.spectrum(), request.output / "plots" / "band_power.svg")]
+    plots = [plot_texture(seen, real, request.output / "plots"), *plot_sizes(curves, request.output / "plots")]
     sources: list[np.ndarray | None] = [p.source for p in held_out.pairs]
     photos: list[np.ndarray | None] = [p.image for p in held_out.pairs]
-    ordered = {name: sets.methods[name] for name in methods}
     grids = [prompt_grid("Same prompt and seed in every column", held_out.captions, ordered, sources, photos)]
     for name in methods:
         grids += extremes(name, seen[name].values, held_out.captions, ordered, sources, photos)[:1]
@@ -155,15 +138,12 @@ def compare_runs(
         title="Comparison of " + ", ".join(methods) + (f" · {request.mode}" if request.mode else ""),
         table=table,
         command=request.command,
-        summary={"Methods": str(len(methods)), "Prompts": str(len(held_out.pairs)), "Baseline": first},
+        summary={"Methods": str(len(methods)), "Prompts": str(count), "Baseline": first},
         grids=grids,
-        plots=[*plots, *plot_sizes(curves, request.output / "plots")],
+        plots=plots,
         sheets=sheets,
     )
-    report = write_page(request.output, page)
-    console.print(f"report   {report}", soft_wrap=True, highlight=False)
-    if on_page is not None:
-        on_page(request.output, page)
+    publish(request.output, page, console, on_page)
     return table
 
 
@@ -187,12 +167,38 @@ def _first_run(specs: Sequence[str]) -> Path | None:
     return next((path for path in paths if not (path / METADATA).is_file()), None)
 
 
+def _trained_on(request: CompareRequest, count: int) -> list[tuple[str, dict[str, PairDataset]]]:
+    """The data of all runs, each once, the first one's first: names of its runs, and its splits."""
+    found: dict[str, tuple[DataConfig, list[str]]] = {}
+    for spec in request.runs:
+        name, path, _ = parse_spec(spec)
+        if not (path / METADATA).is_file():
+            data = enlarged(read_config(path).data, request.split, count)
+            found.setdefault(repr(data), (data, []))[1].append(name)
+    return [(", ".join(names), load_splits(data)) for data, names in found.values()]
+
+
+def _split(request: CompareRequest) -> str:
+    """Of which split the pictures are, where runs or folders that one was drawn into say it; anybody's do not."""
+    known = set()
+    for spec in request.runs:
+        path = parse_spec(spec)[1]
+        if not (path / METADATA).is_file():
+            known.add(request.split)
+        elif (path / SETTINGS).is_file():
+            known.add(str(json.loads((path / SETTINGS).read_text(encoding="utf-8")).get("split", "given")))
+    return " and ".join(sorted(known)) or "given"
+
+
 def _settings(specs: Sequence[str]) -> list[str]:
     """How each run draws, for the protocol."""
     found = []
     for spec in specs:
-        name, path, _ = parse_spec(spec)
+        name, path, strength = parse_spec(spec)
         if not (path / METADATA).is_file():
-            s = read_config(path).sampling
-            found.append(f"{name}: {s.scheduler}, {s.num_inference_steps} steps, guidance {s.guidance_scale:g}")
+            cfg = read_config(path)
+            s = cfg.sampling
+            source = s.source_guidance_scale if cfg.conditioning == "source" else None
+            words = sampling_words(s.scheduler, s.num_inference_steps, s.guidance_scale, source, s.method)
+            found.append(f"{name}: {words}, strength {drawn_strength(cfg, strength):g}")
     return found

@@ -31,9 +31,9 @@ from lora_dae.evaluation.metrics.observe import Batch, Meters, Observed, gathere
 from lora_dae.evaluation.metrics.sizes import add_infinity, size_curves
 from lora_dae.evaluation.references import FLOOR
 from lora_dae.evaluation.report.examples import EXTREMES, PictureGrid, prompt_grid, rows_that_fit
-from lora_dae.evaluation.report.page import OnPage, Page, check_writable, write_page
+from lora_dae.evaluation.report.page import OnPage, Page, check_writable, publish
 from lora_dae.evaluation.report.plots import plot_band_power, plot_sizes
-from lora_dae.evaluation.report.protocol import Protocol, size_warnings
+from lora_dae.evaluation.report.protocol import Protocol, of_pairs, size_warnings
 from lora_dae.evaluation.report.table import MetricValue, ResultsTable
 
 Make = Callable[[np.ndarray], np.ndarray]
@@ -72,12 +72,12 @@ def evaluate_folder(
     start_processes()
     if dist.is_initialized() and dist.get_world_size() > min(len(images), len(reference)):
         raise ConfigError(f"{dist.get_world_size()} processes are more than there are pictures: start fewer.")
-    resolution = request.resolution or (images.size or (0, 0))[1]
+    resolution = request.resolution or min(images.size or (0, 0))
     extractor = load_features(cfg.features).to(best_device())
-    extras = load_extras(cfg, resolution, None)
+    extras = load_extras(cfg, resolution, None, request.paired)
     extractors = (extractor, *extras.more)
     plain, full = Meters(extractors), Meters(extractors, perceptual=extras.perceptual if request.paired else {})
-    first = rank() == 0
+    first, not_kept = rank() == 0, ""
     columns = (TextColumn("{task.description:28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not first) as progress:
 
@@ -94,6 +94,7 @@ def evaluate_folder(
             return gathered(observe(batches, meters))
 
         def real_side(label: str, folder: PictureFolder, inside: PictureFolder | None) -> Observed:
+            nonlocal not_kept
             how, files = f"{request.resolution}:{'whole' if inside is None else 'garment'}", folder.files
             files = files if inside is None else [*files, *inside.files]
             path = feature_cache.cache_path(request.cache_dir, files, extractors, how)
@@ -101,7 +102,10 @@ def evaluate_folder(
             if not agreed(kept is not None) or kept is None:
                 kept = look(label, folder, plain, None, _as_is, inside)
                 if first:
-                    feature_cache.store(path, kept)
+                    try:
+                        feature_cache.store(path, kept)
+                    except ConfigError as error:  # costs the next evaluation time, and this one nothing
+                        not_kept = f"features of real pictures are not kept for the next time: {error}"
             return kept
 
         target = reference if request.paired else None
@@ -118,6 +122,8 @@ def evaluate_folder(
                 others[name] = (look(name, reference, full, target, make, masks), real, True)
     if not first:
         return None
+    if not_kept:
+        console.print(not_kept, soft_wrap=True, highlight=False, markup=False)
     name = request.images.name or "images"
     methods: dict[str, dict[str, MetricValue]] = {
         name: summarize(seen, real, extractors, cfg.bootstrap, request.seed, request.paired)
@@ -147,10 +153,7 @@ def evaluate_folder(
         grids=_grids(request, name, images, reference, seen.values),
         plots=[*plots, *plot_sizes(curves, request.output / "plots")],
     )
-    report = write_page(request.output, page)
-    console.print(f"report   {report}", soft_wrap=True, highlight=False)
-    if on_page is not None:
-        on_page(request.output, page)
+    publish(request.output, page, console, on_page)
     return table
 
 
@@ -192,6 +195,8 @@ def _check(
     warnings = folders.check_pictures(images, reference, request.resolution)
     if request.paired:
         reference = folders.check_names(images, reference)
+        if request.resolution is not None:
+            folders.check_aspects(images, reference)
     masks = None if request.masks is None else folders.check_masks(images, folders.scan("masks", request.masks))
     train = None
     if request.train is not None:
@@ -273,6 +278,7 @@ def _protocol(
     definitions: list[str],
     not_available: dict[str, str],
 ) -> Protocol:
+    mode = "paired" if request.paired else "sets"
     return Protocol(
         num_generated=len(images),
         num_reference=len(reference),
@@ -285,9 +291,9 @@ def _protocol(
         seeds=[],
         features=cfg.features,
         bootstrap=cfg.bootstrap,
-        definitions=definitions,
+        definitions=[*definitions, *of_pairs(mode)],
         not_available=dict(not_available),
-        mode="paired" if request.paired else "sets",
+        mode=mode,
         resize=folders.resizing(request.resolution),
         pixels=folders.described(images, request.resolution),
         files=folders.formats(images, reference),

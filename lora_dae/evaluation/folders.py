@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 from PIL import Image
@@ -25,6 +26,7 @@ GRAY = ("1", "L", "LA", "I", "I;16", "F")
 LEAST = 2
 AHEAD = 64  # pictures that are decoded while others are measured
 WORKERS = 4
+ALIKE = 1.02  # aspect ratios that are no further apart count as one: sizes are rounded to pixels
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,16 @@ def check_names(images: PictureFolder, reference: PictureFolder) -> PictureFolde
     return PictureFolder(reference.option, reference.path, files, reference.size, sizes, reference.gray)
 
 
+def check_aspects(images: PictureFolder, reference: PictureFolder) -> None:
+    """For paired=true at a resolution, partners in order. Raises ConfigError where two would not lie on each other."""
+    for file, (w, h), partner, (x, y) in zip(images.files, images.sizes, reference.files, reference.sizes, strict=True):
+        if abs(w * y - h * x) > max(w + h, x + y):  # more than a pixel on each side
+            raise ConfigError(
+                f"{file} is {w} x {h}, its partner {partner} {x} x {y}: padded to squares they would "
+                "not lie on each other; crop one as the other."
+            )
+
+
 def check_masks(images: PictureFolder, masks: PictureFolder) -> PictureFolder:
     """Masks in the order of the images. Raises ConfigError where one is missing or of another size than its picture."""
     masks = check_names(images, masks)
@@ -156,12 +168,13 @@ def read_masks(folder: PictureFolder, index: Sequence[int], resolution: int | No
 
     def one(k: int) -> np.ndarray:
         mask = _decode(folder.files[k], decode_mask)
-        return _bright(mask) if resolution is None else fit_mask(mask, mask, resolution, whole=True)
+        return binary_mask(mask) if resolution is None else fit_mask(mask, mask, resolution, whole=True)
 
     return _ahead(one, index)
 
 
-def _bright(mask: Image.Image) -> np.ndarray:
+def binary_mask(mask: Image.Image) -> np.ndarray:
+    """What ``decode_mask`` gives as uint8 (H, W) of 0 and 255 on the garment."""
     return np.where(np.asarray(mask.convert("L")) >= 128, 255, 0).astype(np.uint8)
 
 
@@ -238,6 +251,12 @@ def _about_shape(images: PictureFolder, reference: PictureFolder, resolution: in
         enlarged = sum(max(s) < resolution for s in images.sizes), sum(max(s) < resolution for s in reference.sizes)
         if any(enlarged):
             found.append(f"{sum(enlarged)} pictures are smaller than {resolution} pixels and are enlarged (blurred)")
+        middle = [median(w / h for w, h in folder.sizes) for folder in (images, reference)]
+        if max(middle) > ALIKE * min(middle):
+            found.append(
+                f"{images.where} has pictures of aspect ratio {middle[0]:.2f} (median), {reference.where} of "
+                f"{middle[1]:.2f}: a distance measures how much is padding, too; crop both alike"
+            )
     if len(images) != len(reference):
         found.append(f"{len(images)} against {len(reference)} pictures: compare only with the same two numbers")
     return found

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
-from lora_dae.config import Config, ConfigError
+from lora_dae.config import Config, ConfigError, DataConfig
 from lora_dae.data.pair import Pair, PairDataset, replace_pixels
 
 MOST = 200_000  # training pairs that are looked through one by one
@@ -88,17 +90,36 @@ def _enough(count: int, first: int, name: str, least: int = 2) -> None:
         raise ConfigError(f"{name} has {left} images{passed}: {least} are needed.")
 
 
+def enlarged(data: DataConfig, split: str, count: int) -> DataConfig:
+    """``data`` with at least ``count`` pairs in a held-out split: the studio renders as many as are asked for."""
+    if data.name != "studio":
+        return data
+    if split == "val":
+        return replace(data, val_size=max(data.val_size, count))
+    return replace(data, test_size=max(data.test_size, count))
+
+
 def training_pairs(train: PairDataset, held_out: HeldOut) -> HeldOut | None:
-    """As many training pairs, all different, as were held out and of their size; None where there are fewer."""
-    size = held_out.pairs[0].size
+    """As many training pairs from all over the split, all different, as were held out and of their size.
+
+    None where there are fewer.
+    """
+    size, count = held_out.pairs[0].size, len(held_out.pairs)
     found = {}
-    for k in range(len(train)):
+    for k in _all_over(len(train), count):
         pair = train[k]
         if pair.size == size:
             found[pair.id] = pair
-        if len(found) == len(held_out.pairs):
+        if len(found) == count:
             return HeldOut(list(found.values()))
     return None
+
+
+def _all_over(length: int, count: int) -> Iterator[int]:
+    """Every number below ``length`` once: ``count`` evenly spaced ones, then those that follow each, and so on."""
+    edges = [k * length // count for k in range(count + 1)]
+    for offset in range(-(-length // count)):
+        yield from (start + offset for start, end in pairwise(edges) if start + offset < end)
 
 
 def overlap(splits: dict[str, PairDataset], split: str, count: int, first: int = 0) -> str | None:

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.console import Console
 
-from lora_dae.backbone.precision import best_device, choose_precision
-from lora_dae.config import ConfigError
+from lora_dae.backbone.precision import best_device, draws_in_bf16
+from lora_dae.config import Config, ConfigError, EvaluationConfig
+from lora_dae.data.decode import BadImageError, decode
+from lora_dae.data.masks import decode_mask
 from lora_dae.data.sources import load_split
-from lora_dae.evaluation.heldout import HeldOut
+from lora_dae.evaluation.folders import binary_mask
+from lora_dae.evaluation.heldout import HeldOut, enlarged
 from lora_dae.evaluation.photo_mode import PhotoMode
 from lora_dae.rules import check
 from lora_dae.sampling.load import load_run, read_config
@@ -42,6 +46,7 @@ class Item:
     real: np.ndarray | None = None
     seed: int | None = None
     mask: np.ndarray | None = None
+    suffix: str = ".png"  # of the picture's file
 
 
 @dataclass(frozen=True)
@@ -49,48 +54,58 @@ class PictureSets:
     """``methods[name][i]`` is the picture, uint8 (H, W, 3), of ``items[i]``.
 
     ``from_source``: the methods that were given the source photos; the others drew from the prompts alone.
+    ``files``: of each, how many there are of which format, in words.
     """
 
     items: list[Item]
     methods: dict[str, list[np.ndarray]]
     from_source: frozenset[str] = frozenset()
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def gather(
-    specs: Sequence[str], split: str, count: int, console: Console, mode: PhotoMode | None = None
+    specs: Sequence[str], split: str, count: int | None, console: Console, mode: PhotoMode | None = None
 ) -> PictureSets:
     """Pictures of every method named by ``[name=]<run or folder>[@strength]``, at most ``count`` of each.
 
-    The first method's items lead; every other must have the same prompts (and seeds, where given). ``mode``: the
-    real photos are given, which is compared with nothing else. Raises ConfigError when a path is
-    neither run nor folder of pictures, names repeat, or prompts, seeds or sizes differ.
+    ``count``: None is all that finished folders hold, or ``evaluation.num_samples``'s default where a run is among the
+    methods. The first method's items lead, with what only others know of them; every other must have the same prompts
+    (and seeds, where given). ``mode``: the real photos are given, which is compared with nothing else. Raises
+    ConfigError when a path is neither run nor folder of pictures, names repeat, or prompts, seeds or sizes differ.
     """
-    if count < 1:
+    if count is not None and count < 1:
         raise ConfigError(f"num_samples={count} is below 1: give at least 1.")
     folders = find_methods(specs, split, mode)
+    if count is None and None in folders:
+        count = EvaluationConfig().num_samples
     parsed = [parse_spec(spec) for spec in specs]
     names = [name for name, _, _ in parsed]
     items: list[Item] = []
     methods: dict[str, list[np.ndarray]] = {}
     from_source: set[str] = set()
+    files: dict[str, str] = {}
     for name, folder, (_, path, strength) in zip(names, folders, parsed, strict=True):
-        found = folder or draw_pictures(path, strength, split, count, console, mode)
-        own, images = read_pictures(found, count)
+        if folder is None:
+            assert count is not None  # as this is a run
+            own, images = read_pictures(*draw_pictures(path, strength, split, count, console, mode))
+        else:
+            own, images = read_pictures(folder, count)
+            if (held := _held(folder)) > len(own):
+                console.print(f"{name}: {len(own)} of {held} pictures", soft_wrap=True, highlight=False, markup=False)
         if items:
             _same(items, own, name, names[0])
-            items = [
-                a if a.source is not None else replace(a, source=b.source) for a, b in zip(items, own, strict=True)
-            ]
+            items = [_merged(a, b) for a, b in zip(items, own, strict=True)]
         else:
             items = own
         methods[name] = images
+        files[name] = ", ".join(f"{n} {suffix}" for suffix, n in Counter(item.suffix for item in own).most_common())
         if all(item.source is not None for item in own):
             from_source.add(name)
     shapes = {image.shape for images in methods.values() for image in images}
     if len(shapes) > 1:
         sizes = ", ".join(f"{s[1]} x {s[0]}" for s in sorted(shapes))
         raise ConfigError(f"the pictures have different sizes ({sizes}): compare methods at one resolution.")
-    return PictureSets(items, methods, frozenset(from_source))
+    return PictureSets(items, methods, frozenset(from_source), files)
 
 
 def find_methods(specs: Sequence[str], split: str, mode: PhotoMode | None = None) -> list[Path | None]:
@@ -148,43 +163,64 @@ def _folder(path: Path, strength: float | None, split: str, mode: PhotoMode | No
 
 def draw_pictures(
     run_dir: Path, strength: float | None, split: str, count: int, console: Console, mode: PhotoMode | None = None
-) -> Path:
+) -> tuple[Path, int]:
     """Draw a run's held-out pictures into ``<run>/pictures/<split>_strength_<s>``, unless they are there already.
 
-    ``mode``: from the real photos, into a folder of its own.
+    ``mode``: from the real photos, into a folder of its own. Returns the folder and how many of its pictures were asked
+    for: it may hold more.
     """
     cfg = read_config(run_dir)
-    own = cfg.enhancement.strength if cfg.enhancement.enabled and cfg.enhancement.placement != "none" else 0.0
-    strength = own if strength is None else strength
+    strength = drawn_strength(cfg, strength)
     if strength > 0 and (not cfg.enhancement.enabled or cfg.enhancement.placement == "none"):
         raise ConfigError(f"{run_dir} was trained without enhancement: give it without @{strength:g}, or with @0.")
-    cfg = replace(cfg, enhancement=replace(cfg.enhancement, strength=strength))
+    enhancement, data = replace(cfg.enhancement, strength=strength), enlarged(cfg.data, split, count)
+    cfg = replace(cfg, enhancement=enhancement, data=data)
     check(cfg, trains=False)
     held_out = HeldOut.take(load_split(cfg.data, split), count, cfg.conditioning)
+    if len(held_out.pairs) < count:
+        found = f"{run_dir.name}: the {split} split has {len(held_out.pairs)} pairs, not the {count} asked for"
+        console.print(f"{found}: all are taken", soft_wrap=True, highlight=False, markup=False)
     folder = run_dir / "pictures" / (f"{split}_strength_{strength:g}" + ("" if mode is None else mode.folder))
+    device = best_device()
+    bf16 = draws_in_bf16(cfg, device)
     settings = {
         "format": FORMAT, "strength": strength, "split": split, "count": len(held_out.pairs),
-        "sampling": vars(cfg.sampling),
+        "sampling": vars(cfg.sampling), "bf16": bf16,
         "pairs": [[p.caption, *(p.key(part) for part in ("image", "source", "mask"))] for p in held_out.pairs],
         "adapter": [[f.name, f.stat().st_mtime_ns] for f in sorted((run_dir / "adapter").rglob("*.safetensors"))],
     }  # fmt: skip
     if mode is not None:
         settings |= {"mode": mode.name, "noise_strength": mode.noise_strength}
     stamp = folder / SETTINGS
-    if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == json.loads(json.dumps(settings)):
-        return folder
-    device = best_device()
+    if _holds(stamp, settings):
+        return folder, len(held_out.pairs)
     run = load_run(run_dir, device)
     run.cfg = cfg
     with console.status(f"drawing {len(held_out.pairs)} pictures of {run_dir.name}"):
-        drawer = run.drawer(choose_precision("auto", device) == "bf16-mixed")
+        drawer = run.drawer(bf16)
         keep = None if mode is None else mode.keep(held_out, run.backbone)
         start = None if mode is None else mode.start(held_out, run.backbone)
         images = drawer.images(held_out.captions, held_out.sources, strength, keep=keep, start=start)
     stamp.unlink(missing_ok=True)
     write_pictures(folder, _items(held_out, cfg.sampling.seed), list(images))
     stamp.write_text(json.dumps(settings, indent=1), encoding="utf-8")  # last: a killed drawing starts again
-    return folder
+    return folder, len(held_out.pairs)
+
+
+def drawn_strength(cfg: Config, strength: float | None) -> float:
+    """The strength that a run is drawn with where ``strength`` is asked for; None is its own."""
+    own = cfg.enhancement.strength if cfg.enhancement.enabled and cfg.enhancement.placement != "none" else 0.0
+    return own if strength is None else strength
+
+
+def _holds(stamp: Path, settings: dict[str, Any]) -> bool:
+    """Whether what was drawn begins with the pairs of these settings: each picture has the noise of its own number."""
+    if not stamp.is_file():
+        return False
+    asked, drawn = json.loads(json.dumps(settings)), json.loads(stamp.read_text(encoding="utf-8"))
+    pairs = asked["pairs"]
+    drawn["pairs"] = drawn.get("pairs", [])[: len(pairs)]
+    return bool(drawn | {"count": len(pairs)} == asked)
 
 
 def _items(held_out: HeldOut, seed: int) -> list[Item]:
@@ -213,7 +249,8 @@ def read_pictures(folder: Path, count: int | None = None) -> tuple[list[Item], l
     """Items and pictures of a folder, in the order of metadata.jsonl; ConfigError names the line that is wrong."""
     items: list[Item] = []
     images: list[np.ndarray] = []
-    lines = (folder / METADATA).read_text(encoding="utf-8").splitlines()
+    # Not splitlines(): JSON strings may hold other line separators than the newline.
+    lines = (folder / METADATA).read_text(encoding="utf-8").split("\n")
     for number, line in enumerate((line for line in lines if line.strip()), start=1):
         if count is not None and len(items) == count:
             break
@@ -235,12 +272,24 @@ def read_pictures(folder: Path, count: int | None = None) -> tuple[list[Item], l
         images.append(_load(folder / row["file_name"], where))
         known = {key: _load(folder / row[key], where) if row.get(key) else None for key in ("source", "real")}
         if row.get("mask"):
-            known["mask"] = _load(folder / row["mask"], where).max(axis=2)
+            known["mask"] = binary_mask(_decoded(folder / row["mask"], where, decode_mask))
         attributes = row.get("attributes")
-        items.append(Item(Path(row["file_name"]).stem, row["text"], attributes, **known, seed=row.get("seed")))
+        file, seed = Path(row["file_name"]), row.get("seed")
+        items.append(Item(file.stem, row["text"], attributes, **known, seed=seed, suffix=file.suffix.lower()))
     if not items:
         raise ConfigError(f"{folder} holds no picture: {METADATA} is empty.")
     return items, images
+
+
+def _held(folder: Path) -> int:
+    """How many pictures a folder's metadata names."""
+    return sum(bool(line.strip()) for line in (folder / METADATA).read_text(encoding="utf-8").split("\n"))
+
+
+def _merged(a: Item, b: Item) -> Item:
+    """``a``, and what only ``b`` knows of the same prompt."""
+    news = {key: getattr(b, key) for key in ("source", "real", "mask", "attributes") if getattr(a, key) is None}
+    return replace(a, **news)
 
 
 def _same(items: Sequence[Item], other: Sequence[Item], name: str, first: str) -> None:
@@ -258,10 +307,16 @@ def _same(items: Sequence[Item], other: Sequence[Item], name: str, first: str) -
 
 
 def _load(path: Path, where: str) -> np.ndarray:
+    return np.asarray(_decoded(path, where, decode))
+
+
+def _decoded(path: Path, where: str, decoder: Callable[[bytes], Image.Image]) -> Image.Image:
+    """As ``images=`` reads a file: upright sRGB, or a mask."""
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
+        return decoder(path.read_bytes())
+    except BadImageError as error:
+        raise ConfigError(f"{where}: the picture {path.name} {error}.") from error
+    except OSError as error:
         raise ConfigError(f"{where}: the picture {path.name} cannot be read ({type(error).__name__}).") from error
 
 

@@ -21,25 +21,25 @@ from lora_dae.adapter.words import FILE_NAME as WORDS_FILE
 from lora_dae.adapter.words import TOKEN
 from lora_dae.backbone.load import load_backbone
 from lora_dae.backbone.precision import best_device
-from lora_dae.backbone.usage import PIPELINES, own_scheduler, plain_pipeline
+from lora_dae.backbone.usage import PIPELINES, own_scheduler, plain_pipeline, settled
 from lora_dae.config import Config, to_dict
 from lora_dae.data.sources import load_splits
 from lora_dae.evaluation.attributes.labels import studio_classifier
 from lora_dae.evaluation.heldout import HeldOut, overlap, training_pairs
 from lora_dae.evaluation.metrics.extras import Extras, load_extras
 from lora_dae.evaluation.metrics.features import FeatureExtractor, Features, load_features, stack_images
-from lora_dae.evaluation.metrics.measure import Reference, build_reference, distances_to, measure_images
+from lora_dae.evaluation.metrics.measure import Reference, build_reference, distances_to
 from lora_dae.evaluation.metrics.observe import Observed
 from lora_dae.evaluation.metrics.pattern import pattern_distance
 from lora_dae.evaluation.metrics.sizes import add_infinity, size_curves
-from lora_dae.evaluation.metrics.texture import band_power
 from lora_dae.evaluation.photo_mode import PhotoMode
 from lora_dae.evaluation.references import reconstructed_features, reference_rows
 from lora_dae.evaluation.report.examples import PictureGrid, extremes, prompt_grid
-from lora_dae.evaluation.report.page import OnPage, Page, check_writable, write_page
-from lora_dae.evaluation.report.plots import log_files, plot_band_power, plot_curves, plot_sizes
-from lora_dae.evaluation.report.protocol import GIVEN_PHOTOS, Protocol, size_warnings
-from lora_dae.evaluation.report.table import MetricValue, ResultsTable
+from lora_dae.evaluation.report.page import OnPage, Page, check_writable, override, publish
+from lora_dae.evaluation.report.plots import log_files, plot_curves, plot_sizes
+from lora_dae.evaluation.report.protocol import ON_VALIDATION, Protocol, of_pairs, size_warnings
+from lora_dae.evaluation.report.table import ResultsTable
+from lora_dae.evaluation.side_by_side import measure_methods, plot_texture
 from lora_dae.sampling.draw import Drawer
 from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet, read_config
 from lora_dae.sampling.sheet import image_grid
@@ -111,28 +111,12 @@ def measure_rows(
         real = build_reference(photos, held_out.masks, extractor, *extras.more)
     classifier = studio_classifier(held_out.attributes)
     pattern = pattern_distance(extractor)
-    sources = None if held_out.sources is None else stack_images(list(held_out.sources))
-    methods: dict[str, dict[str, MetricValue]] = {}
-    seen: dict[str, Observed] = {}
-    for name, images in rows.items():
-        methods[name], seen[name] = measure_images(
-            stack_images(list(images)),
-            real,
-            extractor,
-            attributes=held_out.attributes,
-            classifier=classifier,
-            bootstrap=cfg.evaluation.bootstrap,
-            seed=cfg.seed,
-            paired=mode is not None or (held_out.sources is not None and name != FROZEN),
-            together=held_out.sources is not None,  # the frozen backbone, too: one test of the same pairs for all rows
-            perceptual=extras.perceptual,
-            clip=extras.clip,
-            captions=held_out.captions,
-            sources=sources,
-            pattern=pattern,
-            more=extras.more,
-        )
-        if recon is not None:
+    methods, seen = measure_methods(
+        rows, held_out, real, extractor, extras, from_source=set(rows) - {FROZEN}, given=mode is not None,
+        classifier=classifier, pattern=pattern, bootstrap=cfg.evaluation.bootstrap, seed=cfg.seed,
+    )  # fmt: skip
+    if recon is not None:
+        for name in methods:
             methods[name] |= distances_to(recon, "_recon", seen[name], extractor, cfg.evaluation.bootstrap, cfg.seed)
     references = {}
     if cfg.evaluation.controls:
@@ -163,10 +147,6 @@ def measure_rows(
     )
     # Strength 0 comes first: it is what every other row is compared with.
     order = sorted(methods, key=lambda name: name != row_name(0.0))
-    # It saw no source: nothing that compares with the real photo of the same pair applies.
-    if FROZEN in methods and row_name(0.0) in methods:
-        comparable = methods[row_name(0.0)]
-        methods[FROZEN] = {k: v for k, v in methods[FROZEN].items() if k in comparable}
     in_order = {name: seen[name] for name in order}
     curves = size_curves(in_order, methods, real.features, (extractor, *extras.more), cfg.seed)
     add_infinity(methods, curves, protocol)
@@ -177,7 +157,7 @@ def asked_warnings(cfg: Config) -> list[str]:
     """What the config asks for that makes the numbers mean something else."""
     found = []
     if cfg.evaluation.split == "val":
-        found.append("the validation split, on which settings are chosen: no result")
+        found.append(ON_VALIDATION)
     if cfg.evaluation.first_pair:
         found.append(f"from pair {cfg.evaluation.first_pair} of the split on")
     if cfg.evaluation.wrong_source:
@@ -247,6 +227,7 @@ def evaluate_run(
     with console.status("measuring"):
         recon = reconstructed_features(run.backbone, held_out, extractor) if cfg.evaluation.reconstructions else None
         table, real, seen = measure_rows(cfg, rows, held_out, extractor, extras, run, training, mode, recon=recon)
+    table.protocol.definitions.extend(of_pairs(table.protocol.mode))
     if found := overlap(splits, split, len(held_out.pairs), held_out.first):
         table.protocol.warnings.append(found)
     console.print(table.rich())  # first: whatever becomes of the files, the numbers are there
@@ -256,15 +237,12 @@ def evaluate_run(
         summary=_summary(run_dir, cfg),
         table=table,
         grids=_grids(rows, held_out, seen),
-        plots=_plots(run_dir, output, rows, real, table, cfg),
+        plots=_plots(run_dir, output, seen, real, table),
         config_yaml=OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))),
-        usage=usage(cfg, run.backbone.folder.family),
-        command=command or f"python evaluate.py run={run_dir}",
+        usage=usage(settled(cfg, run.backbone.folder), run.backbone.folder.family),
+        command=command or f"python evaluate.py {override('run', str(run_dir))}",
     )
-    report = write_page(output, page)
-    console.print(f"report   {report}", soft_wrap=True, highlight=False)
-    if on_page is not None:
-        on_page(output, page)
+    publish(output, page, console, on_page)
     return table, grid
 
 
@@ -282,18 +260,8 @@ def _grids(rows: dict[str, np.ndarray], held_out: HeldOut, seen: dict[str, Obser
     ]
 
 
-def _plots(
-    run_dir: Path, output: Path, rows: dict[str, np.ndarray], real: Reference, table: ResultsTable, cfg: Config
-) -> list[Path]:
-    plots = []
-    paired = real.garment_power is not None and table.protocol.mode in ("source", *GIVEN_PHOTOS)
-    masks = real.masks if paired else None
-    spectra = {
-        name: band_power(stack_images(list(images)).float() / 255, masks).spectrum() for name, images in rows.items()
-    }
-    power = (real.garment_power if paired else real.power) or real.power
-    plots.append(plot_band_power(spectra, power.spectrum(), output / "plots" / "band_power.svg"))
-    plots += plot_sizes(table.curves, output / "plots")
+def _plots(run_dir: Path, output: Path, seen: dict[str, Observed], real: Reference, table: ResultsTable) -> list[Path]:
+    plots = [plot_texture(seen, real, output / "plots"), *plot_sizes(table.curves, output / "plots")]
     log = run_dir / "csv" / "metrics.csv"
     if log_files(log):
         curves = {"training": "train/loss", "validation (fixed noise)": "val/loss"}
@@ -342,6 +310,9 @@ def usage(cfg: Config, family: str) -> str:
         lines.append(f'lora_dae.attach(pipe, "adapter", strength={cfg.enhancement.strength}{placement})')
     else:
         lines.append('pipe.unet = pipe.unet.from_pretrained("adapter/unet")')
-    given = ', source=Image.open("mannequin.jpg")' if source else ""
-    lines.append(f'image = pipe("{prompt}", guidance_scale={cfg.sampling.guidance_scale}{given}).images[0]')
+    given, sampling = ', source=Image.open("mannequin.jpg")' if source else "", cfg.sampling
+    if source and sampling.guidance_scale != sampling.source_guidance_scale:
+        scales = f"{sampling.guidance_scale:g} and {sampling.source_guidance_scale:g}"
+        lines.append(f"# attach guides caption and source by one scale; the report has {scales}, as sample.py draws")
+    lines.append(f'image = pipe("{prompt}", guidance_scale={sampling.guidance_scale}{given}).images[0]')
     return "\n".join(lines)

@@ -47,7 +47,8 @@ def write_diffusers(layers: Mapping[str, LoraWeights], folder: Path, dtype: str,
 
 def copy_beside(source: Path, folder: Path) -> list[str]:
     """The run's other parts (enhancement, source input), unchanged; returns their names."""
-    names = [file.name for file in sorted(source.glob("*.safetensors")) if file.name not in (FILE_NAME, KOHYA_FILE)]
+    found = sorted(source.glob("[!.]*.safetensors"))  # a killed write leaves .x.partial123.safetensors
+    names = [file.name for file in found if file.name not in (FILE_NAME, KOHYA_FILE)]
     for name in names:
         if source.resolve() != folder.resolve():
             with atomic(folder / name) as partial:

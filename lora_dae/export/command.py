@@ -16,9 +16,10 @@ from lora_dae.adapter.files import FILE_NAME
 from lora_dae.adapter.peft_layout import LORA_ADAPTER_METADATA_KEY
 from lora_dae.adapter.weights import DTYPES, resize
 from lora_dae.backbone.layout import BackboneFolder, inspect_backbone
+from lora_dae.backbone.usage import settled
 from lora_dae.config import Config, ConfigError
 from lora_dae.export.adapter import copy_beside, read_adapter, write_diffusers, write_kohya
-from lora_dae.export.card import model_card
+from lora_dae.export.card import MARK, model_card, stops_early, total_batch
 from lora_dae.export.merged import write_merged_file, write_merged_folder
 from lora_dae.export.push import push_folder
 from lora_dae.sampling.load import load_run, read_config
@@ -51,18 +52,19 @@ def export_run(request: ExportRequest, console: Console) -> Path:
     if request.format is None:
         request = replace(request, format="all" if request.push is None else "adapter")
     _check(request, cfg)
-    backbone = inspect_backbone(cfg.backbone)
     folder = Path(request.output) if request.output else run_dir / "export"
-    written = _write(request, run_dir, cfg, backbone, folder, console)
+    _check_output(folder)
+    backbone = inspect_backbone(cfg.backbone)
+    written, resized = _write(request, run_dir, cfg, backbone, folder, console)
     for file in written:
         size = sum(f.stat().st_size for f in ([file] if file.is_file() else file.rglob("*")) if f.is_file())
         console.print(f"{size / 1e6:9.2f} MB  {file}", soft_wrap=True, highlight=False)
     written += [folder / name for name in copy_beside(run_dir / "adapter", folder)]
-    if request.push is None:
-        write_card(run_dir, cfg, backbone.family, folder)
-    else:  # earlier exports may have left gigabytes there, and the grid shows somebody's photos and captions
-        names = [path.name for path in written]
-        written += write_card(run_dir, cfg, backbone.family, folder, names, request.grid)
+    # Earlier exports may have left gigabytes there, and the grid shows somebody's photos and captions.
+    names = [path.name for path in written]
+    grid = request.grid or request.push is None
+    written += write_card(run_dir, settled(cfg, backbone), backbone.family, folder, names, grid, resized)
+    if request.push is not None:
         push_folder(folder, request.push, console, request.private, written)
     return folder
 
@@ -80,11 +82,17 @@ def export_beside(run_dir: Path, cfg: Config, family: str, unet_config: dict[str
 
 
 def write_card(
-    run_dir: Path, cfg: Config, family: str, folder: Path, names: Sequence[str] | None = None, grid: bool = True
+    run_dir: Path,
+    cfg: Config,
+    family: str,
+    folder: Path,
+    names: Sequence[str] | None = None,
+    grid: bool = True,
+    resized: tuple[int, float] | None = None,
 ) -> list[Path]:
     """README.md in ``folder`` and, with ``grid``, the run's sample grid beside it if there is one; returns both paths.
 
-    ``names``: of the files that it tells about, by default all that are there.
+    ``names``: of the files that it tells about, by default all that are there; ``resized`` as in model_card.
     """
     drawn, metrics = run_dir / "samples" / "grid.png", run_dir / "metrics.json"
     written = [folder / "README.md"]
@@ -93,10 +101,12 @@ def write_card(
         with atomic(folder / "grid.png") as partial:
             shutil.copyfile(drawn, partial)
     if names is None:
-        names = [f.name for f in folder.iterdir() if f.suffix == ".safetensors" or f.is_dir()]
+        whole = [f for f in folder.iterdir() if not f.name.startswith(".")]  # not what a killed write has left
+        names = [f.name for f in whole if f.suffix == ".safetensors" or f.is_dir()]
     table = json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else None
     with atomic(folder / "README.md") as partial:
-        partial.write_text(model_card(cfg, family, sorted(names), table, len(written) > 1), encoding="utf-8")
+        card = model_card(cfg, family, sorted(names), table, len(written) > 1, resized)
+        partial.write_text(card, encoding="utf-8")
     return written
 
 
@@ -120,15 +130,30 @@ def _check(request: ExportRequest, cfg: Config) -> None:
         raise ConfigError("a single file has no place for the source photo's channels: use format=merged.")
 
 
+def _check_output(folder: Path) -> None:
+    """A card or a picture that stands there already must be an earlier export's."""
+    card = folder / "README.md"
+    if card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace"):
+        return
+    for name in (card.name, "grid.png"):
+        if (folder / name).exists():
+            raise ConfigError(
+                f"output={folder} has a {name} that no export wrote and this one would write over: give another folder."
+            )
+
+
 def _write(
     request: ExportRequest, run_dir: Path, cfg: Config, backbone: BackboneFolder, folder: Path, console: Console
-) -> list[Path]:
+) -> tuple[list[Path], tuple[int, float] | None]:
+    """(what was written, model_card's ``resized``)."""
     written: list[Path] = []
+    resized: tuple[int, float] | None = None
     wanted = TOGETHER.get(str(request.format), (request.format,))
     if "diffusers" in wanted or "kohya" in wanted:
         layers, header = read_adapter(run_dir / "adapter")
         if request.resize_rank is not None:
             layers, kept = resize(layers, request.resize_rank)
+            resized = (request.resize_rank, kept)
             console.print(f"rank {request.resize_rank} keeps {kept:.2%} of the adapter's energy", highlight=False)
         if "diffusers" in wanted:
             extra = {k: v for k, v in header.items() if k not in ("format", LORA_ADAPTER_METADATA_KEY)}
@@ -148,19 +173,26 @@ def _write(
                 )  # fmt: skip
             )
     if "merged" in wanted:
-        written.append(write_merged_folder(load_run(run_dir, weights="fp32"), folder, request.dtype))
+        written.append(write_merged_folder(load_run(run_dir, weights="fp32", draws=False), folder, request.dtype))
     if "merged_file" in wanted:
-        written.append(write_merged_file(load_run(run_dir, weights="fp32"), folder, request.dtype, backbone.family))
-    return written
+        run = load_run(run_dir, weights="fp32", draws=False)
+        written.append(write_merged_file(run, folder, request.dtype, backbone.family))
+    return written, resized
 
 
 def _facts(cfg: Config) -> dict[str, str]:
     """What kohya's header says about a training, as far as this one has it."""
-    return {
+    steps, whole = str(cfg.trainer.get("max_steps", "")), total_batch(cfg)
+    facts = {
         "ss_learning_rate": str(cfg.optimizer.learning_rate),
         "ss_seed": str(cfg.seed),
-        "ss_steps": str(cfg.trainer.get("max_steps", "")),
-        "ss_total_batch_size": str(cfg.data.batch_size),
+        "ss_max_train_steps": steps,
+        "ss_batch_size_per_device": str(cfg.data.batch_size),
         "ss_min_snr_gamma": str(cfg.objective.min_snr_gamma),
         "modelspec.license": cfg.export.license,
     }
+    if not stops_early(cfg):
+        facts["ss_steps"] = steps
+    if whole is not None:
+        facts["ss_total_batch_size"] = str(whole)
+    return facts

@@ -68,6 +68,8 @@ def write_merged_folder(run: LoadedRun, folder: Path, dtype: str) -> Path:
             if part == "text_encoder":  # transformers 5 writes the names that others read only if it has read such ones
                 named["state_dict"] = {file_name(name): tensor for name, tensor in value.state_dict().items()}
             value.save_pretrained(partial / part, **named)
+            if part.startswith("tokenizer"):  # transformers 4 needs vocab.json and merges.txt, which 5 does not write
+                value.backend_tokenizer.model.save(str(partial / part))
             index[part] = [type(value).__module__.split(".")[0], type(value).__name__]
         (partial / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     return target

@@ -88,15 +88,21 @@ def attach(
         enhance_scheduler(pipe.scheduler, module, strength, placement)  # refuses what cannot be enhanced
         module.requires_grad_(False)
     check_adapter(pipe.unet, folder / FILE_NAME, _text_encoders(pipe))
-    if files[SOURCE_FILE]:
-        dtype, device = pipe.unet.dtype, pipe.unet.device
-        load_source_input(pipe.unet, folder / SOURCE_FILE)
-        pipe.unet.source_input.requires_grad_(False).to(device, dtype)
-    pipe.load_lora_weights(folder, weight_name=FILE_NAME, adapter_name=_NAME)
-    if merged:
-        fuse(pipe.unet)
-        pipe.unet.eval()  # diffusers adds layers in training mode, in which no merged weight is kept
     framing = load_framing(folder / SOURCE_FILE)
+    try:
+        if files[SOURCE_FILE]:
+            dtype, device = pipe.unet.dtype, pipe.unet.device
+            load_source_input(pipe.unet, folder / SOURCE_FILE)
+            source_input = pipe.unet.source_input.requires_grad_(False).to(dtype)
+            if device.type != "meta":  # sequential offloading is applied again with the LoRA, and takes it along
+                source_input.to(device)
+        pipe.load_lora_weights(folder, weight_name=FILE_NAME, adapter_name=_NAME)
+        if merged:
+            fuse(pipe.unet)
+            pipe.unet.eval()  # diffusers adds layers in training mode, in which no merged weight is kept
+    except BaseException:
+        _take_off(pipe)
+        raise
     pipe._lora_dae = Attached(module, strength, placement, files[SOURCE_FILE], merged, framing)
     pipe.__class__ = _attached_class(type(pipe))  # type: ignore[arg-type]
     return pipe
@@ -107,9 +113,13 @@ def detach(pipe: Any) -> Any:
     if isinstance(pipe, _AttachedPipeline):
         pipe.__class__ = type(pipe).plain_class
         del pipe._lora_dae
-        detach_source_input(pipe.unet)  # type: ignore[attr-defined]
-        pipe.unload_lora_weights()  # type: ignore[attr-defined]
+        _take_off(pipe)
     return pipe
+
+
+def _take_off(pipe: Any) -> None:
+    detach_source_input(pipe.unet)
+    pipe.unload_lora_weights()
 
 
 def _text_encoders(pipe: Any) -> dict[str, Any]:
@@ -135,6 +145,8 @@ def _attached_class(plain: Any) -> type:
     ) -> Any:
         state: Attached = self._lora_dae
         strength = state.strength if enhancement_strength is None else enhancement_strength
+        if state.module is None and enhancement_strength:
+            raise ConfigError("this run was trained without enhancement: leave enhancement_strength out, or give 0.")
         once = merged_once(self.unet) if state.merged else nullcontext()
         given = signature.bind_partial(self, *args, **kwargs).arguments
         perturbed = signature.parameters.get("pag_scale")
@@ -162,8 +174,8 @@ class _Trust:
     @property
     def asked(self) -> bool:
         """Whether there is something to ask that has not been answered yet."""
-        known = self.value is not None or self.module is None or self.latents is None
-        return not known and self.module.agreement is not None  # type: ignore[union-attr]
+        unanswered = self.value is None and self.latents is not None
+        return unanswered and self.module is not None and self.module.agreement is not None
 
     def read(self, text: Tensor, guided: bool) -> None:
         """``text`` as pipelines batch it: the unconditional half first where there is guidance."""
@@ -269,7 +281,9 @@ def _size(pipe: Any, given: dict[str, Any]) -> tuple[int, int]:
     usual = pipe.unet.config.sample_size * pipe.vae_scale_factor
     height, width = given.get("height"), given.get("width")
     if height is None and width is None and given.get("image") is not None and "mask_image" not in given:
-        height, width = pipe.image_processor.preprocess(given["image"]).shape[-2:]
+        image = pipe.image_processor.preprocess(given["image"])  # latents come back as they are
+        factor = pipe.vae_scale_factor if image.shape[1] == pipe.image_processor.config.vae_latent_channels else 1
+        height, width = (side * factor for side in image.shape[-2:])
     return height or usual, width or usual
 
 
@@ -282,7 +296,7 @@ def _encode(pipe: Any, photos: Tensor) -> Tensor:
     encoded = vae.encode((photos * 2 - 1).to(pipe._execution_device, vae.dtype))
     latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
     vae.to(dtype)
-    return (latents.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    return (latents.float() - (vae.config.get("shift_factor") or 0.0)) * vae.config.scaling_factor
 
 
 def _picture(photo: Any) -> Image.Image:

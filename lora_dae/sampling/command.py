@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from rich.console import Console
 
 from lora_dae.adapter.source_input import load_framing
-from lora_dae.backbone.precision import best_device, choose_precision
+from lora_dae.backbone.precision import best_device, draws_in_bf16
 from lora_dae.config import Config, ConfigError, overridden_sampling
 from lora_dae.data.pair import Pair
 from lora_dae.data.sources import load_split
@@ -41,15 +43,32 @@ class SampleRequest:
     source_guidance_scale: float | None
     sampling_method: str | None
     tiled_decode: bool | None
+    batch_size: int | None
+    weights: str | None
     vae: str | None
     output: str | None
+
+
+def request_of(values: DictConfig) -> SampleRequest:
+    """The keys and values of conf/sample.yaml; raises ConfigError for one of another type, and without a run."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(SampleRequest), values)
+        if OmegaConf.is_missing(merged, "run"):
+            raise ConfigError("run is missing: give run=runs/<run>.")
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        given = f"{error.full_key}={OmegaConf.select(values, str(error.full_key))}"
+        raise ConfigError(f"{given} is of a type that it does not take: see conf/sample.yaml.") from error
 
 
 def draw_samples(request: SampleRequest, console: Console) -> Path:
     """Draw and save; returns the picture's path. All input is checked before weights are loaded."""
     cfg = read_config(Path(request.run))
-    cfg = replace(cfg, sampling=overridden_sampling(cfg.sampling, request))
+    backbone = replace(cfg.backbone, weights=request.weights or cfg.backbone.weights)
+    cfg = replace(cfg, sampling=overridden_sampling(cfg.sampling, request), backbone=backbone)
     check(cfg, trains=False)
+    if request.weights is not None and cfg.adapter.full_finetune:
+        raise ConfigError(f"weights= is for a frozen UNet, and run={request.run} has trained its own: leave it out.")
     strengths = _strengths(request, cfg)
     if request.num_images < 1:
         raise ConfigError(f"num_images={request.num_images} is below 1: give at least 1.")
@@ -57,8 +76,11 @@ def draw_samples(request: SampleRequest, console: Console) -> Path:
     if cfg.conditioning == "source" and source is None:
         console.print("no source photo given: drawing from the caption alone")
     stem = _stem(request, cfg, prompt, source, strengths)
-    run = load_run(Path(request.run), best_device(), vae=request.vae)
+    device = best_device()
+    run = load_run(Path(request.run), device, request.weights, request.vae)
     run.cfg = cfg
+    if device.type != "cpu":  # text encoders and VAE wait on the host, as they did while it trained
+        run.backbone.rest(device)
     columns = [_images(run, prompt, source, s, request.num_images) for s in strengths]
     output = Path(request.output) if request.output else Path(request.run) / "samples"
     output.mkdir(parents=True, exist_ok=True)
@@ -77,7 +99,7 @@ def draw_samples(request: SampleRequest, console: Console) -> Path:
 
 
 def _images(run: LoadedRun, prompt: str, source: np.ndarray | None, strength: float, count: int) -> np.ndarray:
-    bf16 = choose_precision("auto", run.backbone.device) == "bf16-mixed"
+    bf16 = draws_in_bf16(run.cfg, run.backbone.device)
     sources = None if source is None else np.stack([source] * count)
     return run.drawer(bf16).images([prompt] * count, sources, strength)
 
@@ -89,7 +111,8 @@ def _stem(request: SampleRequest, cfg: Config, prompt: str, source: np.ndarray |
     """
     run = Path(request.run).resolve()
     weights = [(file.name, file.stat().st_mtime_ns) for file in sorted((run / "adapter").rglob("*.safetensors"))]
-    asked = (str(run), weights, cfg.sampling, prompt, [float(s) for s in strengths], request.num_images, request.vae)
+    given = (prompt, [float(s) for s in strengths], request.num_images, request.vae, request.weights)
+    asked = (str(run), weights, cfg.sampling, *given)
     digest = hashlib.blake2b(repr(asked).encode(errors="backslashreplace"), digest_size=6)
     digest.update(b"" if source is None else source.tobytes())
     name = f"seed{cfg.sampling.seed}_{'_'.join(prompt.split()[:8])}".replace("/", "-").replace(",", "")
@@ -97,6 +120,8 @@ def _stem(request: SampleRequest, cfg: Config, prompt: str, source: np.ndarray |
 
 
 def _strengths(request: SampleRequest, cfg: Config) -> list[float]:
+    if request.strengths == []:
+        raise ConfigError("strengths=[] names none: give a list such as [0,0.5,1], or leave it out.")
     strengths, enhances = request.strengths, cfg.enhancement.enabled and cfg.enhancement.placement != "none"
     if strengths is None:
         own = cfg.enhancement.strength if enhances else 0.0
@@ -125,7 +150,10 @@ def _conditions(request: SampleRequest, cfg: Config) -> tuple[str, np.ndarray | 
         source = _read(Path(request.source), cfg.data.resolution, load_framing(Path(request.run) / "adapter"))
     elif pair is not None and cfg.conditioning == "source":
         source = pair.source
-    prompt = request.prompt or (pair.caption if pair is not None else "")
+    prompt = request.prompt
+    if prompt is None:
+        assert pair is not None  # without a prompt there is an example
+        prompt = pair.caption
     return prompt, source
 
 

@@ -28,6 +28,7 @@ from lora_dae.backbone.group_norm import quicken_group_norms
 from lora_dae.backbone.load import Backbone, load_backbone
 from lora_dae.backbone.pooled import hook_into
 from lora_dae.config import Config, ConfigError, from_dict
+from lora_dae.data.catalog import say_once
 from lora_dae.enhancement.files import load_enhancement
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.sampling.draw import Drawer
@@ -65,15 +66,8 @@ def read_config(run_dir: Path) -> Config:
     return from_dict(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))  # type: ignore[arg-type]
 
 
-def load_run(
-    run_dir: Path, device: str | torch.device = "cpu", weights: str | None = None, vae: str | None = None
-) -> LoadedRun:
-    """Load backbone, adapter, source input and enhancement of a run, frozen, in eval mode.
-
-    ``weights`` (fp32, bf16 or fp16) instead of the run's own ``backbone.weights``, ``vae`` instead of its
-    ``backbone.vae_path``: a folder with one of the same latents, such as a TAESD for previews. Raises ConfigError,
-    before weights load, for what ``read_config`` refuses, and where an enhancement was trained and not written.
-    """
+def finished_config(run_dir: Path) -> Config:
+    """read_config; ConfigError also where an enhancement was trained and not written."""
     cfg = read_config(run_dir)
     adapter = run_dir / "adapter"
     expected = cfg.enhancement.enabled and cfg.enhancement.placement != "none"
@@ -82,15 +76,34 @@ def load_run(
             f"run={run_dir} is not finished: it stopped while its enhancement was judged, and {adapter} has no "
             f"{ENHANCEMENT_FILE}. Finish it with ckpt_path=last; its LoRA alone loads in diffusers."
         )
+    return cfg
+
+
+def load_run(
+    run_dir: Path,
+    device: str | torch.device = "cpu",
+    weights: str | None = None,
+    vae: str | None = None,
+    draws: bool = True,
+) -> LoadedRun:
+    """Load backbone, adapter, source input and enhancement of a run, frozen, in eval mode.
+
+    ``weights`` (fp32, bf16, fp16 or int8) instead of the run's own ``backbone.weights``, ``vae`` instead of its
+    ``backbone.vae_path``: a folder with one of the same latents, such as a TAESD for previews. ``draws``: False for who
+    wants the weights alone, for which nothing is timed or laid out. Raises ConfigError, before weights load, for what
+    ``finished_config`` refuses.
+    """
+    cfg = finished_config(run_dir)
+    adapter = run_dir / "adapter"
     own = cfg.backbone
     backbone = load_backbone(replace(own, weights=weights or own.weights, vae_path=vae or own.vae_path), device)
     if (adapter / "unet").is_dir():
         unet = UNet2DConditionModel.from_pretrained(adapter / "unet", torch_dtype=torch.float32, use_safetensors=True)
         hook_into(unet, backbone.vae_scale_factor)
         backbone.unet = unet.to(device)
+    if draws:
         prepare_unet(backbone, cfg)
-    else:
-        prepare_unet(backbone, cfg)
+    if not (adapter / "unet").is_dir():
         if (adapter / SOURCE_FILE).is_file():
             load_source_input(backbone.unet, adapter)
         if (adapter / FILE_NAME).is_file():
@@ -111,6 +124,10 @@ def prepare_unet(backbone: Backbone, cfg: Config, device: torch.device | None = 
 
     ``device``: where the UNet will compute, if it is not there yet.
     """
+    if (device or backbone.unet.device).type == "cpu" and backbone.unet.dtype == torch.float16:
+        # Autocast computes in bfloat16 there, in which norms of float16 cannot.
+        say_once("backbone.weights=fp16: a CPU holds them as bfloat16, in which it computes")
+        backbone.unet.to(torch.bfloat16)
     backbone.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     backbone.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     quicken_group_norms(backbone.unet)

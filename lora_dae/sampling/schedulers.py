@@ -29,8 +29,12 @@ _CLASSES: dict[str, Any] = {
     "heun": HeunDiscreteScheduler,
     "lms": LMSDiscreteScheduler,
 }
-# PNDM's warm-up multiplies the calls; every SD pipeline skips it.
-_EXTRA: dict[str, dict[str, Any]] = {"pndm": {"skip_prk_steps": True}}
+# Clipping to [-1, 1], diffusers' default, is for pixels. By keyword: from_config takes that default for all that the
+# base's own config has left out. PNDM's warm-up multiplies the calls; every SD pipeline skips it.
+_EXTRA: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("ddim", "ddpm", "heun"), {"clip_sample": False}),
+    "pndm": {"skip_prk_steps": True},
+}
 # PNDM and DDIM with leading spacing reach past the last timestep without it.
 _SPACING: dict[str, dict[str, Any]] = {"pndm": {"timestep_spacing": "leading", "steps_offset": 1}}
 _NO_ZERO_SNR = ("heun", "lms", "pndm")
@@ -48,8 +52,7 @@ def build_scheduler(name: str, base: Any) -> Any:
             f"sampling.scheduler={name} knows no zero terminal SNR, with which this backbone was trained: use ddim, "
             "euler, dpm++ or unipc."
         )
-    config = {"clip_sample": False, **base.config}  # diffusers' default would clip latents to [-1, 1]
-    return _CLASSES[name].from_config(config, **_EXTRA.get(name, {}), **_SPACING.get(name, {}))
+    return _CLASSES[name].from_config(base.config, **_EXTRA.get(name, {}), **_SPACING.get(name, {}))
 
 
 def check_timesteps(scheduler: Any, steps: int, option: str = "") -> None:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lora_dae.config import ConfigError
+from lora_dae.data.catalog import say_once
+
+# By parts of their names; one of them is wherever somebody reads these languages.
+_CJK_FONTS = (
+    "CJK", "WenQuanYi", "Droid Sans Fallback", "PingFang", "Hiragino Sans", "Microsoft YaHei", "Yu Gothic",
+    "Malgun Gothic", "Unifont",
+)  # fmt: skip
 
 
 def image_grid(
@@ -32,7 +41,8 @@ def image_grid(
     gap, margin = 6, 16
     size = max(13, width // 15)
     line_height = round(1.4 * size)
-    head_font, text_font = _font(size + 2, bold=True), _font(size)
+    words = " ".join([*(labels or []), *(captions or [])])
+    head_font, text_font = _font(size + 2, words, bold=True), _font(size, words)
     full = cols * width + (cols - 1) * gap
     lines = [_wrap(caption, text_font, full) for caption in captions or [""] * rows]
     heads = [_wrap(label, head_font, width) for label in labels or []]
@@ -54,16 +64,39 @@ def image_grid(
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines of words; a word that is wider than that, as in languages without spaces, goes on in the next line."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
-        else:
-            lines.append(word)
+            continue
+        rest = word
+        while font.getlength(rest) > width and len(rest) > 1:
+            count = 1
+            while font.getlength(rest[: count + 1]) <= width:
+                count += 1
+            lines.append(rest[:count])
+            rest = rest[count:]
+        lines.append(rest)
     return lines
 
 
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans as matplotlib ships it: the same on every machine."""
+def _font(size: int, text: str, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans as matplotlib ships it, the same on every machine; for a ``text`` that it cannot write, another."""
+    if any("\u2e80" <= letter < "\ud7b0" for letter in text) and (found := _cjk_font()) is not None:
+        return ImageFont.truetype(found.fname, size, index=getattr(found, "index", 0))
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)
+
+
+@cache
+def _cjk_font() -> Any:
+    """matplotlib's entry of a font for Chinese, Japanese and Korean; None, which is said, where it finds none."""
+    from matplotlib.font_manager import fontManager  # the first time it reads all fonts of the machine
+
+    for part in _CJK_FONTS:
+        found = next((entry for entry in fontManager.ttflist if part in entry.name), None)
+        if found is not None:
+            return found
+    say_once("no font has the captions' letters, and sheets show boxes instead: install one such as Noto Sans CJK")
+    return None

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lora_dae.config import ConfigError
 from lora_dae.sampling.sheet import image_grid
-from lora_dae.studio_app.preview import MAX_PROMPT, MAX_STEPS, MAX_STRENGTH, Preview
+from lora_dae.studio_app.preview import MAX_PROMPT, MAX_STEPS, MAX_STRENGTH, Preview, told
 
 KEPT = 24  # drawings in the gallery
 # Small pictures fill their frames, below their labels.
@@ -22,14 +22,16 @@ _CSS = "#plain img, #chosen img, #real img { width: 100%; height: 100%; object-f
 def build_page(preview: Preview) -> gr.Blocks:
     """The Blocks of one preview; ``serve_page`` serves them."""
     cfg = preview.run.cfg
-    sampling = cfg.sampling
+    sampling, count = cfg.sampling, len(preview.examples)
     sheets = tempfile.TemporaryDirectory(prefix="lora_dae_preview_")  # goes with the process
 
     with gr.Blocks(title="LoRA-DAE preview", analytics_enabled=False) as page:
         gr.Markdown(f"## LoRA-DAE preview\n`{preview.title}`")
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
-                number = gr.Slider(0, len(preview.examples) - 1, 0, step=1, label="Held-out example", elem_id="number")
+                number = gr.Slider(
+                    0, max(0, count - 1), 0, step=1, label="Held-out example", visible=count > 0, elem_id="number",
+                )  # fmt: skip
                 prompt = gr.Textbox(label="Prompt", lines=3, max_length=MAX_PROMPT, elem_id="prompt")
                 source = gr.Image(
                     label="Source photo", visible=preview.has_source, height=220, sources=["upload", "clipboard"],
@@ -70,16 +72,18 @@ def build_page(preview: Preview) -> gr.Blocks:
             return pair.caption, pair.source if preview.has_source else None, pair.image
 
         def draw(
-            prompt: str, source: np.ndarray | None, seed: float, steps: float, guidance: float, by_source: float,
+            prompt: str, source: np.ndarray | None, seed: float | None, steps: float, guidance: float, by_source: float,
             strength: float, real: np.ndarray | None, past: list[Any],
         ) -> tuple[np.ndarray, Any, Any, list[Any], list[Any]]:  # fmt: skip
+            given = None if seed is None else int(seed)  # None: the field was emptied
             try:
-                pictures = preview.draw(prompt, source, int(seed), int(steps), guidance, by_source, strength)
+                pictures = preview.draw(prompt, source, given, int(steps), guidance, by_source, strength)
             except ConfigError as error:
                 raise gr.Error(str(error)) from error
+            assert given is not None  # or draw would have refused it
             label = f"Strength {strength:g}"
-            past = [(pictures[1], f"{label}, seed {seed:g}: {prompt}"), *past][:KEPT]
-            file = Path(sheets.name) / f"seed{seed:g}_strength{strength:g}.png"
+            past = [(pictures[1], f"{told(strength, given)}: {prompt}"), *past][:KEPT]
+            file = Path(sheets.name) / f"seed{given}_strength{strength:g}.png"
             _sheet([*pictures, real], ["strength 0", label.lower(), "real"], prompt).save(file)
             return (
                 pictures[0],
@@ -89,9 +93,10 @@ def build_page(preview: Preview) -> gr.Blocks:
                 past,
             )
 
-        chosen_example = [prompt, source, real]
-        number.change(take, [number], chosen_example, show_progress="hidden")
-        page.load(take, [number], chosen_example, show_progress="hidden")
+        if count > 0:
+            chosen_example = [prompt, source, real]
+            number.change(take, [number], chosen_example, show_progress="hidden")
+            page.load(take, [number], chosen_example, show_progress="hidden")
         inputs = [prompt, source, seed, steps, guidance, by_source, strength, real, history]
         outputs = [plain, chosen, download, gallery, history]
         gr.on([button.click, prompt.submit], draw, inputs, outputs, concurrency_limit=1, concurrency_id="draw")

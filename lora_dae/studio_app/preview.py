@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,30 +11,41 @@ from PIL import Image
 
 from lora_dae.adapter.source_input import load_framing
 from lora_dae.backbone.load import load_backbone
-from lora_dae.backbone.precision import best_device, choose_precision
+from lora_dae.backbone.precision import best_device, draws_in_bf16
 from lora_dae.config import Config, ConfigError
+from lora_dae.data.catalog import say_once
 from lora_dae.data.pair import Pair, PairDataset
 from lora_dae.data.sources import load_split
 from lora_dae.data.square import Framing
-from lora_dae.data.studio.dataset import StudioDataset
-from lora_dae.sampling.draw import check_sampling
-from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet
+from lora_dae.rules import check
+from lora_dae.sampling.load import LoadedRun, finished_config, load_run, prepare_unet
 
 MAX_STEPS, MAX_STRENGTH, MAX_PROMPT = 100, 2.0, 1000
 
 
 def newest_run(folder: Path) -> Path | None:
     """The run in ``folder`` that finished last, or None."""
-    finished = [file.parent for file in folder.glob("*/config.yaml") if (file.parent / "adapter").is_dir()]
-    return max(finished, key=lambda run: (run / "adapter").stat().st_mtime, default=None)
+    exported = [file.parent for file in folder.glob("*/config.yaml") if (file.parent / "adapter").is_dir()]
+    for run in sorted(exported, key=lambda run: (run / "adapter").stat().st_mtime, reverse=True):
+        try:
+            finished_config(run)
+        except ConfigError:  # it stopped before its enhancement was written, or is of another version
+            continue
+        return run
+    return None
+
+
+def told(strength: float, seed: int) -> str:
+    """How a drawing is made again, with every digit of its seed."""
+    return f"Strength {strength:g}, seed {seed}"
 
 
 class Preview:
     """One run, loaded once. Calls are not safe to overlap: the page lets one through at a time."""
 
-    def __init__(self, run: LoadedRun, title: str, examples: PairDataset) -> None:
+    def __init__(self, run: LoadedRun, title: str, examples: PairDataset | Sequence[Pair]) -> None:
         self.run, self.title, self.examples = run, title, examples
-        self.bf16 = choose_precision("auto", run.backbone.device) == "bf16-mixed"
+        self.bf16 = draws_in_bf16(run.cfg, run.backbone.device)
         self.framing = load_framing(run.directory / "adapter") if self.has_source else Framing()
 
     @classmethod
@@ -68,14 +80,14 @@ class Preview:
         return self.run.cfg.conditioning == "source"
 
     def example(self, number: int) -> Pair:
-        """A held-out pair."""
+        """A held-out pair; there are none where ``examples`` is empty."""
         return self.examples[int(number) % len(self.examples)]
 
     def draw(
         self,
         prompt: str,
         source: np.ndarray | None,
-        seed: int,
+        seed: int | None,
         steps: int,
         guidance: float,
         source_guidance: float,
@@ -83,20 +95,22 @@ class Preview:
     ) -> tuple[np.ndarray, np.ndarray]:
         """(at strength 0, at ``strength``), uint8 (H, W, 3), from the same noise; ``source``: uint8 RGB of any size.
 
-        Raises ConfigError for values outside of what the page offers.
+        Raises ConfigError for values outside of what the page offers, or what ``sample.py`` refuses.
         """
         if not prompt.strip() or len(prompt) > MAX_PROMPT:
             raise ConfigError(f"write a caption, of at most {MAX_PROMPT} letters.")
         if not 1 <= steps <= MAX_STEPS or not 0 <= strength <= MAX_STRENGTH:
             raise ConfigError(f"steps go from 1 to {MAX_STEPS}, the strength from 0 to {MAX_STRENGTH:g}.")
+        if seed is None:
+            raise ConfigError("give a seed: the same one draws from the same noise again.")
         numbers = replace(
             self.run.cfg.sampling,
-            seed=int(seed),
+            seed=seed,
             num_inference_steps=int(steps),
             guidance_scale=float(guidance),
             source_guidance_scale=float(source_guidance),
         )
-        check_sampling(numbers)
+        check(replace(self.run.cfg, sampling=numbers), trains=False)
         drawer = self.run.drawer(self.bf16)
         drawer.cfg = numbers
         sources = None
@@ -108,9 +122,13 @@ class Preview:
         return plain, drawer.images([prompt], sources, float(strength))[0]
 
 
-def _examples(cfg: Config) -> PairDataset:
-    """The test split; of the studio that one alone, as rendering the others takes a while."""
-    data = cfg.data
-    if data.name != "studio":
-        return load_split(data, "test")
-    return StudioDataset(data.cache_dir, "target", "test", data.test_size, data.seed, data.resolution, data.difficulty)
+def _examples(cfg: Config) -> PairDataset | Sequence[Pair]:
+    """The test split; none, which is said, where it is empty or its photos are gone: prompts can still be written."""
+    try:
+        examples = load_split(cfg.data, "test")
+    except ConfigError as error:
+        say_once(f"no held-out examples are shown: {error}")
+        return ()
+    if len(examples) == 0:
+        say_once("no held-out examples are shown: the test split is empty")
+    return examples

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from yaml import YAMLError
 
 from lora_dae.config import ConfigError
 
@@ -52,12 +53,17 @@ def _report(arguments: list[str]) -> None:
 
 
 def read_request(schema: Any, arguments: list[str]) -> Any:
-    """key=value words as the dataclass ``schema``; ConfigError for unknown keys and wrong types."""
+    """key=value words as the dataclass ``schema``; ConfigError for unknown keys, wrong types and unreadable values."""
+    given = []
     for word in arguments:
         if "=" not in word:
             raise ConfigError(f"{word!r} is no key=value: use {', '.join(schema.__dataclass_fields__)}.")
+        try:
+            given.append(OmegaConf.from_dotlist([word]))
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"{word!r} cannot be read: put the value into double quotes of its own.") from error
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(arguments)))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), *given))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{reason}: the keys are {', '.join(schema.__dataclass_fields__)}.") from error

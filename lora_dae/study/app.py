@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def build_app(store: StudyStore) -> Any:
     static = {name: (PAGES / name).read_bytes() for name in STATIC}
     raters = RateLimit(per_second=20, burst=80)  # of one link; a person needs about one
     strangers = RateLimit(per_second=1, burst=20)  # of one address without a valid link
+    told = False  # on stderr: whoever serves can mend it, and sees no rater's page
 
     @app.exception_handler(RefusedError)
     async def refused(_: Request, error: RefusedError) -> JSONResponse:
@@ -75,12 +77,16 @@ def build_app(store: StudyStore) -> Any:
 
     async def body(request: Request) -> dict[str, Any]:
         """JSON of a request that a foreign page cannot have sent: its own header needs a preflight, which fails."""
+        nonlocal told
         if request.headers.get("x-study") != "1" or "json" not in request.headers.get("content-type", ""):
             raise RefusedError(403, "the request did not come from the study's page")
         origin = request.headers.get("origin")
         # Proxies may name themselves as the host; a foreign page cannot name the study's address as its origin.
         host, own = request.headers.get("host"), store.meta.get("origin")
         if origin is not None and origin.split("://")[-1] != host and origin != own:
+            if not told:
+                told = True
+                print(f"a rater's request from {origin!r} was refused: {FOREIGN}.", file=sys.stderr, flush=True)
             raise RefusedError(403, FOREIGN)
         data = b""
         async for piece in request.stream():
@@ -96,14 +102,15 @@ def build_app(store: StudyStore) -> Any:
         return values
 
     def state(rater: int, token: str, consented: bool) -> dict[str, Any]:
+        shared = {"title": store.meta["title"], "language": store.language(rater)}  # a reload knows nothing else
         trial = store.next_trial(rater)
         if trial is None:
-            return {"state": "done"}
+            return {"state": "done", **shared}
         if not consented:
-            return {"state": "consent", "title": store.meta["title"], "total": trial["total"]}
+            return {"state": "consent", **shared, "total": trial["total"]}
         for side in ("left", "right", "reference"):
-            trial[side] = trial[side] and f"/picture/{token}/{trial[side]}"
-        return {"state": "trial", **trial}
+            trial[side] = trial[side] and f"../picture/{token}/{trial[side]}"  # the study may lie under any path
+        return {"state": "trial", **shared, **trial}
 
     @app.get("/r/{token}")
     async def rating_page(token: str, request: Request) -> HTMLResponse:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import secrets
 import shutil
+import sqlite3
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -17,6 +20,7 @@ from rich.console import Console
 from lora_dae.config import ConfigError
 from lora_dae.data.formats.files import read_jsonl
 from lora_dae.evaluation.pictures import METADATA, PictureSets, find_methods, gather, parse_spec
+from lora_dae.evaluation.report.page import check_writable
 from lora_dae.sampling.load import read_config
 from lora_dae.study.exclude import Rules
 from lora_dae.study.plan import CLEAR, DEGRADED, REFERENCE, plan
@@ -42,7 +46,10 @@ class CreateRequest:
 
 
 def create_study(request: CreateRequest, console: Console) -> Path:
-    """Write ``output``: study.db, pictures/ and links.txt. Raises ConfigError before anything is drawn or written."""
+    """Write ``output``: study.db, pictures/ and links.txt.
+
+    Raises ConfigError before anything is drawn or written, and when the disk takes no more: nothing is left then.
+    """
     output = Path(request.output)
     if output.exists():
         raise ConfigError(f"output={output} exists: a study is never overwritten, give a new folder.")
@@ -50,6 +57,7 @@ def create_study(request: CreateRequest, console: Console) -> Path:
     names = [parse_spec(spec)[0] for spec in request.runs]
     sourced = _has_sources(request)
     plan(request.num_samples, names, request.raters, request.pairs, request.opinions, sourced, request.seed)
+    check_writable(output.parent)  # before hours of drawing
     sets = gather(request.runs, request.split, request.num_samples, console)
     methods = list(sets.methods)
     sources = [item.source for item in sets.items]
@@ -57,24 +65,20 @@ def create_study(request: CreateRequest, console: Console) -> Path:
         len(sets.items), methods, request.raters, request.pairs, request.opinions,
         all(source is not None for source in sources), request.seed,
     )  # fmt: skip
-    building = output.with_name(output.name + ".part")  # a killed `create` leaves no half study under the name
-    shutil.rmtree(building, ignore_errors=True)
-    (building / "pictures").mkdir(parents=True)
-    pictures = _write_pictures(sets, building / "pictures")
     tokens = [secrets.token_urlsafe(24) for _ in range(request.raters)]
     admin = secrets.token_urlsafe(24)
     meta = {
         "title": request.title, "methods": methods, "seed": request.seed, "created": time.time(),
         "admin": hashed(admin), "rules": asdict(Rules()), "runs": request.runs, "origin": origin,
     }  # fmt: skip
-    create_database(building / FILE, meta, [i.prompt for i in sets.items], pictures, tokens, trials)
     url = request.url.rstrip("/")
     links = [f"rater {k + 1:03d}  {url}/r/{token}" for k, token in enumerate(tokens)]
-    text = "\n".join([f"admin      {url}/admin/{admin}", *links]) + "\n"
-    path = building / "links.txt"
-    path.touch(mode=0o600)  # who has a link can vote
-    path.write_text(text, encoding="utf-8")
-    building.rename(output)
+    with _building(output) as folder:
+        pictures = _write_pictures(sets, folder / "pictures")
+        create_database(folder / FILE, meta, [i.prompt for i in sets.items], pictures, tokens, trials)
+        path = folder / "links.txt"
+        path.touch(mode=0o600)  # who has a link can vote
+        path.write_text("\n".join([f"admin      {url}/admin/{admin}", *links]) + "\n", encoding="utf-8")
     comparisons = len(sets.items) * math.comb(len(methods), 2) * (2 if all(s is not None for s in sources) else 1)
     votes_each = request.raters * request.pairs / max(comparisons, 1)
     if request.pairs and votes_each < ENOUGH_VOTES:
@@ -86,6 +90,21 @@ def create_study(request: CreateRequest, console: Console) -> Path:
     console.print(f"study    {output}: {request.raters} raters, {len(trials[0])} trials each", soft_wrap=True)
     console.print(f"links    {output / 'links.txt'}  (one for each rater; keep the file private)", soft_wrap=True)
     return output
+
+
+@contextmanager
+def _building(output: Path) -> Iterator[Path]:
+    """A folder that becomes ``output`` when the block ends well; ConfigError when the disk takes no more."""
+    building = output.with_name(output.name + ".part")  # a killed `create` leaves no half study under the name
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        building.mkdir(parents=True)
+        yield building
+        building.rename(output)
+    except (OSError, sqlite3.Error) as error:
+        shutil.rmtree(building, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{output} cannot be written ({reason}): make room there, or name another folder.") from error
 
 
 def _origin(url: str) -> str:
@@ -123,6 +142,7 @@ def degraded(image: np.ndarray) -> np.ndarray:
 def _write_pictures(sets: PictureSets, folder: Path) -> dict[str, tuple[int, str]]:
     """PNG files under random names, without metadata; returns name -> (item, method)."""
     known: dict[str, tuple[int, str]] = {}
+    folder.mkdir()
 
     def save(image: np.ndarray, item: int, method: str) -> None:
         name = f"{secrets.token_hex(12)}.png"

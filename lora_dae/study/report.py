@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -13,15 +14,16 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from lora_dae.adapter.atomic import atomic
 from lora_dae.config import ConfigError
 from lora_dae.evaluation.report.table import without_nan
 from lora_dae.evaluation.statistics.agreement import Level, krippendorff_alpha
-from lora_dae.evaluation.statistics.preference import Vote, judged_win_rates, strengths
+from lora_dae.evaluation.statistics.preference import SHARES, Vote, judged_win_rates, strengths
 from lora_dae.study.exclude import Rules, excluded, passed
 from lora_dae.study.plan import QUESTIONS
 from lora_dae.study.store import StudyStore, VoteRow
 
-SCHEMA = 2  # 1 had no verdicts beside win rates
+SCHEMA = 3  # 1 had no verdicts beside win rates, 2 intervals in which every vote stood for itself
 WORDS = {"realism": "which is more realistic", "truth": "which shows the garment more truly"}
 
 
@@ -34,7 +36,10 @@ class ReportRequest:
 
 
 def report_study(request: ReportRequest, console: Console) -> dict[str, Any]:
-    """Write report.json, report.md, votes.csv and votes.json into the study's folder; returns the report."""
+    """Write votes.json, votes.csv, report.json and report.md into the study's folder; returns the report.
+
+    Raises ConfigError without a study or a vote, and where a file cannot be written: the earlier one stays then.
+    """
     if request.bootstrap < 2:
         raise ConfigError(f"bootstrap={request.bootstrap} is below 2: give e.g. 1000.")
     folder = Path(request.study)
@@ -47,12 +52,11 @@ def report_study(request: ReportRequest, console: Console) -> dict[str, Any]:
         store.close()
     if not votes:
         raise ConfigError(f"study={folder} has no vote yet: send the links of links.txt, and serve it.")
-    result = {"schema": SCHEMA, "title": title, **summarize(votes, methods, rules, request.bootstrap)}
+    result: dict[str, Any] = {"schema": SCHEMA, "title": title, "methods": methods}
+    result |= summarize(votes, methods, rules, request.bootstrap)
     result["raters"]["invited"] = len(progress)
     result["raters"]["finished"] = sum(done == total for _, done, total in progress)
-    _export(folder, votes, excluded(votes, rules))
-    (folder / "report.json").write_text(json.dumps(without_nan(result), indent=2, ensure_ascii=False) + "\n", "utf-8")
-    (folder / "report.md").write_text(markdown(result), encoding="utf-8")
+    _write(folder, result, votes, excluded(votes, rules))
     console.print(markdown(result), markup=False, highlight=False, soft_wrap=True)
     return result
 
@@ -175,20 +179,29 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["", "## Excluded", "", *[f"* rater {e['rater']}: {e['why']}" for e in raters["excluded"]]]
     lines += [
         "",
-        "Shares: Wilson's 95 % interval; preferred or not: sign-flip tests over prompts and over raters, "
-        "Holm-corrected. Strengths and means: 95 % bootstrap over raters and prompts. "
+        SHARES + " Preferred or not: sign-flip tests over prompts and over raters, and the test of that interval; the "
+        "largest p counts, Holm-corrected. Strengths and means: 95 % bootstrap over raters and prompts. "
         "Rules of exclusion were fixed when the study was made: " + json.dumps(raters["rules"]) + ".",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _export(folder: Path, votes: Sequence[VoteRow], out: dict[int, str]) -> None:
+def _write(folder: Path, result: dict[str, Any], votes: Sequence[VoteRow], out: dict[int, str]) -> None:
+    """Each file whole or not at all."""
     rows = [{**asdict(v), "rater": v.rater + 1, "excluded": v.rater in out} for v in votes]
-    (folder / "votes.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    with (folder / "votes.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(VoteRow)] + ["excluded"])
-        writer.writeheader()
-        writer.writerows(rows)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, [f.name for f in fields(VoteRow)] + ["excluded"])
+    writer.writeheader()
+    writer.writerows(rows)
+    texts = {
+        "votes.json": json.dumps(rows, ensure_ascii=False, indent=1) + "\n",
+        "votes.csv": table.getvalue(),
+        "report.json": json.dumps(without_nan(result), indent=2, ensure_ascii=False) + "\n",
+        "report.md": markdown(result),
+    }
+    for name, text in texts.items():
+        with atomic(folder / name) as partial:
+            partial.write_text(text, encoding="utf-8", newline="")  # the table has its own line ends
 
 
 def _number(value: float) -> str:

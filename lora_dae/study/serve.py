@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,12 +32,17 @@ def serve_study(request: ServeRequest) -> None:
     except ImportError as error:
         raise ConfigError("the study's server needs its packages: pip install 'lora-dae[study]'.") from error
     print(f"serving {request.study} on http://{request.host}:{request.port} (Ctrl-C stops)", flush=True)
-    # No access log: it would hold every rater's link.
-    uvicorn.run(
-        build_app(store),
-        host=request.host,
-        port=request.port,
-        access_log=False,
-        log_level="warning",
-        server_header=False,
-    )
+    # uvicorn raises the signal again once it has shut down: by itself, SIGTERM would end the process there.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        # No access log: it would hold every rater's link.
+        uvicorn.run(
+            build_app(store),
+            host=request.host,
+            port=request.port,
+            access_log=False,
+            log_level="warning",
+            server_header=False,
+        )
+    finally:
+        store.close()  # all votes are in study.db alone then, which may be copied

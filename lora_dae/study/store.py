@@ -75,6 +75,8 @@ def connect(path: Path) -> sqlite3.Connection:
             raise ConfigError(f"{path} is a study of version {version}, this program reads {VERSION}: use its own.")
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=FULL")  # a commit waits for the disk: power may fail as well as the program
+    except sqlite3.OperationalError as error:
+        raise ConfigError(f"{path} cannot be opened ({error}): is there room, and may it be written?") from error
     except sqlite3.DatabaseError as error:
         raise ConfigError(f"{path} is no study database ({error}).") from error
     return db
@@ -161,6 +163,11 @@ class StudyStore:
             "number": number + 1,
             "total": total,
         }
+
+    def language(self, rater: int) -> str | None:
+        """The language that the rater chose last; None before consent."""
+        language: str | None = self.rows("SELECT language FROM raters WHERE rater=?", (rater,))[0][0]
+        return language
 
     def answers(self, rater: int, trial: int) -> tuple[str, ...]:
         """The answers that a trial takes; none when it is not this rater's."""

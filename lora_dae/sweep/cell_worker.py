@@ -18,7 +18,7 @@ from rich.console import Console
 
 from lora_dae.adapter.files import trained_megabytes
 from lora_dae.backbone.load import Backbone, load_backbone
-from lora_dae.backbone.precision import best_device, choose_precision
+from lora_dae.backbone.precision import best_device, choose_precision, draws_in_bf16
 from lora_dae.config import Config, ConfigError
 from lora_dae.data.sources import load_splits
 from lora_dae.evaluation.heldout import HeldOut
@@ -94,6 +94,7 @@ class Work:
     def __init__(self, folder: Path, store: Path) -> None:
         self.folder, self.store = folder, store
         self._run: LoadedRun | None = None
+        self._training: str | None = None  # that run's, as in Wanted
         self._seen: dict[str, Seen] = {}
 
     def measure(self, one: Wanted) -> MeasuredCell:
@@ -106,6 +107,9 @@ class Work:
         seen = self._seen.get(key) or _look(cfg)  # first: what cannot be measured is not trained
         trained = None
         if one.cell.row is None:
+            if one.training != self._training:
+                self._run = None  # off the device before another one trains there
+            self._training = one.training
             trained = train_shared(replace(cfg, store=str(self.store), run_dir=str(self.folder)))
         say(self.folder / "status.json", f"measuring {one.label}")
         started = time.time()
@@ -127,7 +131,8 @@ class Work:
     def _draw(self, one: Wanted, held_out: HeldOut, trained: Path | None) -> np.ndarray:
         """uint8 (N, H, W, 3)."""
         cfg, row = one.cfg, one.cell.row
-        device, bf16 = _device(cfg), _precision(cfg).startswith("bf16")
+        device = _device(cfg)
+        bf16 = draws_in_bf16(cfg, device)
         originals = [pair.image for pair in held_out.pairs]
         if row in CONTROLS:
             return np.stack([CONTROLS[row](image) for image in originals])

@@ -2,16 +2,18 @@
 
 Without a folder: all of experiments/. Cells that several of them ask for are measured once. It ends with the studies'
 tables, also of what is not finished. ``--plan`` says what it costs and stops; ``--table`` writes the tables of what is
-there. Words with "=" are overrides for every cell.
+there. A table that would lose cells stays as it is, unless ``--drop`` is given. Words with "=" are overrides for every
+cell.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -131,7 +133,9 @@ def worker_command(job: Job) -> list[str]:
     return [sys.executable, "-c", call, str(list_file(job))]
 
 
-def run_comparisons(studies: Sequence[Study], multirun: Path, jobs_at_once: int, console: Console) -> int:
+def run_comparisons(
+    studies: Sequence[Study], multirun: Path, jobs_at_once: int, console: Console, drop: bool = False
+) -> int:
     """Measure what is missing and write the tables; returns the number of processes that failed."""
     console.print(plan_table(studies))
     jobs = make_jobs(studies, multirun)
@@ -139,38 +143,60 @@ def run_comparisons(studies: Sequence[Study], multirun: Path, jobs_at_once: int,
         if jobs:
             run_jobs(jobs, worker_command, Devices(jobs_at_once, visible_gpus()), console)
     finally:  # also after Ctrl-C: what is there is worth a table
-        write_tables(studies, multirun, console)
+        write_tables(studies, multirun, console, drop)
     failed = [job for job in jobs if job.state != DONE]
     for job in failed:
         console.print(f"{job.label} {job.state}: {job.error}; log {job.log}", soft_wrap=True, markup=False)
     return len(failed)
 
 
-def write_tables(studies: Sequence[Study], multirun: Path, console: Console) -> None:
-    """Results, README's table and figures of what is there of each study."""
+def write_tables(studies: Sequence[Study], multirun: Path, console: Console, drop: bool = False) -> None:
+    """Results, README's table and figures of what is there of each study.
+
+    What results.json has and the present code would measure anew (another module, weights or renderer) keeps a study's
+    files as they are, or goes with ``drop``; it is named.
+    """
     for study in studies:
         have = sum(is_measured(study.results, one.digest, lpips=False) for one in study.cells)
         words = f"{study.grid.name}: {have} of {len(study.cells)} measurements"
         if have:
             results = build_results(study.grid, study.cells, study.results, study.extra)
-            gone = [name for name in read_results(study.folder).get("cells", {}) if name not in results["cells"]]
+            gone = lost_cells(read_results(study.folder), results, study.grid.seeds)
             if gone:
                 console.print(
-                    f"{study.grid.name}: of the table that was there {', '.join(gone)} {'go' if gone[1:] else 'goes'}, "
+                    f"{study.grid.name}: of the table that was there {', '.join(gone)} "
+                    f"{('go' if gone[1:] else 'goes') if drop else 'would go'}, "
                     "which the present code would measure anew (another module, weights or renderer)",
                     soft_wrap=True, highlight=False, markup=False,
                 )  # fmt: skip
-            write_results(study.folder, results)
-            draw_plots(study.cells, results, study.folder / "figures")
-            crops = study.folder / "figures" / "crops.png"
-            if not draw_crops(study.cells, results["cells"], multirun / "cells", crops):
-                words += f", {crops.name} stays: not all pictures are on this machine"
-            words += f", table {study.folder / 'README.md'}"
-            known_metrics = {name for cell in results["cells"].values() for name in cell["metrics"]}
-            lacking = [name for name in study.grid.metrics if name not in known_metrics]
-            if lacking:
-                words += f"; no cell has {', '.join(lacking)}"
+            if gone and not drop:
+                words += ", the study's files stay as they are: measure those anew, or give --drop"
+            else:
+                words += _write_study(study, results, multirun)
         console.print(words, soft_wrap=True, highlight=False)
+
+
+def _write_study(study: Study, results: Mapping[str, Any], multirun: Path) -> str:
+    """Write the study's files; returns what there is to say of them."""
+    write_results(study.folder, results)
+    draw_plots(study.cells, results, study.folder / "figures")
+    words, crops = "", study.folder / "figures" / "crops.png"
+    if not draw_crops(study.cells, results["cells"], multirun / "cells", crops):
+        words = f", {crops.name} stays: not all pictures are on this machine"
+    words += f", table {study.folder / 'README.md'}"
+    known_metrics = {name for cell in results["cells"].values() for name in cell["metrics"]}
+    lacking = [name for name in study.grid.metrics if name not in known_metrics]
+    return words + (f"; no cell has {', '.join(lacking)}" if lacking else "")
+
+
+def lost_cells(old: Mapping[str, Any], new: Mapping[str, Any], seeds: Sequence[int]) -> list[str]:
+    """Cells of old results that new ones lack, or lack a training seed of, of the ``seeds`` that are asked for."""
+    found = []
+    for name, cell in old.get("cells", {}).items():
+        kept = new["cells"].get(name, {}).get("training_seeds", [])
+        if not kept or (set(cell["training_seeds"]) & set(seeds)) - set(kept):
+            found.append(name)
+    return found
 
 
 def main() -> None:
@@ -180,6 +206,7 @@ def main() -> None:
     parser.add_argument("-j", "--jobs", type=int, default=1)
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--drop", action="store_true")
     given = parser.parse_intermixed_args()
     console = Console()
     extra = [word for word in given.words if "=" in word]
@@ -191,9 +218,9 @@ def main() -> None:
         if given.plan:
             console.print(plan_table(studies))
         elif given.table:
-            write_tables(studies, MULTIRUN, console)
+            write_tables(studies, MULTIRUN, console, given.drop)
         else:
-            sys.exit(int(run_comparisons(studies, MULTIRUN, given.jobs, console) > 0))
+            sys.exit(int(run_comparisons(studies, MULTIRUN, given.jobs, console, given.drop) > 0))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

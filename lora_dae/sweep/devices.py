@@ -68,11 +68,12 @@ class Devices:
         self.running -= 1
         self.free += devices
 
-    def environment(self, devices: list[str], processes: int = 1) -> dict[str, str]:
-        """What a job of ``processes`` is told of its share."""
+    def environment(self, devices: list[str], processes: int = 1, at_once: int | None = None) -> dict[str, str]:
+        """What a job of ``processes`` is told of its share, where at most ``at_once`` (None: ``jobs``) can run."""
         told = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices or self.chosen else {}
         if devices:
             return told
-        if self.jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
-            told["OMP_NUM_THREADS"] = str(max(cores() // (self.jobs * processes), 1))
+        jobs = self.jobs if at_once is None else min(self.jobs, at_once)
+        if jobs > 1 and "OMP_NUM_THREADS" not in os.environ:
+            told["OMP_NUM_THREADS"] = str(max(cores() // (jobs * processes), 1))
         return told

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -14,6 +17,14 @@ def write_json(path: Path, values: Any) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def unwritten(error: OSError, path: Path) -> str:
+    """One sentence about a file (``path``, unless the error names another) that the disk did not take."""
+    where = error.filename or path
+    if error.errno in FULL:
+        return f"no room left to write {where}: make some; earlier files stay."
+    return f"{where} cannot be used ({error.strerror or error}): repair that and give the command again."
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ Only ``done`` counts when a sweep is started again; anything else is run again a
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -19,11 +20,11 @@ from typing import Any
 from filelock import FileLock
 
 from lora_dae.config import ConfigError
-from lora_dae.sweep.files import read_json, write_json
+from lora_dae.sweep.files import read_json, unwritten, write_json
 
 WAITING, RUNNING, ELSEWHERE, DONE, FAILED, STOPPED = "waiting", "running", "elsewhere", "done", "failed", "stopped"
 INPUT_ERROR = 2  # the exit code of a mistake in the input: another try, or another trial of a search, would not help
-LOG_TAIL = 4000  # bytes of a log in which the error is looked for
+LOG_TAIL = 32_000  # bytes of a log in which the error is looked for: torchrun says much after it
 
 
 @dataclass
@@ -81,20 +82,32 @@ class Job:
         self.state = DONE if exit_code == 0 else STOPPED if exit_code in (130, -2) else FAILED
         if self.state == FAILED:
             self.error = self.error or last_error(self.log, self.log_start) or f"exit code {exit_code}"
-        self.save()
+        self.note()
+
+    def note(self) -> None:
+        """``save``; what cannot be saved is told, and the next start does the job again."""
+        try:
+            self.save()
+        except ConfigError as error:
+            self.error = self.error or str(error)
 
     def save(self) -> None:
+        """Write ``job.json``. Raises ConfigError where the disk does not take it."""
+        path = self.directory / "job.json"
         told = {
             key: getattr(self, key)
             for key in ("digest", "label", "overrides", "state", "exit_code", "seconds", "error")
         }
-        write_json(self.directory / "job.json", {"number": self.number, **told})
+        try:
+            write_json(path, {"number": self.number, **told})
+        except OSError as error:
+            raise ConfigError(unwritten(error, path)) from error
 
 
 def last_error(log: Path, start: int = 0) -> str:
-    """The last line of a log that looks like an error: ``error: ...``, or a traceback's ``SomeError: ...``.
+    """The last ``error: ...`` of a log, else the last line of a traceback, ``SomeError: ...``.
 
-    Only what stands after the first ``start`` bytes counts.
+    Only what stands after the first ``start`` bytes counts, and not torchrun's last word: that a process failed.
     """
     try:
         with log.open("rb") as file:
@@ -102,5 +115,8 @@ def last_error(log: Path, start: int = 0) -> str:
             lines = file.read().decode("utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    named = [line for line in lines if line.startswith("error:") or line.split(":")[0].endswith(("Error", "Interrupt"))]
-    return named[-1].removeprefix("error:").strip() if named else ""
+    lines = [re.sub(r"^\[rank\d+\]: ", "", line) for line in lines]  # as torch.distributed prints tracebacks
+    said = [line.removeprefix("error:").strip() for line in lines if line.startswith("error:")]
+    raised = [line for line in lines if line.split(":")[0].endswith(("Error", "Interrupt"))]
+    named = said or [line for line in raised if "ChildFailedError" not in line]
+    return named[-1].strip() if named else ""

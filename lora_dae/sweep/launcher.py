@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from rich.console import Console
 
 from lora_dae.config import ConfigError
 from lora_dae.sweep.devices import Devices, named_devices, visible_gpus
+from lora_dae.sweep.files import unwritten
 from lora_dae.sweep.identity import content_hash
 from lora_dae.sweep.jobs import DONE, ELSEWHERE, FAILED, RUNNING, STOPPED, WAITING, Job
 from lora_dae.sweep.live import LiveTable
@@ -110,6 +112,12 @@ def make_job(
             f"trainer.devices={OmegaConf.to_container(told)} in a sweep: give how many, and which ones there are by "
             "hydra.launcher.devices."
         )
+    nodes = OmegaConf.select(task, "trainer.num_nodes", default=1)
+    if isinstance(nodes, int) and nodes > 1:
+        raise ConfigError(
+            f"trainer.num_nodes={nodes} in a sweep: its jobs have this machine alone; sweep with hydra/launcher="
+            f"submitit_slurm hydra.launcher.nodes={nodes}, or give experiments/multi_node.sbatch one run."
+        )
     processes = told if isinstance(told, int) and told > 0 else 1
     return Job(
         number=number,
@@ -130,7 +138,9 @@ def command(job: Job, config: DictConfig, torchrun: bool) -> list[str]:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     script = ["-m", spec.name.removesuffix(".__main__")] if spec is not None else [os.path.abspath(sys.argv[0])]
     distributed = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.processes}"]
-    arguments = [*config_options(), *job.overrides, *given, f"hydra.run.dir={quoted(job.directory)}"]
+    # The mode: a config file may name the sweep's, and the job would be the same sweep once more.
+    own = [f"hydra.run.dir={quoted(job.directory)}", "hydra.mode=RUN"]
+    arguments = [*config_options(), *job.overrides, *given, *own]
     return [sys.executable, *(distributed if torchrun else []), *script, *arguments]
 
 
@@ -156,7 +166,7 @@ def run_jobs(jobs: list[Job], make_command: Callable[[Job], list[str]], devices:
             while any(job.state in (WAITING, RUNNING, ELSEWHERE) for job in jobs):
                 for job in jobs:
                     if job.state in (WAITING, ELSEWHERE) and may_start(job, jobs):
-                        _start(job, make_command, devices)
+                        _start(job, jobs, make_command, devices)
                     elif job.state == RUNNING:
                         _look(job, devices)
                 live.update()
@@ -175,25 +185,39 @@ def may_start(job: Job, jobs: Sequence[Job]) -> bool:
     return any(other.state == DONE for other in same) or not any(other.state == RUNNING for other in same)
 
 
-def _start(job: Job, make_command: Callable[[Job], list[str]], devices: Devices) -> None:
+def at_once(jobs: Sequence[Job]) -> int:
+    """How many of them can still run side by side: one of those that would train the same, until that is done."""
+    left = [job for job in jobs if job.state in (WAITING, RUNNING, ELSEWHERE)]
+    trained = {job.work for job in jobs if job.state == DONE}
+    return sum(job.work in trained for job in left) + len({job.work for job in left} - trained)
+
+
+def _start(job: Job, jobs: Sequence[Job], make_command: Callable[[Job], list[str]], devices: Devices) -> None:
     taken = devices.take(job.gpus)
     if taken is None:
         return
-    lock = try_lock(job.directory / ".job.lock")
-    if lock is None or job.finished_before():  # the same sweep on another machine has it, or had it
-        devices.give_back(taken)
-        if lock is None:
+    environment = {**environment_of_a_job(), **devices.environment(taken, job.processes, at_once(jobs))}
+    try:
+        job.lock = try_lock(job.directory / ".job.lock")
+        if job.lock is None:  # the same sweep on another machine has it
             job.state = ELSEWHERE
-        else:
-            lock.release()
-        return
-    job.lock, job.devices, job.state, job.started = lock, taken, RUNNING, time.time()
-    job.save()
-    environment = {**environment_of_a_job(), **devices.environment(taken, job.processes)}
+        elif not job.finished_before():  # nor had it
+            job.devices, job.state, job.started = taken, RUNNING, time.time()
+            job.save()
+            job.process = _process(job, make_command(job), environment)
+            return
+    except (ConfigError, OSError) as error:  # with what is this job's own: the others go on
+        job.state = FAILED
+        job.error = unwritten(error, job.directory) if isinstance(error, OSError) else str(error)
+    devices.give_back(taken)
+    _release(job)
+
+
+def _process(job: Job, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
     with job.log.open("ab") as log:
         job.log_start = log.tell()
-        job.process = subprocess.Popen(
-            make_command(job), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
             start_new_session=True, preexec_fn=die_with_parent() if sys.platform == "linux" else None,
         )  # fmt: skip
 
@@ -203,8 +227,22 @@ def _look(job: Job, devices: Devices) -> None:
     code = job.process.poll()
     if code is None:
         return
+    end_group(job.process)
     job.end(code)
     devices.give_back(job.devices)
+    _release(job)
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """End what a process that has ended left in its group: Lightning's other ranks, which would keep their GPUs.
+
+    W&B's service, which may still upload, has a session of its own, and so have torchrun's workers, which it ends.
+    """
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _release(job: Job) -> None:
     if job.lock is not None:
         job.lock.release()
 
@@ -220,11 +258,12 @@ def _stop(running: list[Job]) -> None:
             time.sleep(POLL)
     for job in running:
         if job.process is not None:
-            job.end(job.process.wait())
+            code = job.process.wait()
+            end_group(job.process)
+            job.end(code)
             job.state = STOPPED if job.state == FAILED else job.state
-            job.save()
-        if job.lock is not None:
-            job.lock.release()
+            job.note()
+        _release(job)
 
 
 def die_with_parent() -> Callable[[], None]:

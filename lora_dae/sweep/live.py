@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -14,6 +15,7 @@ from rich.text import Text
 from lora_dae.sweep.jobs import DONE, ELSEWHERE, FAILED, RUNNING, STOPPED, WAITING, Job
 
 STYLES = {WAITING: "dim", RUNNING: "bold", ELSEWHERE: "cyan", DONE: "green", FAILED: "bold red", STOPPED: "yellow"}
+URGENT = (RUNNING, ELSEWHERE, FAILED, STOPPED)  # shown first where not all jobs fit
 REFRESH = 2  # per second
 
 
@@ -38,11 +40,11 @@ def clock(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def table(jobs: Sequence[Job], now: float) -> Table:
-    """One row per job."""
+def table(jobs: Sequence[Job], now: float, others: Sequence[Job] = ()) -> Table:
+    """One row per job, and one that counts ``others`` by their state."""
     shown = Table(box=None, pad_edge=False, expand=False)
     for name, justify in (("#", "right"), ("job", "left"), ("state", "left"), ("step", "right"), ("last", "left"),
-                          ("time", "right"), ("left", "right")):  # fmt: skip
+                          ("time", "right"), ("phase left", "right")):  # fmt: skip
         shown.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for job in jobs:
         status = job.status() if job.state in (RUNNING, ELSEWHERE) else {}
@@ -60,6 +62,24 @@ def table(jobs: Sequence[Job], now: float) -> Table:
             clock(spent) if spent else "",
             clock(remaining(status, job.started, now)) if job.state == RUNNING else "",
         )
+    counts = Counter(job.state for job in others)
+    if counts:
+        shown.add_row("", Text(", ".join(f"{counts[s]} {s}" for s in STYLES if counts[s]), style="dim"))
+    return shown
+
+
+def fitting_table(jobs: Sequence[Job], now: float, console: Console) -> Table:
+    """All jobs, or those that run or failed, as many as the screen has lines for: Live cuts off what is below."""
+    shown = table(jobs, now)
+    first = sorted((job for job in jobs if job.state in URGENT), key=lambda job: URGENT.index(job.state))
+    lines = len(console.render_lines(shown, pad=False))
+    while lines > console.height:
+        rows = {job.number for job in first}
+        shown = table(first, now, [job for job in jobs if job.number not in rows])
+        lines = len(console.render_lines(shown, pad=False))
+        if not first:
+            break
+        first = first[: min(len(first) - 1, len(first) * console.height // lines)]  # some take several lines
     return shown
 
 
@@ -87,7 +107,7 @@ class LiveTable:
                                        highlight=False)  # fmt: skip
         elif time.monotonic() - self._last > 1 / REFRESH:
             self._last = time.monotonic()
-            self._live.update(table(self.jobs, time.time()), refresh=True)
+            self._live.update(fitting_table(self.jobs, time.time(), self.console), refresh=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -10,12 +10,13 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, SoftFileLock, Timeout
 
 from lora_dae.config import ConfigError
+from lora_dae.sweep.files import FULL, unwritten
 
 
 def try_lock(path: Path) -> FileLock | None:
@@ -30,11 +31,14 @@ def try_lock(path: Path) -> FileLock | None:
     except Timeout:
         return None
     except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise ConfigError(unwritten(error, path)) from error
         raise ConfigError(
             f"cannot lock {path} ({error}): sweeps need a folder that is writable on a file system with locks; set "
             "store= and hydra.sweep.dir= to one."
         ) from error
-    _holder_file(path).write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8")
+    with suppress(OSError):  # a full disk: others wait for "another process", and the lock holds
+        _holder_file(path).write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8")
     return lock
 
 

@@ -73,11 +73,11 @@ def summary(measured: Measured, name: str = "") -> MetricValue:
             images = float(np.mean([(half[side] / wide) ** 2 for half in measured.halves]))
             error, freedom = _combined(measured.values, images, of_images, measured.own_pairs)
         ends.append(mean + sign * float(stats.t.ppf(1 - ALPHA / 2, freedom)) * error)
-    least, most = _range(name)
+    least, most = possible_range(name)
     return MetricValue(mean, max(ends[0], least), min(ends[1], most), measured.better)  # type: ignore[arg-type]
 
 
-def _range(name: str) -> tuple[float, float]:
+def possible_range(name: str) -> tuple[float, float]:
     """The least and the most that a metric can be."""
     kind = name.split("_")[0]
     least = {"": -math.inf, "kd": -math.inf, "kid": -math.inf, "clip": -math.inf, "is": 1.0}.get(kind, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from datetime import timedelta
@@ -31,30 +32,45 @@ def environment_of_a_job() -> dict[str, str]:
 
 def tell(path: Path, must_train: bool) -> None:
     """Rank 0's decision, for ``ask``; told only where others wait for it."""
+    _tell(path, {"must_train": must_train})
+
+
+def tell_failure(path: Path, sentence: str) -> None:
+    """In place of a decision: why rank 0 comes to none."""
+    _tell(path, {"failed": sentence})
+
+
+def _tell(path: Path, told: dict[str, Any]) -> None:
     if _by_torchrun():
-        _torchruns_store().set(_key(), str(int(must_train)))
+        _torchruns_store().set(_key(), json.dumps(told))
     elif _slurm_tasks() > 1:
-        write_json(path, {"step": _slurm_step(), "must_train": must_train})
+        write_json(path, {"step": _slurm_step(), **told})
 
 
 def ask(path: Path, patience: float) -> bool:
-    """Wait for rank 0's decision. Raises ConfigError after ``patience`` seconds."""
+    """Wait for rank 0's decision. Raises ConfigError after ``patience`` seconds, and where rank 0 failed before it."""
     if _by_torchrun():
         store = _torchruns_store()
         try:
             store.wait([_key()], timedelta(seconds=patience))
         except RuntimeError as error:
             raise ConfigError(f"rank {rank()} heard nothing from rank 0: see what that one printed.") from error
-        return bool(int(store.get(_key())))
+        return _decided(json.loads(store.get(_key())))
     if _slurm_tasks() <= 1:
         return True  # Lightning starts processes only to train
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         told = read_json(path)
         if told.get("step") == _slurm_step():
-            return bool(told["must_train"])
+            return _decided(told)
         time.sleep(POLL)
     raise ConfigError(f"rank {rank()} heard nothing from rank 0 at {path}: is the run folder on a shared disk?")
+
+
+def _decided(told: dict[str, Any]) -> bool:
+    if "failed" in told:
+        raise ConfigError(f"rank 0 failed: {told['failed']}")
+    return bool(told["must_train"])
 
 
 def _by_torchrun() -> bool:

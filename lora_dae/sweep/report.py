@@ -82,13 +82,14 @@ def write_sweep_report(folder: Path) -> Path:
         lstrip_blocks=True,
     )
     html = environment.get_template("sweep.html.j2").render(
-        title=folder.name,
+        title=folder.resolve().name,
         date=datetime.date.today().isoformat(),
         table=table,
         headline=format_name(name),
         best=table.best(name),
-        best_value=" ".join(format_value(table.best(name).metrics[name])),
+        best_value=" ".join(format_value(table.best(name).metrics[name])).strip(),
         tied=table.tied(name),
+        apart=table.has_intervals(name),
         front=table.pareto(name, "adapter_mb"),
         costs=COSTS,
         cell=lambda row, metric: format_value(row.metrics[metric]),

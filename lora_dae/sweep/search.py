@@ -9,6 +9,7 @@ A trial that was cut off is asked for again with the same values, and its traini
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -27,12 +28,13 @@ from rich.console import Console
 from lora_dae.config import ConfigError
 from lora_dae.sweep.files import read_json
 from lora_dae.sweep.jobs import INPUT_ERROR, last_error
-from lora_dae.sweep.launcher import InterruptedSweepError, die_with_parent, quoted
+from lora_dae.sweep.launcher import InterruptedSweepError, die_with_parent, end_group, quoted
 from lora_dae.sweep.locks import held, try_lock
 from lora_dae.sweep.ranks import environment_of_a_job
 
 POLL = 0.2  # seconds
 AGAIN = "again"  # user attribute of a trial: the number of the one that was stopped
+ASKED = "asked"  # user attribute of a study: what makes its trials' values comparable
 STARTUP_TRIALS = 3  # that the median needs before it prunes
 DIRECTIONS = ("minimize", "maximize")
 
@@ -107,11 +109,16 @@ def written(value: Any) -> str:
 def train_command(overrides: list[str], run_dir: Path, options: Sequence[str] = ()) -> list[str]:
     """One trial as a single run that trains nothing twice; a module, which Lightning can start again for rank 1.
 
-    ``options`` of Hydra's own, as ``--config-dir=mine``. Its W&B group is the search's.
+    ``options`` of Hydra's own, as ``--config-dir=mine``. Its W&B group is the search's. It is measured on validation
+    pairs: what was chosen on test pairs has no honest number on them.
     """
     arguments = [*overrides, f"hydra.run.dir={quoted(run_dir)}"]
     given = {override.split("=")[0] for override in overrides}
-    for key, value in (("store", "multirun/store"), ("tracking.group", quoted(run_dir.parent.name))):
+    for key, value in (
+        ("store", "multirun/store"),
+        ("tracking.group", quoted(run_dir.parent.name)),
+        ("evaluation.split", "val"),
+    ):
         if key not in given:
             arguments.insert(0, f"{key}={value}")
     return [sys.executable, "-m", "lora_dae.training", *options, *arguments]
@@ -143,6 +150,7 @@ def search(
         )
         if [str(d.name).lower() for d in study.directions] != list(request.objectives.values()):
             raise ConfigError(f"{folder} holds a search with other objectives: give another name.")
+        _check_asked(study, request, folder)
         _check_space(study, request.space, folder)  # before a trial is taken up, which would be lost
         # Optuna prunes studies of one objective only; validation loss is one, in a study beside the search.
         validation = optuna.create_study(
@@ -156,6 +164,19 @@ def search(
         while _ended(study, optuna.trial.TrialState) < request.trials:
             _one_trial(study, validation, request, folder, console, make_command)
     return study
+
+
+def _check_asked(study: Any, request: SearchRequest, folder: Path) -> None:
+    """Raises ConfigError where the search was begun with other objectives or overrides: its best would be a mixture."""
+    asked = {"objectives": [list(pair) for pair in request.objectives.items()], "overrides": list(request.overrides)}
+    told = study.user_attrs.get(ASKED)
+    if told is None:
+        if not study.trials:  # those of earlier versions do not say what they were asked for
+            study.set_user_attr(ASKED, asked)
+        return
+    for name, value in asked.items():
+        if told[name] != value:
+            raise ConfigError(f"{folder} holds a search with other {name}: give another name.")
 
 
 def _check_space(study: Any, space: dict[str, dict[str, Any]], folder: Path) -> None:
@@ -254,12 +275,17 @@ def _run(command: list[str], run_dir: Path, watched: Any) -> int:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+        end_group(process)
 
 
 def _last_reported(validation: Any, number: int) -> float | None:
-    """The last validation loss that ``_run`` saw: later stages of the run say other things in its status file."""
+    """The last validation loss that ``_run`` saw: later stages of the run say other things in its status file.
+
+    None where there was none, or one that is not finite, which Optuna does not take.
+    """
     seen = validation.trials[number].intermediate_values
-    return float(seen[max(seen)]) if seen else None
+    last = float(seen[max(seen)]) if seen else math.nan
+    return last if math.isfinite(last) else None
 
 
 def _failures_in_a_row(study: Any, states: Any) -> int:

@@ -12,18 +12,24 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from lora_dae.backbone.layout import inspect_backbone
-from lora_dae.backbone.precision import best_device, choose_precision
+from lora_dae.backbone.precision import best_device, draws_in_bf16
 from lora_dae.config import Config, ConfigError, to_dict
 from lora_dae.data.sources import load_splits
 from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.evaluation.metrics.extras import check_networks
+from lora_dae.evaluation.report.table import load_table
 from lora_dae.rules import check
 from lora_dae.sweep import ranks
 from lora_dae.sweep.files import read_json, write_json
@@ -43,6 +49,7 @@ console = Console()
 def run_in_store(cfg: Config) -> Result:
     """Train unless the store has it, then measure and report in the run folder.
 
+    A job of Hydra's own sweep (Ray, Slurm) that an earlier start has finished is left as it is; ours skips such itself.
     Raises what ``training.run.run`` raises.
     """
     assert cfg.store is not None
@@ -58,39 +65,54 @@ def run_in_store(cfg: Config) -> Result:
         if ranks.ask(decision, PATIENCE):
             train(_training_config(cfg, folder))
         return Result(run_dir, None)
+    inputs = {"hash": folder.name, "measured_on": splits[cfg.evaluation.split].fingerprint}
+    if _is_job_of_hydra() and _finished_before(cfg, inputs):
+        ranks.tell(decision, False)
+        console.print(f"measured already: {run_dir}", soft_wrap=True, highlight=False)
+        return Result(run_dir, load_table(run_dir / "metrics.json"))
     train_once(cfg, folder, decision)
     say(run_dir / "status.json", "measuring")
     (run_dir / "metrics.json").unlink(missing_ok=True)  # of other settings, perhaps
     take_over(folder, run_dir)
     (run_dir / "adapter" / "README.md").unlink(missing_ok=True)  # a link into the store: this run's strength is its own
     write_config(cfg)
-    told = {**read_json(folder / "trained.json"), "measured_on": splits[cfg.evaluation.split].fingerprint}
+    told = {**read_json(folder / "trained.json"), **inputs}
     write_json(run_dir / "trained.json", told)  # what a later start of the sweep compares: identity.inputs
     evaluated = replace(cfg, tracking=replace(cfg.tracking, job_type="evaluate"))
     loggers = tracking.build_trackers(evaluated, run_dir, to_dict(cfg), console)
     device = torch.device("cpu") if cfg.trainer.get("accelerator") == "cpu" else best_device()
-    bf16 = choose_precision(str(cfg.trainer.get("precision", "auto")), device).startswith("bf16")
+    bf16 = draws_in_bf16(cfg, device)
     return measure(cfg, loggers, device, bf16)
+
+
+def _is_job_of_hydra() -> bool:
+    """Whether Hydra itself runs this job; our launcher's are single runs."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _finished_before(cfg: Config, inputs: Mapping[str, str]) -> bool:
+    """Whether the run folder holds exactly this, to its end: the card of the adapter is what a run writes last."""
+    run_dir = Path(cfg.run_dir)
+    whole = all((run_dir / name).is_file() for name in ("config.yaml", "metrics.json", "adapter/README.md"))
+    return (
+        whole
+        and OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")) == to_dict(cfg)
+        and inputs.items() <= read_json(run_dir / "trained.json").items()
+    )
 
 
 def train_once(cfg: Config, folder: Path, decision: Path) -> None:
     """Return when ``folder`` holds the finished training: found, waited for, or trained here."""
-    lock_path = folder.with_name(folder.name + ".lock")
-    lock = None
-    while not (folder / "trained.json").is_file():
-        lock = try_lock(lock_path)
-        if lock is not None:
-            break
-        say(Path(cfg.run_dir) / "status.json", f"waits for {holder(lock_path)}")
-        time.sleep(POLL)
+    try:
+        lock = _lock_to_train(cfg, folder)
+    except BaseException as error:  # the other ranks would wait for a decision
+        ranks.tell_failure(decision, str(error) or type(error).__name__)
+        raise
     if lock is None:
         ranks.tell(decision, False)
         console.print(f"trained already: {folder}", soft_wrap=True, highlight=False)
         return
     with held(lock):
-        if (folder / "trained.json").is_file():  # finished while this process was asking
-            ranks.tell(decision, False)
-            return
         started = time.time()
         ranks.tell(decision, True)
         training = _training_config(cfg, folder)
@@ -104,6 +126,21 @@ def train_once(cfg: Config, folder: Path, decision: Path) -> None:
             folder / "trained.json",
             {"hash": folder.name, "by": cfg.run_dir, "seconds": seconds, "config": training_part(cfg)},
         )
+
+
+def _lock_to_train(cfg: Config, folder: Path) -> FileLock | None:
+    """Waits for the lock of a training that is to be done; None once it is finished, by whomever."""
+    lock_path = folder.with_name(folder.name + ".lock")
+    while not (folder / "trained.json").is_file():
+        lock = try_lock(lock_path)
+        if lock is None:
+            say(Path(cfg.run_dir) / "status.json", f"waits for {holder(lock_path)}")
+            time.sleep(POLL)
+        elif (folder / "trained.json").is_file():  # finished while this process was asking
+            lock.release()
+        else:
+            return lock
+    return None
 
 
 def train_shared(cfg: Config) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,16 @@ from scipy import stats
 
 from lora_dae.adapter.files import trained_megabytes
 from lora_dae.config import Config, ConfigError, from_dict, to_dict
+from lora_dae.evaluation.report.protocol import Protocol
 from lora_dae.evaluation.report.table import MetricValue, format_value, load_table
 from lora_dae.evaluation.run import row_name
 from lora_dae.sampling.loop import Guidance
 from lora_dae.sampling.methods import build_method
+from lora_dae.sweep.numbers import possible_range
 
 NOT_VARIED = ("name", "run_dir", "ckpt_path", "store")
 SEED = "seed"
+ENOUGH_SEEDS = 3  # from here on a run's own warning that it is of one seed is no longer true of its row
 COSTS = {"adapter_mb": "adapter, MB", "network_calls": "network calls per image"}
 
 
@@ -39,11 +43,12 @@ class Row:
 
 @dataclass(frozen=True)
 class SweepTable:
-    """Rows, the keys that vary among them (the seed not among these), and the protocol of the measurements."""
+    """Rows, the keys that vary among them (the seed not among these), the protocol and warnings of all measurements."""
 
     rows: list[Row]
     varied: list[str]
     protocol: str
+    warnings: tuple[str, ...] = ()
 
     @property
     def metrics(self) -> list[str]:
@@ -69,6 +74,10 @@ class SweepTable:
             if row.metrics[name].low is not None and row.metrics[name].low <= best.high  # type: ignore[operator]
             and row.metrics[name].high >= best.low  # type: ignore[operator]
         ]  # fmt: skip
+
+    def has_intervals(self, name: str) -> bool:
+        """Whether every row has one: else nothing says how far the best one is ahead."""
+        return all(row.metrics[name].low is not None and row.metrics[name].high is not None for row in self.rows)
 
     def pareto(self, name: str, cost: str) -> list[Row]:
         """Rows that no other beats in ``name`` at no more ``cost``, cheapest first."""
@@ -124,7 +133,7 @@ def badness(metric: MetricValue) -> float:
 def find_runs(folder: Path) -> list[Path]:
     """Finished, measured runs at any depth below a folder, in natural order."""
     found = [path.parent for path in folder.rglob("metrics.json") if (path.parent / "config.yaml").is_file()]
-    return sorted(found, key=lambda p: [int(part) if part.isdigit() else part for part in _digits(p.as_posix())])
+    return sorted(found, key=lambda p: _natural(p.as_posix()))
 
 
 def read_sweep(folder: Path) -> SweepTable:
@@ -142,11 +151,12 @@ def read_sweep(folder: Path) -> SweepTable:
     groups: dict[str, list[int]] = {}
     for index, values in enumerate(flat):
         groups.setdefault(json.dumps([values.get(key) for key in named]), []).append(index)
-    rows, protocol = [], ""
+    rows: list[Row] = []
+    protocols: list[Protocol] = []
     for members in groups.values():
         values = {key: flat[members[0]].get(key) for key in named}
         tables = [load_table(runs[i] / "metrics.json") for i in members]
-        protocol = tables[0].protocol.line()
+        protocols += [table.protocol for table in tables]
         found = [table.methods.get(row_name(configs[i].enhancement.strength), table.methods[row_name(0.0)])
                  for i, table in zip(members, tables, strict=True)]  # fmt: skip
         label = (
@@ -159,11 +169,23 @@ def read_sweep(folder: Path) -> SweepTable:
             "network_calls": network_calls(configs[first]),
         }
         rows.append(Row(label, values, costs, over_seeds(found), tuple(runs[i] for i in members)))
-    return SweepTable(rows, named, protocol)
+    warnings = [words for protocol in protocols for words in protocol.warnings]
+    if all(len(row.runs) >= ENOUGH_SEEDS for row in rows):
+        warnings = [words for words in warnings if "seeds:" not in words]
+    return SweepTable(rows, named, joined(protocols), tuple(dict.fromkeys(warnings)))
+
+
+def joined(protocols: Sequence[Protocol]) -> str:
+    """The rows of several protocols as one paragraph; one that is not the same in all says just that."""
+    told: dict[str, set[str]] = {}
+    every = [protocol.rows() for protocol in protocols]
+    for key in dict.fromkeys(key for rows in every for key in rows):
+        told[key] = {rows.get(key, "") for rows in every}
+    return " · ".join(f"{key}: differs by row" if len(texts) > 1 else texts.pop() for key, texts in told.items())
 
 
 def over_seeds(found: Sequence[dict[str, MetricValue]]) -> dict[str, MetricValue]:
-    """One run: as it is. Several: mean over runs, with Student's 95 % interval of that mean."""
+    """One run: as it is. Several: mean over runs, with Student's 95 % interval of that mean, within what can be."""
     if len(found) == 1:
         return found[0]
     merged = {}
@@ -171,7 +193,8 @@ def over_seeds(found: Sequence[dict[str, MetricValue]]) -> dict[str, MetricValue
         values = np.array([metrics[name].value for metrics in found if name in metrics])
         half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
         mean = float(values.mean())
-        merged[name] = MetricValue(mean, mean - half, mean + half, first.better)
+        least, most = possible_range(name)
+        merged[name] = MetricValue(mean, max(mean - half, least), min(mean + half, most), first.better)
     return merged
 
 
@@ -207,13 +230,9 @@ def _say(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _digits(text: str) -> list[str]:
-    parts: list[str] = [""]
-    for letter in text:
-        if parts[-1] and letter.isdigit() != parts[-1][-1].isdigit():
-            parts.append("")
-        parts[-1] += letter
-    return parts
+def _natural(text: str) -> list[Any]:
+    """Words and numbers in turns, a word first, so that any two are comparable."""
+    return [int(part) if k % 2 else part for k, part in enumerate(re.split(r"(\d+)", text))]
 
 
 def _tex(text: str) -> str:

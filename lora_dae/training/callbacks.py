@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
@@ -18,7 +19,10 @@ from lora_dae.adapter.inject import kept_modes
 
 
 class Throughput(Callback):
-    """Logs images/s of the training steps alone, and the share of the time spent waiting for data."""
+    """Logs images/s of the training steps alone, and the share of the time spent waiting for data.
+
+    To be called before what writes or draws after a step: neither counts as the step, nor (``pause``) as waiting.
+    """
 
     def __init__(self, images_per_step: int) -> None:
         self.images_per_step = images_per_step
@@ -36,15 +40,24 @@ class Throughput(Callback):
         self._busy += self._end - self._begin
         self._steps += 1
         rate = self._steps * self.images_per_step * trainer.world_size / self._busy
-        pl_module.log("images/s", rate, prog_bar=True, rank_zero_only=True)
+        # Tensors on the CPU: of a plain number Lightning makes one on the GPU, and waits for it.
+        pl_module.log("images/s", torch.tensor(rate), prog_bar=True, rank_zero_only=True)
         if self._steps > 1:
-            pl_module.log("data_wait", self._waited / (self._waited + self._busy), rank_zero_only=True)
+            waited = self._waited / (self._waited + self._busy)
+            pl_module.log("data_wait", torch.tensor(waited), rank_zero_only=True)
+
+    def pause(self) -> None:
+        """Until the next step begins, nothing is waiting for data."""
+        self._end = 0.0
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._end = 0.0  # validation and sampling are not waiting for data
+        self.pause()
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._end = 0.0
+        self.pause()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.pause()
 
 
 class Checkpoint(Callback):
@@ -153,10 +166,13 @@ class CleanInterrupt(Callback):
 
 
 class Drawing(Callback):
-    """Draws the validation prompts every so many steps, on the averaged weights; every process calls ``draw``."""
+    """Draws the validation prompts every so many steps, on the averaged weights; every process calls ``draw``.
 
-    def __init__(self, every_n_steps: int, draw: Callable[[int], None]) -> None:
-        self.every_n_steps, self.draw = every_n_steps, draw
+    ``paused`` is called after it.
+    """
+
+    def __init__(self, every_n_steps: int, draw: Callable[[int], None], paused: Callable[[], None]) -> None:
+        self.every_n_steps, self.draw, self.paused = every_n_steps, draw, paused
         self._drawn = 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -166,6 +182,20 @@ class Drawing(Callback):
             with kept_modes(pl_module):
                 pl_module.eval()
                 self.draw(step)
+            self.paused()
+
+
+class Rest(Callback):
+    """Calls ``rest`` once the data are encoded and before the model comes to the device, whose memory is free then.
+
+    Lightning starts the other processes in ``fit``: whatever is encoded before, one encodes alone.
+    """
+
+    def __init__(self, rest: Callable[[], None]) -> None:
+        self.rest = rest
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.rest()
 
 
 class StepProgress(RichProgressBar):

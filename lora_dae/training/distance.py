@@ -13,10 +13,11 @@ from lora_dae.training import together
 
 
 class PhotoDistance:
-    """Frechet and kernel distance of drawn pictures to validation photos; the processes share the work.
+    """Frechet and kernel distance of drawn pictures to validation photos; the processes share the pictures.
 
     Features of all ranks are put together before anything is computed of them, so any number of processes gives the
-    numbers of one. On few pictures a Frechet distance lies far too high: its course counts, at one number of pictures.
+    numbers of one. A training makes this before its processes have met: each then looks at all photos. On few pictures
+    a Frechet distance lies far too high: its course counts, at one number of pictures.
     """
 
     def __init__(self, photos: Sequence[np.ndarray], features: str, device: torch.device, paired: bool) -> None:

@@ -34,6 +34,11 @@ def seeded(*parts: int) -> torch.Generator:
     return torch.Generator().manual_seed(value)
 
 
+def to_device(drawn: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on ``device``, without waiting for what a GPU still has to do."""
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
+
+
 def draw(
     batch: dict[str, Tensor], num_timesteps: int, cfg: ObjectiveConfig, generators: Sequence[torch.Generator]
 ) -> Draws:
@@ -52,7 +57,8 @@ def draw(
         )
         for own in generators
     ]
-    posterior, noise, timesteps, chances = (torch.stack(column).to(device) for column in zip(*rows, strict=True))
+    columns = (torch.stack(column) for column in zip(*rows, strict=True))
+    posterior, noise, timesteps, chances = (to_device(column, device) for column in columns)
     return Draws(
         posterior=posterior,
         noise=noise,

@@ -32,17 +32,18 @@ def page_logger(cfg: TrackingConfig, console: Console) -> OnPage | None:
             return
         import wandb
 
-        # Numbers of pictures to which the real photos were given share no chart with others.
+        # Numbers of validation pairs, and of pictures to which the real photos were given, share no chart with others.
         mode = page.table.protocol.mode
-        test = f"test_{mode}" if mode in GIVEN_PHOTOS else "test"
+        split = "val" if page.table.protocol.split == "val" else "test"
+        shown = f"{split}_{mode}" if mode in GIVEN_PHOTOS else split
         numbers = {
-            f"{test}/{method}/{metric}".replace(" ", "_"): value.value
+            f"{shown}/{method}/{metric}".replace(" ", "_"): value.value
             for method, row in page.table.methods.items()
             for metric, value in row.items()
             if math.isfinite(value.value)
         }
         tracking.log_metrics([logger], numbers, 0)
-        tracking.log_table([logger], f"{test}/table", list(COLUMNS), table_rows(page.table))
+        tracking.log_table([logger], f"{shown}/table", list(COLUMNS), table_rows(page.table))
         for grid in page.grids:
             rows = [
                 [row.caption, *(None if cell is None else wandb.Image(cell) for cell in row.cells)] for row in grid.rows

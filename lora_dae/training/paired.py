@@ -22,7 +22,7 @@ from lora_dae.enhancement.bands import local_log_energy, noise_variances, split_
 from lora_dae.enhancement.gates import WINDOW
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.sampling.loop import Conditions, Guidance, predict
-from lora_dae.training.objective import Denoised
+from lora_dae.training.objective import Denoised, to_device
 from lora_dae.training.on_policy import draw_guidance
 
 Photos = Callable[[list[int], list[bool]], tuple[Tensor, Tensor | None]]  # sample numbers, which are mirrored
@@ -71,11 +71,11 @@ def draw_paired(
     noise = torch.stack([torch.randn(shape, generator=own) for own in generators])
     chances = torch.stack([torch.rand(4, generator=own) for own in generators])
     return PairedDraws(
-        noise=noise.to(device),
-        timesteps=active[(chances[:, 0] * share * len(active)).long()].to(device),
-        step_size=-(0.01 + 0.89 * chances[:, 1]).log().to(device),
-        first_order=(chances[:, 2] < 0.5).float().to(device),
-        wrong=(chances[:, 3] < cfg.wrong_source).to(device),
+        noise=to_device(noise, device),
+        timesteps=to_device(active[(chances[:, 0] * share * len(active)).long()], device),
+        step_size=to_device(-(0.01 + 0.89 * chances[:, 1]).log(), device),
+        first_order=to_device((chances[:, 2] < 0.5).float(), device),
+        wrong=to_device(chances[:, 3] < cfg.wrong_source, device),
         guidance=guidance if guided else Guidance(),
         turn=turn,
     )

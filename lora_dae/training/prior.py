@@ -36,13 +36,8 @@ class Prior(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """The adapter changes nothing yet, so the UNet still is the frozen backbone."""
-        resumed = trainer.ckpt_path is not None
-        if resumed and not self.path.is_file():
-            raise ConfigError(
-                f"{self.path} is gone, the pictures that this run keeps to: start anew without ckpt_path."
-            )
-        if resumed:
-            self.latents = load_tensors(self.path, "start anew without ckpt_path")[0]["latents"]
+        if trainer.ckpt_path is not None:
+            self._take_over(Path(trainer.ckpt_path), trainer.is_global_zero)
         else:
             with kept_modes(pl_module.unet):
                 self.latents = self._draw().cpu()
@@ -52,6 +47,16 @@ class Prior(Callback):
         live = self.cfg.adapter.trains_text  # then a batch has tokens
         text = pack_tokens(self.backbone.tokenize(caption)) if live else self.backbone.encode_text(caption)
         self.text = text[0].cpu()
+
+    def _take_over(self, checkpoint: Path, first: bool) -> None:
+        """The latents that the training of ``checkpoint`` keeps to, into this run's folder as well."""
+        beside = checkpoint.parent.parent / PRIOR_FILE
+        found = next((path for path in (beside, self.path) if path.is_file()), None)
+        if found is None:
+            raise ConfigError(f"{beside} is gone, the pictures that this run keeps to: start anew without ckpt_path.")
+        self.latents = load_tensors(found, "start anew without ckpt_path")[0]["latents"]
+        if first and found.resolve() != self.path.resolve():
+            save_tensors({"latents": self.latents}, self.path, {"format": "pt"})
 
     def _draw(self) -> Tensor:
         cfg, count = self.cfg, self.cfg.objective.prior_images

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ from omegaconf import OmegaConf
 
 from lora_dae.config import Config, ConfigError, from_dict, to_dict
 from lora_dae.data.pair import PairDataset
+from lora_dae.training.trainer import adapter_steps
 
 ORIGIN = "origin"  # its key in a checkpoint
 STAGES = ("adapter", "texture", "decoder", "gain")  # in the order in which they train
+PLAIN = re.compile(r"[A-Za-z0-9_@%+:./-]+")  # a path that means itself to a shell and to Hydra
 OF_MODULE = (
     "enabled",
     "gain",
@@ -26,6 +30,7 @@ OF_MODULE = (
     "gate_inputs",
     "joint",
 )  # what its parameters depend on
+COMPUTES_THE_SAME = (("backbone", "attention"), ("backbone", "gradient_checkpointing"), ("adapter", "kernel"))
 
 
 def find_checkpoints(cfg: Config, run_dir: Path) -> dict[str, Path]:
@@ -50,7 +55,8 @@ def find_checkpoints(cfg: Config, run_dir: Path) -> dict[str, Path]:
         before = to_dict(from_dict(OmegaConf.to_container(OmegaConf.load(saved))))  # type: ignore[arg-type]
         now = to_dict(cfg)
         for plain in (before, now):
-            del plain["backbone"]["attention"]  # how it computes may change
+            for group, name in COMPUTES_THE_SAME:
+                del plain[group][name]
             del plain["backbone"]["path"], plain["adapter"]["init_from"]  # what they hold counts: see check_origin
             own = plain["enhancement"]
             trains = own["enabled"] and own["placement"] != "none"  # as identity.training_part has it
@@ -69,7 +75,7 @@ def find_checkpoints(cfg: Config, run_dir: Path) -> dict[str, Path]:
 
 def check_steps(cfg: Config, checkpoints: Mapping[str, Path]) -> None:
     """Raises ConfigError where more steps of the adapter are asked for than those that later stages trained on."""
-    path, asked = checkpoints.get("adapter"), int(cfg.trainer.get("max_steps", 500))
+    path, asked = checkpoints.get("adapter"), adapter_steps(cfg)
     if path is None or len(checkpoints) == 1 or cfg.trainer.get("early_stop_patience") is not None:
         return
     done = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"]
@@ -129,6 +135,14 @@ def _another(path: Path, key: str) -> ConfigError:
         f"{path} was written with another `{key}` than this run's: resume with the same overrides, or start anew "
         "without ckpt_path."
     )
+
+
+def run_dir_override(run_dir: Path) -> str:
+    """``hydra.run.dir=...`` as a user types it: the shell's quotes around Hydra's, where the path needs them."""
+    if PLAIN.fullmatch(str(run_dir)):
+        return f"hydra.run.dir={run_dir}"
+    escaped = str(run_dir).replace('"', '\\"')  # the grammar knows no other escape
+    return shlex.quote(f'hydra.run.dir="{escaped}"')
 
 
 def align_progress(checkpoint: dict[str, Any], accumulate: int) -> None:

@@ -19,6 +19,7 @@ from lora_dae.adapter.initial import check_file
 from lora_dae.backbone.layout import inspect_backbone
 from lora_dae.backbone.load import load_backbone
 from lora_dae.backbone.parts import load_scheduler
+from lora_dae.backbone.usage import settled
 from lora_dae.config import Config, to_dict
 from lora_dae.data.buckets import parse_buckets
 from lora_dae.data.masks import check_garments
@@ -33,12 +34,12 @@ from lora_dae.evaluation.run import evaluate_run, row_name
 from lora_dae.export.command import write_card
 from lora_dae.rules import check
 from lora_dae.sampling.load import load_run
-from lora_dae.training import tracking
+from lora_dae.training import together, tracking
 from lora_dae.training.finish import check_chains, export, export_enhancement
 from lora_dae.training.plan import make_plan, print_plan
 from lora_dae.training.resume import check_origin, check_steps, find_checkpoints, origin
 from lora_dae.training.stages import Training, planned_stages
-from lora_dae.training.trainer import quiet
+from lora_dae.training.trainer import check_trainer, quiet
 
 console = Console()
 NUM_PICTURES = 8
@@ -71,9 +72,12 @@ def run(cfg: Config) -> Result:
     return result
 
 
+@tracking.closed_on_failure()
 def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Training:
     """Train every stage and, on rank 0, export. Raises ConfigError for bad input before weights are loaded."""
     check(cfg)
+    quiet()
+    first = check_trainer(cfg).is_global_zero
     run_dir = Path(cfg.run_dir)
     check_outside(cfg.data, run_dir, "run_dir")
     checkpoints = find_checkpoints(cfg, run_dir)
@@ -86,7 +90,6 @@ def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Tr
     if checkpoints:
         check_steps(cfg, checkpoints)
     tracking.check_tracking(cfg.tracking)
-    quiet()
     splits = load_splits(cfg.data)
     check_source(cfg, splits["train"])
     check_mask(cfg, splits["train"])
@@ -95,13 +98,15 @@ def train(cfg: Config, extra_callbacks: Sequence[lightning.Callback] = ()) -> Tr
         splits = {name: _without_source(split) for name, split in splits.items()}
     if checkpoints:
         check_origin(checkpoints, origin(cfg, folder.fingerprint(), splits))
-    console.print(f"run folder {run_dir}", soft_wrap=True, highlight=False)
+    if first:
+        console.print(f"run folder {run_dir}", soft_wrap=True, highlight=False)
     backbone = load_backbone(cfg.backbone)
     lightning.seed_everything(cfg.seed, verbose=False)  # before the adapter draws its weights
     trained = Training(cfg, run_dir, backbone, splits, extra_callbacks)
     if trained.rank == 0:
         write_config(cfg)
     trained.fit(checkpoints)
+    together.leave()
     if trained.rank == 0:
         export(trained)  # first: no mishap in judging costs the adapter
         export_enhancement(trained)
@@ -117,10 +122,13 @@ def write_config(cfg: Config) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+@tracking.closed_on_failure()
 def measure(cfg: Config, loggers: list[Any], device: torch.device, bf16: bool) -> Result:
     """Measure and report the finished training in the run folder, and tell the loggers."""
     run_dir, split = Path(cfg.run_dir), cfg.evaluation.split
     loaded = load_run(run_dir, device)
+    if device.type != "cpu":  # text encoders and VAE wait on the host, as they did while it trained
+        loaded.backbone.rest(device)
     others = tracking.trackers(loggers)
 
     def log_table(held_out: HeldOut, rows: dict[str, np.ndarray]) -> None:
@@ -144,7 +152,7 @@ def measure(cfg: Config, loggers: list[Any], device: torch.device, bf16: bool) -
     tracking.log_image(others, f"{split}/grid", grid, last)
     tracking.log_table(others, f"{split}/table", list(COLUMNS), table_rows(table))
     tracking.finish(loggers)
-    write_card(run_dir, cfg, loaded.backbone.folder.family, run_dir / "adapter")
+    write_card(run_dir, settled(cfg, loaded.backbone.folder), loaded.backbone.folder.family, run_dir / "adapter")
     return Result(run_dir, table)
 
 

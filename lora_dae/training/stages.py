@@ -36,9 +36,9 @@ from lora_dae.training.distance import PhotoDistance
 from lora_dae.training.ema import EMACallback
 from lora_dae.training.module import LoraDae, NonFiniteLossError
 from lora_dae.training.prior import PRIOR_FILE, Prior
-from lora_dae.training.resume import STAGES, KeepOrigin, origin
+from lora_dae.training.resume import STAGES, KeepOrigin, origin, run_dir_override
 from lora_dae.training.shortcuts import see_keys
-from lora_dae.training.trainer import build_trainer, check_processes, validation_interval
+from lora_dae.training.trainer import adapter_steps, build_trainer, validation_interval
 
 console = Console()
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -61,12 +61,11 @@ class Training:
     ) -> None:
         self.cfg, self.run_dir, self.backbone, self.splits = cfg, run_dir, backbone, splits
         self.extra_callbacks = list(extra_callbacks)
-        self.steps = int(cfg.trainer.get("max_steps", 500))
+        self.steps = adapter_steps(cfg)
         with torch.random.fork_rng(devices=[]):  # the adapter begins with the same weights with and without it
             self.enhancement = build_enhancement(cfg.enhancement, backbone.latent_channels, cfg.conditioning)
         probe = build_trainer(cfg, run_dir, "32-true", self.steps, [], False)
         self.rank, self.processes = probe.global_rank, probe.world_size
-        check_processes(probe)
         if len(splits["val"]) < self.processes:
             raise ConfigError(
                 f"{self.processes} processes share {len(splits['val'])} validation pairs, and each needs one: raise "
@@ -92,36 +91,16 @@ class Training:
         self.stores: dict[str, Any] = {}  # all stages read the same rows
         self.data = self._data(cfg.data.batch_size)
         attention = prepare_unet(backbone, cfg, self.device)
-        if cfg.adapter.full_finetune:
-            make_full_finetune(backbone.unet)
-        else:
-            inject(backbone.unet, cfg.adapter)
-            if cfg.adapter.trains_text:
-                inject_text(backbone.text_encoders, cfg.adapter)
-            if cfg.adapter.init_from is not None:
-                encoders = backbone.text_encoders
-                started = initialize(backbone.unet, cfg.adapter.init_from, cfg.adapter.allow_partial, encoders)
-                if self.rank == 0:
-                    console.print(started, highlight=False)
-        if cfg.conditioning == "source":
-            attach_source_input(backbone.unet)
+        started = inject_adapter(backbone, cfg)
+        if started and self.rank == 0:
+            console.print(started, highlight=False)
         self.words: LearnedWords | None = None
         if cfg.adapter.kind == "textual_inversion":
             self.words = LearnedWords(backbone, cfg.adapter.words)
             self.words.attach(backbone)
         null = self._encode_text([""])[0].to(self.device)
-        if self.rank == 0:
-            captions = self.data.captions("train")
-            too_long = long_captions(captions, backbone.tokenizer, backbone.text_chunks, len(backbone.text_encoders))
-            if too_long:
-                console.print(too_long, soft_wrap=True, highlight=False)
         if self.rank == 0:  # before the stages take turns in what requires a gradient
-            extra: dict[str, Any] = dict(backbone.text_encoders) if cfg.adapter.trains_text else {}
-            extra |= {"words": self.words, "enhancement": self.enhancement}
-            console.print(adapter_table(backbone.unet, {k: v for k, v in extra.items() if v is not None}))
-            if cfg.adapter.trains_text:
-                console.print("the text encoder trains: captions are encoded anew in every step, none is cached")
-            console.print(f"{self.device}, {self.precision}, {attention} attention", highlight=False)
+            self._announce(attention)
         round_frozen(backbone.unet, self.precision)
         text = self._text_with_words()
         self.module = LoraDae(
@@ -131,6 +110,20 @@ class Training:
         if self.rank == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
             self.loggers = tracking.build_loggers(cfg, run_dir, to_dict(cfg), console)
+
+    def _announce(self, attention: str) -> None:
+        """Say what trains and how."""
+        cfg, backbone = self.cfg, self.backbone
+        captions = self.data.captions("train")
+        too_long = long_captions(captions, backbone.tokenizer, backbone.text_chunks, len(backbone.text_encoders))
+        if too_long:
+            console.print(too_long, soft_wrap=True, highlight=False)
+        extra: dict[str, Any] = dict(backbone.text_encoders) if cfg.adapter.trains_text else {}
+        extra |= {"words": self.words, "enhancement": self.enhancement}
+        console.print(adapter_table(backbone.unet, {k: v for k, v in extra.items() if v is not None}))
+        if cfg.adapter.trains_text:
+            console.print("the text encoder trains: captions are encoded anew in every step, none is cached")
+        console.print(f"{self.device}, {self.precision}, {attention} attention", highlight=False)
 
     def _data(self, batch_size: int, option: str = "data.batch_size") -> PairDataModule:
         return PairDataModule(
@@ -181,9 +174,6 @@ class Training:
 
     def fit(self, checkpoints: dict[str, Path]) -> None:
         """Adapter first, then the enhancement on its averaged weights: the gain last, on what all else does."""
-        if self.device.type != "cpu" and self.cfg.data.cache != "off":
-            self.data.setup()  # everything is cached before the first step, so their memory is free for it
-            self.backbone.rest(self.device, text=not self.cfg.adapter.trains_text and self.words is None)
         planned = planned_stages(self.cfg, self.enhancement)
         names = [name for name, *_ in planned]
         reached = max((names.index(name) for name in checkpoints if name in names), default=0)
@@ -201,23 +191,21 @@ class Training:
         if self.rank == 0:  # of later stages, begun from what now trains on: `last` would go on from those
             for later in STAGES[STAGES.index(stage) + 1 :]:
                 path.with_name(f"{later}.ckpt").unlink(missing_ok=True)
-        stop = together.StopTogether()
         patience = cfg.trainer.get("early_stop_patience") if stage == "adapter" else None
         early = [] if patience is None else [callbacks.EarlyStop(patience, validation_interval(cfg, steps))]
         keep = callbacks.Checkpoint(path, validation_interval(cfg, steps), after_validation=patience is not None)
+        throughput, stop = callbacks.Throughput(data.batch_size), together.StopTogether()
+        progress = [callbacks.StepProgress(stage)] if cfg.trainer.get("enable_progress_bar", True) else []
         extra: list[Any] = [
-            ema, CompactState(ema), interrupt, *early, KeepOrigin(self.origin), keep, stop,
-            callbacks.Throughput(data.batch_size), callbacks.StepProgress(stage), *self.extra_callbacks,
+            ema, CompactState(ema), interrupt, *early, KeepOrigin(self.origin), throughput, keep, stop, *progress,
+            *self.extra_callbacks,
         ]  # fmt: skip
-        if stage == "adapter" and cfg.tracking.sample_every_n_steps > 0:
-            extra.append(callbacks.Drawing(cfg.tracking.sample_every_n_steps, lambda step: self._grid(ema, step)))
-        if stage == "adapter" and cfg.tracking.distance_every_n_steps > 0:
-            extra.append(callbacks.Drawing(cfg.tracking.distance_every_n_steps, self._distance(ema)))
+        if self.device.type != "cpu" and cfg.data.cache != "off":  # no step needs what has encoded everything
+            text = not cfg.adapter.trains_text and self.words is None
+            extra.append(callbacks.Rest(lambda: self.backbone.rest(self.device, text)))
         self.module.prior = None
-        if stage == "adapter" and cfg.objective.prior_weight > 0:
-            bf16 = self.precision.startswith("bf16")
-            self.module.prior = Prior(self.run_dir / PRIOR_FILE, cfg, self.backbone, bf16)
-            extra.append(self.module.prior)
+        if stage == "adapter":
+            extra += self._of_adapter(ema, throughput.pause)
         loggers = self.loggers
         if stage != "adapter":
             planned = planned_stages(cfg, self.enhancement)
@@ -250,13 +238,26 @@ class Training:
         if interrupt.interrupted:
             raise InterruptedRunError(
                 f"stopped at step {trainer.global_step} of {steps}; go on with: python train.py <same overrides> "
-                f"hydra.run.dir={self.run_dir} ckpt_path=last"
+                f"{run_dir_override(self.run_dir)} ckpt_path=last"
             )
         if self.rank == 0 and early and early[0].why:
             self.stopped_early = early[0].why
             console.print(self.stopped_early, highlight=False, soft_wrap=True)
         if ema.ema is not None:
             ema.ema.swap_in(trainable_parameters(self.module))
+
+    def _of_adapter(self, ema: EMACallback, pause: Callable[[], None]) -> list[Any]:
+        """Callbacks of the adapter's stage alone: what draws on its way, and the prior that its module learns from."""
+        cfg, tracked = self.cfg, self.cfg.tracking
+        extra: list[Any] = []
+        if tracked.sample_every_n_steps > 0:
+            extra.append(callbacks.Drawing(tracked.sample_every_n_steps, lambda step: self._grid(ema, step), pause))
+        if tracked.distance_every_n_steps > 0:
+            extra.append(callbacks.Drawing(tracked.distance_every_n_steps, self._distance(ema), pause))
+        if cfg.objective.prior_weight > 0:
+            self.module.prior = Prior(self.run_dir / PRIOR_FILE, cfg, self.backbone, self.precision.startswith("bf16"))
+            extra.append(self.module.prior)
+        return extra
 
     def leave_device(self) -> None:
         """Frozen and trained weights go to the host: whoever draws with the run next loads it from its files."""
@@ -309,10 +310,27 @@ class Training:
         tracking.log_image(self.loggers, "val/samples", grid, step - 1)  # as Lightning numbers steps
 
 
+def inject_adapter(backbone: Backbone, cfg: Config) -> str:
+    """Put what the adapter's stage trains into ``backbone``, in place; returns what ``init_from`` gave."""
+    said = ""
+    if cfg.adapter.full_finetune:
+        make_full_finetune(backbone.unet)
+    else:
+        inject(backbone.unet, cfg.adapter)
+        if cfg.adapter.trains_text:
+            inject_text(backbone.text_encoders, cfg.adapter)
+        if cfg.adapter.init_from is not None:
+            encoders = backbone.text_encoders
+            said = initialize(backbone.unet, cfg.adapter.init_from, cfg.adapter.allow_partial, encoders)
+    if cfg.conditioning == "source":
+        attach_source_input(backbone.unet)
+    return said
+
+
 def planned_stages(cfg: Config, module: EnhancementModule | None) -> list[tuple[str, int, int]]:
     """Name, steps and batch size of what trains, in order."""
     e = cfg.enhancement
-    planned = [("adapter", int(cfg.trainer.get("max_steps", 500)), cfg.data.batch_size)]
+    planned = [("adapter", adapter_steps(cfg), cfg.data.batch_size)]
     if module is not None and module.texture is not None and not e.joint:  # then it trains with the adapter
         planned.append(("texture", e.texture_steps, e.texture_batch_size))
     if module is not None and module.decoder is not None:

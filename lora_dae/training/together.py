@@ -42,6 +42,16 @@ def global_batch(own: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def leave() -> None:
+    """End the process group, once every rank is here: what follows a training is rank 0's alone.
+
+    Left to the interpreter's end, ranks that have nothing more to do might wait for all that rank 0 still measures.
+    """
+    if world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def share(count: int) -> range:
     """Which of ``count`` things this rank does: every world_size-th."""
     return range(dist.get_rank() if world_size() > 1 else 0, count, world_size())
@@ -75,7 +85,8 @@ class StopTogether(Callback):
 
     The word goes through the store by which torch.distributed was set up. Gloo's connections break when a process
     ends, and the others fail by themselves; NCCL waits, so a thread of each rank looks at the store and ends its
-    process. As a context manager it goes around ``trainer.fit``, which it also has to be a callback of.
+    process. There the rank that failed is ended as well if it does not end by itself, for NCCL's own end may wait for
+    the others. As a context manager it goes around ``trainer.fit``, which it also has to be a callback of.
     """
 
     def __init__(self) -> None:
@@ -98,6 +109,10 @@ class StopTogether(Callback):
             return
         words = str(exception).strip().splitlines() or [""]
         own = f"rank {dist.get_rank()} failed: {type(exception).__name__}: {words[0]}"
+        if dist.get_backend() == "nccl":
+            last = threading.Timer(2 * GRACE, _end, [own])
+            last.daemon = True
+            last.start()
         try:
             told = _store().compare_set(KEY, "", own).decode()
         except RuntimeError:  # the store ended with rank 0
@@ -112,8 +127,12 @@ class StopTogether(Callback):
             if world_size() > 1:
                 told = _told()
         if not self._ended.wait(GRACE):
-            print(f"error: {told}", file=sys.stderr, flush=True)
-            os._exit(1)
+            _end(told)
+
+
+def _end(sentence: str) -> None:
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _store() -> Any:

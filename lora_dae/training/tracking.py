@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib.util
 import netrc
 import os
-from collections.abc import Mapping
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -21,6 +26,7 @@ STEP = "trainer/global_step"  # Lightning's name for the axis
 SUMMARIES = {"train/loss": "min", "val/loss": "min", "images/s": "max", "test/*": None}
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 OLD_MODES = {"dryrun": "offline", "run": "online"}  # W&B's; Lightning sets the first for an offline run
+SAAS = "api.wandb.ai"  # W&B's own server, which newer versions call by another name and find logins of either
 
 
 def check_tracking(cfg: TrackingConfig) -> None:
@@ -42,15 +48,33 @@ def wandb_mode(setting: str) -> str:
 
 
 def _logged_in() -> bool:
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].rstrip("/")
+    """Whether there is a login to W&B's server where W&B itself looks for one."""
+    if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
     for name in (os.environ.get("NETRC", "~/.netrc"), "~/_netrc"):
         path = Path(name).expanduser()
         if path.is_file():
             try:
-                return netrc.netrc(path).authenticators(host) is not None
+                logins = netrc.netrc(path)
             except netrc.NetrcParseError:
                 continue
+            return any(logins.authenticators(host) is not None for host in _hosts())
     return False
+
+
+def _hosts() -> set[str]:
+    """The names of W&B's server: what the environment or ``wandb login --host`` says, or this version's own."""
+    import wandb
+
+    settings = configparser.ConfigParser(interpolation=None)
+    try:
+        settings.read(Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser() / "settings")
+    except configparser.Error:
+        pass  # W&B does without it as well
+    own = urlsplit(str(wandb.Settings().base_url)).netloc
+    url = str(os.environ.get("WANDB_BASE_URL") or settings.get("default", "base_url", fallback=""))
+    host = str(urlsplit(url).netloc) or own
+    return {host, SAAS} if host == own else {host}
 
 
 def csv_logger(run_dir: Path, stage: str = "") -> CSVLogger:
@@ -105,12 +129,14 @@ def wandb_logger(
     if cfg.logger != "wandb" or mode == "disabled":
         return None
     if mode == "offline":
-        console.print(f"W&B is offline; upload later with: wandb sync {folder / 'wandb'}/offline-run-*", soft_wrap=True)
+        runs = f"{shlex.quote(str(folder / 'wandb'))}/offline-run-*"
+        console.print(f"W&B is offline; upload later with: wandb sync {runs}", soft_wrap=True, markup=False)
     os.environ.setdefault("WANDB_SILENT", "true")
     return StagedWandbLogger(
         name=folder.name,
         save_dir=folder,
         offline=mode == "offline",
+        mode=mode,  # else WANDB_MODE would overrule what was asked for
         project=cfg.project,
         group=cfg.group,
         job_type=cfg.job_type,
@@ -180,3 +206,15 @@ def finish(loggers: list[Logger]) -> None:
             import wandb
 
             wandb.finish()
+
+
+@contextmanager
+def closed_on_failure() -> Iterator[None]:
+    """As a decorator: what fails closes its W&B run as failed; the next job of the process would log into it."""
+    try:
+        yield
+    except BaseException:
+        wandb = sys.modules.get("wandb")  # without it there is no run
+        if wandb is not None and wandb.run is not None:
+            wandb.finish(exit_code=1)
+        raise

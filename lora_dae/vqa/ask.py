@@ -54,9 +54,10 @@ def ask_all(
 ) -> list[Answer]:
     """Answers to all tasks that the judge takes, in their order; what the cache holds is not asked again.
 
-    A question that is refused, or fails after the judge's retries, is left unanswered. Raises ConfigError when the
-    judge is down (5 failures in a row), refuses everything (questions of 5 prompts, none answered), or reaches its
-    limits; everything answered until then is in the cache.
+    A question that is refused, or fails after the judge's retries, is left unanswered. What the judge was paid by
+    earlier commands into this cache counts in its ``cost``. Raises ConfigError when the judge is down (5 failures in a
+    row), refuses everything (questions of 5 prompts, none answered), or reaches its limits; everything answered until
+    then is in the cache.
     """
     tasks = [t for t in tasks if judge.takes(t.question)]
     hashes: dict[int, str] = {id(image): "" for t in tasks for image in t.images}
@@ -71,9 +72,14 @@ def ask_all(
     for _ in range(len(tasks) - len(todo)):
         _told(on_answer)
     failures = _Failures()
+    judge.cost = max(judge.cost, cache.cost(judge.key))
 
     def one(k: int) -> str:
-        raw = judge.ask(tasks[k].images, tasks[k].question).raw
+        try:
+            raw = judge.ask(tasks[k].images, tasks[k].question).raw
+        finally:
+            if judge.cost > 0:  # also of a reply that is no answer
+                cache.put_cost(judge.key, judge.cost)
         cache.put(*keys[k], raw)
         return raw
 

@@ -1,7 +1,7 @@
 """Answers on disk (SQLite): nothing is asked twice, and a killed run goes on where it stopped.
 
 A key is (pictures, question, judge, prompt version); what is kept is the judge's raw text, so that a better reading of
-answers needs no new question. Requests that failed are not kept.
+answers needs no new question. Requests that failed are not kept; what a judge was paid for all of them is.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class AnswerCache:
                 "CREATE TABLE IF NOT EXISTS answers (pictures TEXT, question TEXT, judge TEXT, version TEXT, raw TEXT, "
                 "PRIMARY KEY (pictures, question, judge, version))"
             )
+            self._db.execute("CREATE TABLE IF NOT EXISTS costs (judge TEXT PRIMARY KEY, cost REAL)")
             self._db.commit()
         except sqlite3.DatabaseError as error:
             raise ConfigError(f"{path} is no answer cache ({error}): give another file.") from error
@@ -62,12 +63,28 @@ class AnswerCache:
 
     def put(self, pictures: Sequence[str], question: str, judge: str, version: str, raw: str) -> None:
         """Raises ConfigError where the disk takes no more; what was put before stays."""
+        self._write(
+            "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)",
+            (" ".join(pictures), question, judge, version, raw),
+        )
+
+    def cost(self, judge: str) -> float:
+        """What a judge was paid, by all commands that wrote into this cache."""
+        with self._lock:
+            row = self._db.execute("SELECT cost FROM costs WHERE judge=?", (judge,)).fetchone()
+        return 0.0 if row is None else float(row[0])
+
+    def put_cost(self, judge: str, cost: float) -> None:
+        """Keeps the largest of what it is given: threads may be overtaken. Raises as ``put`` does."""
+        self._write(
+            "INSERT INTO costs VALUES (?, ?) ON CONFLICT (judge) DO UPDATE SET cost=max(cost, excluded.cost)",
+            (judge, cost),
+        )
+
+    def _write(self, sql: str, values: Sequence[str | float]) -> None:
         with self._lock:
             try:
-                self._db.execute(
-                    "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)",
-                    (" ".join(pictures), question, judge, version, raw),
-                )
+                self._db.execute(sql, values)
                 self._db.commit()
             except sqlite3.OperationalError as error:
                 self._db.rollback()

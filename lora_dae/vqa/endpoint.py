@@ -18,7 +18,16 @@ import numpy as np
 from lora_dae.config import ConfigError
 from lora_dae.data.captioner import INSTEAD
 from lora_dae.vqa.bank import Question
-from lora_dae.vqa.judges import JudgeConfig, JudgeFailedError, JudgeRefusedError, Reply, enlarged, prompt, score_reply
+from lora_dae.vqa.judges import (
+    JudgeConfig,
+    JudgeFailedError,
+    JudgeRefusedError,
+    Reply,
+    enlarged,
+    prompt,
+    refuse_thoughts,
+    score_reply,
+)
 from lora_dae.vqa.parse import answer_schema
 
 TOP_LOGPROBS = 20  # the most that the protocol gives
@@ -36,20 +45,26 @@ class EndpointJudge:
             import openai
         except ImportError as error:
             raise ConfigError(f"judges.{name} needs the openai package: pip install 'lora-dae[judge]'.") from error
-        self._secret = os.environ.get(cfg.api_key_env, "")
-        if not self._secret and cfg.base_url is None:
-            raise ConfigError(f"judges.{name} needs a key: export {cfg.api_key_env}=..., or give base_url of a server.")
+        where = cfg.base_url or os.environ.get("OPENAI_BASE_URL") or None  # as the SDK does; None: the hosted API
+        if where is not None and ("@" in where or "?" in where):
+            raise ConfigError("OPENAI_BASE_URL holds a password or a query: export the key alone, as OPENAI_API_KEY.")
+        # A key goes nowhere but to the hosted API, its stand-in of OPENAI_BASE_URL, and servers that it is named for.
+        self._variable = cfg.api_key_env or ("OPENAI_API_KEY" if cfg.base_url is None else None)
+        self._secret = os.environ.get(self._variable, "") if self._variable else ""
+        if not self._secret and where is None:
+            raise ConfigError(f"judges.{name} needs a key: export {self._variable}=..., or give base_url of a server.")
         self._openai = openai
         self._client: Any = openai.OpenAI(
             api_key=self._secret or "none",  # local servers want a header, not a secret
-            base_url=cfg.base_url,
+            base_url=where,
             max_retries=cfg.retries,
             timeout=cfg.timeout,
         )
         self.name = name
         self.cfg = cfg
         self.concurrency = cfg.concurrency
-        self.key = f"endpoint {cfg.base_url or 'hosted'} {cfg.model} schema={cfg.json_schema} max={cfg.max_tokens}"
+        self._which = f"{where or 'hosted'}, {cfg.model}"
+        self.key = f"endpoint {where or 'hosted'} {cfg.model} schema={cfg.json_schema} max={cfg.max_tokens}"
         self.cost = 0.0
         self._spending = threading.Condition()
         self._held: list[float] = []  # what requests on their way may cost
@@ -67,11 +82,7 @@ class EndpointJudge:
         with self._paid(len(images)) as pay:
             reply = self._reply(images, question)
             pay(reply)
-        if reply.cut and not reply.raw.strip():
-            raise JudgeFailedError(
-                f"judge {self.name} ({self.cfg.base_url or 'hosted'}, {self.cfg.model}) came to no answer within "
-                f"max_tokens={self.cfg.max_tokens}, in which its thoughts count: raise judges.{self.name}.max_tokens."
-            )
+        refuse_thoughts(self.name, self._which, self.cfg.max_tokens, reply)
         return reply
 
     def _reply(self, images: Sequence[np.ndarray], question: Question) -> Reply:
@@ -93,12 +104,16 @@ class EndpointJudge:
         try:
             return self._asked(request)
         except errors.AuthenticationError as error:
-            raise ConfigError(self._say("refuses the key", error, f"check {self.cfg.api_key_env}")) from None
+            advice = f"check {self._variable}" if self._variable else f"name its key in judges.{self.name}.api_key_env"
+            raise ConfigError(self._say("refuses the key", error, advice)) from None
         except errors.NotFoundError as error:
             raise ConfigError(self._say("does not know the model", error, "check model and base_url")) from None
         except (errors.BadRequestError, errors.UnprocessableEntityError, errors.PermissionDeniedError) as error:
             # 400, 422 and 403: what cannot be served at all looks like what a content filter stops.
             raise JudgeRefusedError(self._say("refuses the request", error, "json_schema=false may help")) from None
+        except errors.RateLimitError as error:
+            advice = f"lower judges.{self.name}.requests_per_minute, or run the same command again later"
+            raise JudgeFailedError(self._say("was asked too often", error, advice)) from None
         except ConfigError:
             raise
         except (errors.OpenAIError, ValueError) as error:  # ValueError: a body that is no JSON
@@ -149,8 +164,8 @@ class EndpointJudge:
         told = getattr(getattr(choice, "logprobs", None), "content", None)
         if not told or not told[0].top_logprobs:
             raise ConfigError(
-                f"judge {self.name} ({self.cfg.base_url or 'hosted'}, {self.cfg.model}) tells no probabilities: set "
-                f"judges.{self.name}.logprobs=false, VQAScore is then left out."
+                f"judge {self.name} ({self._which}) tells no probabilities: set judges.{self.name}.logprobs=false, "
+                "VQAScore is then left out."
             )
         return {one.token: math.exp(one.logprob) for one in told[0].top_logprobs}
 
@@ -182,7 +197,8 @@ class EndpointJudge:
         """Holds back what a request may cost until it is paid for, so that requests at once do not pass the limit.
 
         As much as the dearest one so far with as many pictures; all that is left where there was none yet, which is
-        why the first is sent alone. ConfigError when the next would pass the limit and none is on its way.
+        why the first is sent alone. ConfigError when the next would pass the limit and none is on its way, or when
+        nothing is told of what it cost.
         """
         limit = math.inf if self.cfg.max_cost is None else self.cfg.max_cost
         with self._spending:
@@ -193,13 +209,19 @@ class EndpointJudge:
                     break
                 if not self._held:
                     raise ConfigError(
-                        f"judge {self.name} stopped at max_cost={self.cfg.max_cost:g} ({self.cost:.4g} spent): its "
-                        "answers are kept, raise the limit and run the same command to go on."
+                        f"judge {self.name} stopped at max_cost={self.cfg.max_cost:g} ({self.cost:.4g} spent, by all "
+                        "commands into this output): its answers are kept, raise the limit and run the same command "
+                        "to go on."
                     )
                 self._spending.wait()
             self._held.append(expected)
 
         def pay(reply: Reply) -> None:
+            if limit < math.inf and not reply.prompt_tokens:
+                raise ConfigError(
+                    f"judge {self.name} ({self._which}) does not tell how many tokens it used, so that max_cost cannot "
+                    f"be kept: set judges.{self.name}.max_cost=null, and limit it by num_samples."
+                )
             tokens = reply.prompt_tokens * self.cfg.price_in + reply.completion_tokens * self.cfg.price_out
             with self._spending:
                 self.cost += tokens / 1e6
@@ -216,7 +238,7 @@ class EndpointJudge:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         if self._secret:
             reason = reason.replace(self._secret, "***")  # some servers quote the key that they refuse
-        return f"judge {self.name} ({self.cfg.base_url or 'hosted'}, {self.cfg.model}) {what} ({reason}): {advice}."
+        return f"judge {self.name} ({self._which}) {what} ({reason}): {advice}."
 
 
 def _tokens(done: Any) -> tuple[int, int]:

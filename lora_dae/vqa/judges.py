@@ -9,11 +9,14 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
 from lora_dae.config import ConfigError
 from lora_dae.evaluation.attributes.classifier import AttributeClassifier, load_embedded
 from lora_dae.vqa.bank import Question
+from lora_dae.vqa.parse import without_thoughts
 
 PROMPT_VERSION = "1"  # of ``prompt``: raise it with every change, answers are cached by it
 MIN_SIDE = 336  # pixels: smaller pictures are enlarged by a whole factor, or a judge would see a thumbnail
@@ -26,16 +29,18 @@ class JudgeConfig:
 
     kind: str
     model: str | None = None  # endpoint: the served name; transformers: a folder or hub name
-    base_url: str | None = None  # endpoint; None: the hosted API that the SDK knows
-    api_key_env: str = "OPENAI_API_KEY"  # name of the environment variable, never the key
+    base_url: str | None = None  # endpoint; None: the hosted API, or what OPENAI_BASE_URL names
+    api_key_env: str | None = None  # name of the variable, never the key; None: OPENAI_API_KEY, and none for a base_url
     json_schema: bool = True  # endpoint: ask for constrained decoding
     logprobs: bool = False  # endpoint: it tells the probabilities of tokens, so VQAScore can be had
     stream: bool = False  # endpoint: for servers that cut long silent connections
     concurrency: int = 4  # endpoint: requests at once
     timeout: float = 120.0  # seconds a request
-    retries: int = 5  # with exponential back-off; Retry-After is obeyed
+    retries: int = 5  # with exponential back-off, or as Retry-After says, up to two minutes
     requests_per_minute: float | None = None
-    max_cost: float | None = None  # in the currency of the prices; only a request dearer than all before may pass it
+    # Of all commands into one output, in the currency of the prices. What may pass it: the first request of a command,
+    # and one dearer than all before it.
+    max_cost: float | None = None
     price_in: float = 0.0  # per million prompt tokens
     price_out: float = 0.0  # per million completion tokens
     max_tokens: int = 256  # of an answer, what is thought before it included
@@ -62,6 +67,7 @@ class JudgeRefusedError(JudgeFailedError):
 class Judge(Protocol):
     """``key`` identifies in the cache whatever changes answers; ``ask`` is called from ``concurrency`` threads.
 
+    ``cost`` is what it was paid so far, in the currency of its prices; who keeps it between commands may set it before.
     ``ask`` raises JudgeFailedError for this question (JudgeRefusedError where the judge itself is well), ConfigError
     when no question can be answered.
     """
@@ -69,6 +75,7 @@ class Judge(Protocol):
     name: str
     key: str
     concurrency: int
+    cost: float
 
     def takes(self, question: Question) -> bool: ...
 
@@ -112,7 +119,11 @@ def judge_config(name: str, values: Any) -> JudgeConfig:
     for key in values:
         if key not in known:
             raise ConfigError(f"{where}.{key} is unknown: use {', '.join(known)}.")
-    cfg = JudgeConfig(**{"kind": "", **values})
+    try:
+        typed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(JudgeConfig), {"kind": "", **values}))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{where}.{error.full_key} is of the wrong type ({str(error).splitlines()[0]}).") from error
+    cfg: JudgeConfig = typed
     if cfg.kind not in KINDS:
         raise ConfigError(f"{where}.kind={cfg.kind} is unknown: use one of {', '.join(KINDS)}.")
     if cfg.kind != "classifier" and not cfg.model:
@@ -122,6 +133,8 @@ def judge_config(name: str, values: Any) -> JudgeConfig:
     for field_name in ("concurrency", "timeout", "max_tokens"):
         if getattr(cfg, field_name) <= 0:
             raise ConfigError(f"{where}.{field_name}={getattr(cfg, field_name)} must be above 0.")
+    if cfg.retries < 0:
+        raise ConfigError(f"{where}.retries={cfg.retries} must be 0 or more.")
     if cfg.requests_per_minute is not None and cfg.requests_per_minute <= 0:
         raise ConfigError(f"{where}.requests_per_minute={cfg.requests_per_minute} must be above 0, or null.")
     if cfg.max_cost is not None and cfg.price_in == 0 and cfg.price_out == 0:
@@ -142,6 +155,15 @@ def build_judge(name: str, cfg: JudgeConfig) -> Judge:
     return ClassifierJudge(name, load_embedded())
 
 
+def refuse_thoughts(name: str, which: str, max_tokens: int, reply: Reply) -> None:
+    """Raises JudgeFailedError for a reply that was cut before an answer began; ``which``: server and model."""
+    if reply.cut and not without_thoughts(reply.raw).strip():
+        raise JudgeFailedError(
+            f"judge {name} ({which}) came to no answer within max_tokens={max_tokens}, in which its thoughts count: "
+            f"raise judges.{name}.max_tokens."
+        )
+
+
 def enlarged(image: np.ndarray) -> Image.Image:
     """uint8 (H, W, 3) as a picture of at least 336 pixels: a whole factor, pixels repeated, nothing smoothed."""
     factor = -(-MIN_SIDE // min(image.shape[:2]))
@@ -152,6 +174,7 @@ class ClassifierJudge:
     """The embedded attribute classifier: answers what it was trained on (studio photos), and nothing else."""
 
     concurrency = 1
+    cost = 0.0
 
     def __init__(self, name: str, classifier: AttributeClassifier) -> None:
         self.name = name

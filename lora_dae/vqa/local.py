@@ -12,13 +12,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from lora_dae.backbone.precision import best_device
 from lora_dae.config import ConfigError
 from lora_dae.vqa.bank import Question
-from lora_dae.vqa.judges import JudgeConfig, Reply, enlarged, prompt, score_reply
+from lora_dae.vqa.judges import JudgeConfig, Reply, enlarged, prompt, refuse_thoughts, score_reply
 
 
 class TransformersJudge:
     """Greedy decoding, the processor's own chat template, safetensors only, no code from the hub."""
 
     concurrency = 1
+    cost = 0.0
 
     def __init__(self, name: str, cfg: JudgeConfig) -> None:
         """Raises ConfigError when the model or its processor cannot be had, or there is no chat template."""
@@ -39,6 +40,7 @@ class TransformersJudge:
         self.device = best_device()
         self.model.to(self.device).eval()  # type: ignore[arg-type]
         self.name = name
+        self.model_name = model_name
         self.max_tokens = cfg.max_tokens
         weights = sum(float(p.detach().sum(dtype=torch.float64)) for p in self.model.parameters())
         # The sum of the weights: a folder may hold another model tomorrow.
@@ -60,4 +62,7 @@ class TransformersJudge:
             return Reply(score_reply(told), prompt_tokens=asked)
         tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.max_tokens)[0, asked:]
         raw = self.processor.decode(tokens, skip_special_tokens=True)
-        return Reply(raw, prompt_tokens=asked, completion_tokens=len(tokens))
+        cut = len(tokens) >= self.max_tokens
+        reply = Reply(raw, prompt_tokens=asked, completion_tokens=len(tokens), cut=cut)
+        refuse_thoughts(self.name, self.model_name, self.max_tokens, reply)
+        return reply

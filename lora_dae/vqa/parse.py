@@ -8,6 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from lora_dae.vqa.bank import GRADES, PAIR_OPTIONS
+
+# Their options are words of any text: "I have no idea", "at first glance", "I see 1 garment".
+EVERYDAY = (("yes", "no"), GRADES, PAIR_OPTIONS)
+
 
 @dataclass(frozen=True)
 class Parsed:
@@ -31,8 +36,8 @@ def parse_answer(text: str, options: Sequence[str]) -> Parsed:
     """Read one of ``options`` out of a judge's text.
 
     Strict: the text is exactly {"answer": option}. Tolerant: an object with such an answer inside other text; else the
-    words "answer: option"; else the one option that the text names ("4/5" and "4 out of 5" are the grade 4). A text
-    that names two different options, or none, is missing.
+    words "answer: option"; else the one option that the text names, of EVERYDAY options only where the text begins with
+    it ("4/5" and "4 out of 5" are the grade 4). A text that names two different options, or none, is missing.
     """
     try:
         data = json.loads(text)
@@ -40,7 +45,7 @@ def parse_answer(text: str, options: Sequence[str]) -> Parsed:
         data = None
     if isinstance(data, dict) and set(data) == {"answer"} and data["answer"] in options:
         return Parsed(data["answer"], "strict")
-    text = re.sub(r"<think>.*?(</think>|$)", " ", text, flags=re.DOTALL)
+    text = without_thoughts(text)
     for reader in (_from_json, _after_label, _only_option):
         found = reader(text, options)
         if len(found) == 1:
@@ -48,6 +53,11 @@ def parse_answer(text: str, options: Sequence[str]) -> Parsed:
         if found:
             break  # it contradicts itself: a looser reading would only pick one
     return Parsed(None, "missing")
+
+
+def without_thoughts(text: str) -> str:
+    """A reasoning model's text without what it thought, to its end where that was cut."""
+    return re.sub(r"<think>.*?(</think>|$)", " ", text, flags=re.DOTALL)
 
 
 def parse_score(text: str) -> Parsed:
@@ -91,13 +101,16 @@ def _after_label(text: str, options: Sequence[str]) -> set[str]:
 
 def _only_option(text: str, options: Sequence[str]) -> set[str]:
     # "4/5" and "4 out of 5" hold two grades, one of which is the scale.
-    text = re.sub(r"(\d)\s*(?:/|out of)\s*\d+", r"\1", text)
-    text = re.sub(r"\b\d+\.\d+", " ", text)  # 4.5 is none of the grades
+    if graded := set(re.findall(r"(?<![\w.])(\d)\s*(?:/|out of)\s*5\b", text)) & set(options):
+        return graded
+    text = rest = re.sub(r"\b\d+\.\d+", " ", text)  # 4.5 is none of the grades
     found = set()
     for option in sorted(options, key=len, reverse=True):  # "t-shirt" is not a "shirt" as well
-        text, count = re.subn(_pattern(option), " ", text, flags=re.IGNORECASE)
+        rest, count = re.subn(_pattern(option), " ", rest, flags=re.IGNORECASE)
         if count:
             found.add(option)
+    if len(found) == 1 and tuple(options) in EVERYDAY:
+        return {o for o in found if re.match(rf"\W*{_pattern(o)}[ \t]*(?:$|\n|[^\w\s/%])", text, flags=re.IGNORECASE)}
     return found
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from lora_dae.evaluation.report.sheets import ONE_JUDGE, no_controls, sees_texture
 from lora_dae.evaluation.report.table import MetricValue, format_value
+from lora_dae.evaluation.statistics.preference import SHARES
 
 
 def write_markdown(result: dict[str, Any]) -> str:
@@ -21,20 +23,18 @@ def write_markdown(result: dict[str, Any]) -> str:
         "wrong, a missing answer counts nowhere. vqascore: the probability of Yes as first token (Lin et al. 2024), "
         "in no mean; comparable for one judge, template and resolution only.",
     ]
+    if protocol["without_real"]:
+        lines += ["", f"**Warning: {no_controls(protocol)}**"]
     for judge, entry in result["judges"].items():
         lines += ["", f"## Judge {judge}", "", _reading(entry["reading"]), ""]
         lines += _scores(result["baseline"], entry)
         if "sees_texture" in entry:
-            seen = entry["sees_texture"]
-            how = f"difference {seen['difference']:+.3f}, p {seen['p']:.2g}"
-            if seen["verdict"] == "better":
-                lines += ["", f"It tells sharp real photos from blurred ones by its texture answers ({how})."]
-            else:
-                lines += ["", f"**Warning: it does not see texture**: blurred real photos are no worse ({how})."]
+            words = sees_texture(entry["sees_texture"])
+            lines += ["", f"**{words}**" if words.startswith("Warning") else words]
         if "pairs" in entry:
             lines += ["", *_pairs(entry["pairs"])]
     if len(result["judges"]) == 1:
-        lines += ["", "**Warning: one judge alone.** Judges favor their own kind: ask a second one of another family."]
+        lines += ["", f"**Warning: one judge alone.** {ONE_JUDGE}"]
     if result["agreement"]:
         lines += ["", "## Agreement between judges (Krippendorff's alpha)", "", "| subject | alpha |", "|---|---:|"]
         lines += [f"| {name} | {_number(alpha)} |" for name, alpha in result["agreement"].items()]
@@ -71,7 +71,7 @@ def _pairs(pairs: dict[str, Any]) -> list[str]:
     lines = [
         f"Pairs, asked in both orders: {pairs['inconsistent']:.1%} contradict themselves (counted as ties), position "
         f"bias {pairs['position_bias']:.1%}, 'first' in {_number(pairs['first_share'])} of the answers that name a "
-        f"place, {pairs['missing']} pairs without two readable answers.",
+        f"place, {pairs['missing']} pairs without two readable answers. {SHARES}",
     ]
     for question, entry in pairs["questions"].items():
         lines += ["", f"| {question} | wins | losses | ties | share of wins | |", "|---|---:|---:|---:|---:|---|"]

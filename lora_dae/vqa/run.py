@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lora_dae.adapter.atomic import atomic
 from lora_dae.config import ConfigError
 from lora_dae.evaluation.controls import blurred
-from lora_dae.evaluation.pictures import Item, gather
+from lora_dae.evaluation.pictures import Item, find_methods, gather
 from lora_dae.evaluation.report.table import without_nan
 from lora_dae.evaluation.statistics.compare import compare_paired
 from lora_dae.evaluation.statistics.preference import judged_win_rates, strengths
@@ -27,7 +27,7 @@ from lora_dae.vqa.pairwise import outcome, pair_tasks
 from lora_dae.vqa.report import write_markdown
 from lora_dae.vqa.score import compare_methods, interval, judges_agree, per_item, reading
 
-SCHEMA = 2  # 1 had no verdicts beside win rates
+SCHEMA = 3  # 1 had no verdicts beside win rates, 2 agreement on the controls as well
 REAL, BLURRED = "real photos", "real photos, blurred"
 
 
@@ -49,8 +49,9 @@ class VqaRequest:
 def ask_judges(request: VqaRequest, console: Console) -> dict[str, Any]:
     """Ask every judge about every method; writes vqa.json, vqa.md and answers.jsonl into ``output``.
 
-    Raises ConfigError for bad input before anything is drawn or asked, and when a judge stops; its answers until then
-    stay in ``output/answers.sqlite`` and are not asked again.
+    Raises ConfigError for bad input before anything is drawn or asked (a model in this process is loaded once the
+    pictures are there), and when a judge stops; its answers until then stay in ``output/answers.sqlite`` and are not
+    asked again.
     """
     if not request.judges:
         raise ConfigError("no judge: give judge=[classifier], or others of conf/judge/.")
@@ -58,10 +59,13 @@ def ask_judges(request: VqaRequest, console: Console) -> dict[str, Any]:
         raise ConfigError(f"bootstrap={request.bootstrap} is below 2: give e.g. 1000.")
     bank = load_bank(Path(request.bank) if request.bank else None)
     configs = {name: judge_config(name, values) for name, values in request.judges.items()}
+    find_methods(request.runs, request.split)  # before a judge is loaded
     output = Path(request.output)
     cache = AnswerCache(output / "answers.sqlite")
-    judges = [build_judge(name, cfg) for name, cfg in configs.items()]
+    # First: a missing key or package costs no drawing. But a model in this process would lie beside the run on the GPU.
+    built = {name: build_judge(name, cfg) for name, cfg in configs.items() if cfg.kind != "transformers"}
     sets = gather(request.runs, request.split, request.num_samples, console)
+    judges = [built.get(name) or build_judge(name, cfg) for name, cfg in configs.items()]
     pictures = dict(sets.methods)
     if request.controls:
         pictures |= controls(sets.items)
@@ -85,6 +89,7 @@ def ask_judges(request: VqaRequest, console: Console) -> dict[str, Any]:
         "resolution": f"{next(iter(pictures.values()))[0].shape[1]} pixels wide",
         "bank": bank.version,
         "prompt_version": PROMPT_VERSION,
+        "without_real": sum(item.real is None for item in sets.items) if request.controls else 0,
         "judges": {name: {k: v for k, v in asdict(cfg).items() if v is not None} for name, cfg in configs.items()},
         "temperature": "0 where a judge takes it",
         "intervals": f"95 %, {request.bootstrap} bootstrap samples of the prompts; comparisons Holm-corrected",
@@ -117,7 +122,10 @@ def summarize(
     num_items: int,
     bootstrap: int,
 ) -> dict[str, Any]:
-    """Every number, ready for JSON; ``rows`` are the methods and the controls."""
+    """Every number, ready for JSON; ``rows`` are the methods and the controls, of which agreement knows nothing.
+
+    Judges agree on sharp and blurred photos more easily than on what is compared.
+    """
     judges: dict[str, Any] = {}
     for judge, given in answers.items():
         scores = {row: per_item(given, row, num_items) for row in rows}
@@ -134,8 +142,10 @@ def summarize(
         if compared.get(judge):
             entry["pairs"] = _pairs(compared[judge], judge, methods, bootstrap)
         judges[judge] = entry
-    agreement = judges_agree(answers) if len(answers) > 1 else {}
-    return {"schema": SCHEMA, "baseline": methods[0], "judges": judges, "agreement": agreement}
+    own = {judge: [a for a in given if set(a.task.methods) <= set(methods)] for judge, given in answers.items()}
+    agreement = judges_agree(own) if len(own) > 1 else {}
+    about = {"schema": SCHEMA, "methods": list(methods), "baseline": methods[0]}
+    return {**about, "judges": judges, "agreement": agreement}
 
 
 def _pairs(given: Sequence[Answer], judge: str, methods: Sequence[str], bootstrap: int) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def compare_methods(
 def judges_agree(answers: Mapping[str, Sequence[Answer]]) -> dict[str, float]:
     """Krippendorff's alpha between judges per subject: nominal, ordinal for grades, interval for scores.
 
-    A unit is one picture (or pair); each question has its alpha, as chance agreement differs between questions, and a
+    A unit is one picture; each question has its alpha, as chance agreement differs between questions, and a
     subject the mean over its questions, weighted by units. A missing answer is a missing rating; NaN where one judge
     alone answered.
     """

@@ -22,13 +22,14 @@ class ClipScore:
     ConfigError when ``model`` (a folder or hub name) cannot be loaded.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, device: str | torch.device = "cpu") -> None:
         try:
             self.model = CLIPModel.from_pretrained(model, use_safetensors=True).eval().requires_grad_(False)
             self.processor = AutoProcessor.from_pretrained(model)
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().splitlines()[0][:160]
             raise ConfigError(f"evaluation.clip={model} cannot be loaded ({reason}).") from error
+        self.model.to(device)  # type: ignore[arg-type]
         self.name = model
         self.max_tokens = int(self.model.config.text_config.max_position_embeddings)
 
@@ -53,8 +54,8 @@ class ClipScore:
             pixels = (images[start : start + BATCH] * 255).round().to(torch.uint8)
             inputs = self.processor(
                 images=list(pixels), text=list(captions[start : start + BATCH]), return_tensors="pt", padding=True
-            )
+            ).to(self.model.device)
             out = self.model(**inputs)
             cos = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)
-            values.append(WEIGHT * cos.clamp(min=0))
+            values.append(WEIGHT * cos.clamp(min=0).cpu())
         return torch.cat(values)

@@ -25,32 +25,34 @@ class Extras:
     not_available: dict[str, str]  # metric -> why
 
 
-def load_extras(cfg: EvaluationConfig, resolution: int, captions: list[str] | None) -> Extras:
+def load_extras(cfg: EvaluationConfig, resolution: int, captions: list[str] | None, paired: bool = True) -> Extras:
     """What ``evaluation.lpips``, ``dists``, ``clip``, ``clean_fid``, ``dinov2`` and ``cmmd`` ask for.
 
     Raises ConfigError for an LPIPS that does not fit. What a hub or a download server does not give, and a CLIP that
-    cannot be loaded or would cut captions off, is ``not_available``, and the rest is measured without it.
+    cannot be loaded or would cut captions off, is ``not_available``, and the rest is measured without it. ``paired``:
+    some pictures have a real photo each; LPIPS, DISTS and MS-SSIM of others are neither loaded nor missed.
     """
+    device = best_device()
     perceptual: dict[str, Distance] = {}
     more: list[FeatureExtractor] = []
     definitions: list[str] = []
     not_available: dict[str, str] = {}
     if cfg.features == "inception":
         definitions.append("fid, kid, is: torchmetrics' Inception with its antialiased resize, not clean-fid's")
-    if resolution < MS_SSIM_SIDE:
+    if paired and resolution < MS_SSIM_SIDE:
         not_available["ms_ssim"] = f"needs {MS_SSIM_SIDE} pixels"
-    if cfg.lpips is None:
+    if paired and cfg.lpips is None:
         not_available["lpips_alex"] = "evaluation.lpips names no weights"
-    else:
-        perceptual["lpips_alex"] = Lpips(Path(cfg.lpips))
+    elif paired and cfg.lpips is not None:
+        perceptual["lpips_alex"] = Lpips(Path(cfg.lpips)).to(device)
         definitions.append("lpips: version 0.1, AlexNet")
-    if cfg.dists:
+    if paired and cfg.dists:
         try:
-            perceptual["dists"] = load_dists()
+            perceptual["dists"] = load_dists(device)
         except ConfigError as error:
             not_available["dists"] = str(error)
     wanted: list[tuple[bool, str, Callable[[], FeatureExtractor], str]] = [
-        (cfg.clean_fid, "fid, kid", lambda: CleanFid(best_device()), "fid and kid: clean-fid, mode clean, 299 x 299"),
+        (cfg.clean_fid, "fid, kid", lambda: CleanFid(device), "fid and kid: clean-fid, mode clean, 299 x 299"),
         (
             cfg.dinov2 is not None,
             "fd_dinov2",
@@ -67,14 +69,14 @@ def load_extras(cfg: EvaluationConfig, resolution: int, captions: list[str] | No
     for asked, name, load, definition in wanted:
         if asked:
             try:
-                more.append(load().to(best_device()))
+                more.append(load().to(device))
                 definitions.append(definition)
             except ConfigError as error:
                 not_available[name] = str(error).rstrip(".")
     clip: ClipScore | None = None
     if cfg.clip is not None:
         try:
-            clip = ClipScore(cfg.clip)
+            clip = ClipScore(cfg.clip, device)
             clip.check(captions or [])
             definitions.append(f"clip score: 2.5 max(cos, 0), no words before the caption, {clip.name}")
         except ConfigError as error:

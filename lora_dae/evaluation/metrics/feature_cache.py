@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from lora_dae.adapter.atomic import save_tensors
 from lora_dae.evaluation.metrics.features import FeatureExtractor, Features
 from lora_dae.evaluation.metrics.observe import Observed
 from lora_dae.evaluation.metrics.texture import BandPower
@@ -44,14 +44,11 @@ def load(path: Path, extractors: Sequence[FeatureExtractor]) -> Observed | None:
 
 
 def store(path: Path, seen: Observed) -> None:
-    """Keep features and band power of whole pictures."""
-    tensors: dict[str, Tensor] = {"sums": seen.power.sums.contiguous(), "area": seen.power.area.contiguous()}
+    """Keep features and band power of whole pictures. Raises ConfigError where they cannot be written."""
+    tensors: dict[str, Tensor] = {"sums": seen.power.sums, "area": seen.power.area}
     for name, features in seen.features.items():
-        tensors |= {f"{name}.pooled": features.pooled.contiguous(), f"{name}.probs": features.probs.contiguous()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".partial{os.getpid()}")
-    save_file(tensors, partial)
-    partial.rename(path)  # a killed evaluation leaves no half file under the name
+        tensors |= {f"{name}.pooled": features.pooled, f"{name}.probs": features.probs}
+    save_tensors(tensors, path, {})
 
 
 def _weights(extractor: FeatureExtractor) -> str:

@@ -132,12 +132,15 @@ def _over_places(layers: list[Tensor]) -> Tensor:
     return total
 
 
-def load_dists() -> Distance:
-    """DISTS (Ding et al. 2020) of torchmetrics; ConfigError when torchvision or its VGG16 cannot be had."""
+def load_dists(device: str | torch.device = "cpu") -> Distance:
+    """DISTS (Ding et al. 2020) of torchmetrics, computed on ``device``.
+
+    Raises ConfigError when torchvision or its VGG16 cannot be had.
+    """
     from torchmetrics.functional.image.dists import DISTSNetwork
 
     try:
-        network = DISTSNetwork(load_weights=True).eval().requires_grad_(False)
+        network = DISTSNetwork(load_weights=True).eval().requires_grad_(False).to(device)
     except (ImportError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:160]
         raise ConfigError(f"DISTS needs torchvision and its VGG16 weights ({reason}).") from error
@@ -145,6 +148,6 @@ def load_dists() -> Distance:
     def dists(images: Tensor, target: Tensor) -> Tensor:
         with torch.inference_mode():
             pieces = zip(images.split(BATCH), target.split(BATCH), strict=True)
-            return torch.cat([network(a, b).flatten() for a, b in pieces])
+            return torch.cat([network(a.to(device), b.to(device)).flatten().cpu() for a, b in pieces])
 
     return dists

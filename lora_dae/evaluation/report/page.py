@@ -6,14 +6,19 @@ import base64
 import datetime
 import io
 import json
+import re
+import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from hydra.core.override_parser.types import Quote, QuotedString
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from PIL import Image
+from rich.console import Console
 
 from lora_dae.config import ConfigError
 from lora_dae.evaluation.report.examples import PictureGrid
@@ -22,6 +27,7 @@ from lora_dae.evaluation.report.table import REFERENCES, ResultsTable, format_na
 from lora_dae.evaluation.report.table_files import csv_text, latex
 
 MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".svg": "image/svg+xml"}
+PLAIN = re.compile(r"[A-Za-z0-9_./@-]+")  # words that Hydra reads as they are
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,29 @@ def write_page(folder: Path, page: Page) -> Path:
             f"{folder} cannot be written ({error.strerror}): make room there, or name another folder."
         ) from error
     return folder / "report.html"
+
+
+def publish(folder: Path, page: Page, console: Console, on_page: OnPage | None) -> None:
+    """``write_page``, say where it is, and tell ``on_page``."""
+    report = write_page(folder, page)
+    console.print(f"report   {report}", soft_wrap=True, highlight=False)
+    if on_page is not None:
+        on_page(folder, page)
+
+
+def override(name: str, value: Any) -> str:
+    """``name=value`` in a page's command: Hydra reads the same value out of it, and the shell is quoted for."""
+    return shlex.quote(f"{name}={_for_hydra(value)}")
+
+
+def _for_hydra(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_for_hydra, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and not PLAIN.fullmatch(value):
+        return QuotedString(value, Quote.single).with_quotes()
+    return str(value)
 
 
 def check_writable(folder: Path) -> None:

@@ -30,6 +30,9 @@ MODES = {
     "sets": "unpaired: two sets of images",
 }
 GIVEN_PHOTOS = ("masked", "reconstruction")
+UNPAIRED = ("text", "sets")
+ON_VALIDATION = "the validation split, on which settings are chosen: no result"
+KERNEL_OF_PAIRS = "kd, kid: the kernel of image i with its own real image is left out, the two are no independent draw"
 
 
 @dataclass(frozen=True)
@@ -57,17 +60,22 @@ class Protocol:
     pixels: str = ""  # where they are no square of ``resolution``
     warnings: list[str] = field(default_factory=list)  # what makes these numbers say less than they seem to
 
+    @property
+    def jackknifed(self) -> bool:
+        """Whether intervals of distances between sets come from groups left out, as the sets are large."""
+        return is_large(self.num_generated, self.num_reference)
+
     def rows(self) -> dict[str, str]:
         """Label -> text, in the order of a protocol box."""
         drawn = "not known: finished images were given"
         if self.sampler is not None:
-            drawn = f"{self.sampler}, {self.steps} steps, guidance {self.guidance_scale:g}"
-            if self.source_guidance_scale is not None:
-                drawn += f" (source {self.source_guidance_scale:g})"
-            if self.method != "none":
-                drawn += f", method {self.method}"
+            drawn = sampling_words(
+                self.sampler, self.steps, self.guidance_scale, self.source_guidance_scale, self.method
+            )
         intervals = f"95 % intervals, {self.bootstrap} bootstrap samples of the images"
-        if is_large(self.num_generated, self.num_reference):
+        if self.bootstrap == 0:
+            intervals = "no intervals, but for shares of images (Wilson, 95 %)"
+        elif self.jackknifed:
             intervals += f"; of distances between sets: jackknife over {GROUPS} groups of images"
         mode = MODES[self.mode]
         if self.noise_strength is not None:
@@ -104,6 +112,21 @@ class Protocol:
     def line(self) -> str:
         """The rows as one paragraph."""
         return " · ".join(self.rows().values())
+
+
+def sampling_words(
+    sampler: str, steps: int | None, guidance_scale: float | None, source_guidance_scale: float | None, method: str
+) -> str:
+    """How images were drawn, in a few words; ``source_guidance_scale``: None where no source steers."""
+    words = f"{sampler}, {steps} steps, guidance {guidance_scale:g}"
+    if source_guidance_scale is not None:
+        words += f" (source {source_guidance_scale:g})"
+    return words if method == "none" else f"{words}, method {method}"
+
+
+def of_pairs(mode: str) -> list[str]:
+    """What is defined otherwise where images and real ones belong together, one to one: for ``definitions``."""
+    return [] if mode in UNPAIRED else [KERNEL_OF_PAIRS]
 
 
 def size_warnings(num_generated: int, num_reference: int, seeds: int) -> list[str]:

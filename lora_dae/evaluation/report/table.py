@@ -191,9 +191,17 @@ class ResultsTable:
                         found[method, name] = p
         return dict(zip(found, holm(list(found.values())), strict=True))
 
+    def resampling(self) -> str:
+        """By what methods are told apart."""
+        jackknife = " (distances between sets: a paired jackknife)" if self.protocol.jackknifed else ""
+        return f"a paired bootstrap{jackknife}"
+
     def legend(self) -> str:
+        """What marks mean; "" where nothing is compared."""
+        if not self.corrected():
+            return ""
         return (
-            f"Marked: told apart from '{self.baseline}' by a paired bootstrap, p < 0.05 after Holm's correction for "
+            f"Marked: told apart from '{self.baseline}' by {self.resampling()}, p < 0.05 after Holm's correction for "
             f"{len(self.corrected())} comparisons; not marked: cannot tell."
         )
 
@@ -214,7 +222,7 @@ class ResultsTable:
                 table.add_row(method, *cells)
             parts += [table, Text()]
         parts += [Text(f"warning: {text}", style="yellow") for text in self.protocol.warnings]
-        footer = Text(self.protocol.line() + "\n" + self.legend(), style="dim")
+        footer = Text(f"{self.protocol.line()}\n{self.legend()}".rstrip(), style="dim")
         return Group(*parts, footer)
 
     def markdown(self) -> str:
@@ -232,7 +240,7 @@ class ResultsTable:
                 lines.append(f"| {method} | " + " | ".join(cells) + " |")
             lines.append("")
         lines += [f"**Warning:** {text}.  " for text in self.protocol.warnings]
-        return "\n".join([*lines, self.protocol.line() + "  ", self.legend(), ""])
+        return "\n".join([*lines, self.protocol.line() + "  ", *([self.legend()] if self.legend() else []), ""])
 
     def _parts(self) -> list[tuple[str, list[str], list[str]]]:
         """(title, rows, metrics) of every block, those of the references last."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 from scipy.optimize import minimize
 
 from lora_dae.config import ConfigError
-from lora_dae.evaluation.statistics.bootstrap import wilson_interval
+from lora_dae.evaluation.statistics.bootstrap import Z95, wilson_interval
 from lora_dae.evaluation.statistics.compare import holm, sign_flip_p
 
 RIDGE = 1e-3  # votes' worth of pull to equal strengths: without it a method that never lost would be infinite
+SHARES = (  # said wherever they are shown
+    "Shares: Wilson's 95 % interval for as many independent votes as these are worth, since those of one rater, and "
+    "those on one prompt, go together."
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Strengths:
 
 @dataclass(frozen=True)
 class WinRate:
-    """``a`` against ``b``: counts, share of wins with a tie as half a win, and its Wilson interval."""
+    """``a`` against ``b``: counts, share of wins with a tie as half a win, and its 95 % interval."""
 
     a: str
     b: str
@@ -54,16 +60,15 @@ class WinRate:
 
 def win_rates(votes: Sequence[Vote], methods: Sequence[str]) -> list[WinRate]:
     """Every pair of methods that was voted on, in the order of ``methods``."""
-    wins, ties = _counts(votes, methods, np.ones(len(votes)))
     rows = []
     for i, a in enumerate(methods):
-        for j in range(i + 1, len(methods)):
-            n = wins[i, j] + wins[j, i] + ties[i, j]
-            if n > 0:
-                half = wins[i, j] + ties[i, j] / 2
-                low, high = wilson_interval(half, int(n))
-                row = (int(wins[i, j]), int(wins[j, i]), int(ties[i, j]))
-                rows.append(WinRate(a, methods[j], *row, half / n, low, high))
+        for b in methods[i + 1 :]:
+            wins, groups = _wins(votes, a, b)
+            if len(wins):
+                share, worth = float(wins.mean()), _worth(wins, groups)
+                low, high = wilson_interval(share * worth, worth)
+                counts = (int((wins == 1).sum()), int((wins == 0).sum()), int((wins == 0.5).sum()))
+                rows.append(WinRate(a, b, *counts, share, low, high))
     return rows
 
 
@@ -72,9 +77,10 @@ def judged_win_rates(
 ) -> dict[str, list[dict[str, Any]]]:
     """Win rates of each question as dictionaries, with ``p_holm`` and ``verdict`` (of a against b).
 
-    Wilson's interval takes every vote for a draw of its own; the verdict does not: it is that of a sign-flip test on
-    the mean vote of each prompt, and of each rater (the larger p counts, where there are several of both; where they
-    point to different sides it cannot tell), corrected by Holm's method for all questions and pairs together.
+    The verdict is that of the largest p of up to three tests: a sign-flip test on the mean vote of each prompt, one on
+    that of each rater, and, where there are several of both, that of the share's own interval, in which both kinds of
+    variance stand together (where they point to different sides it cannot tell); corrected by Holm's method for all
+    questions and pairs together.
     """
     rows = [(question, row) for question, some in votes.items() for row in win_rates(some, methods)]
     tests = [_vote_test(votes[question], row) for question, row in rows]
@@ -87,20 +93,51 @@ def judged_win_rates(
 
 
 def _vote_test(votes: Sequence[Vote], row: WinRate) -> tuple[float, float]:
-    """(p, side of the mean that was tested: 1 for a, -1 for b, 0 where prompts and raters do not agree)."""
-    own = [v for v in votes if {v.a, v.b} == {row.a, row.b}]
-    signs = np.array([0.0 if v.winner is None else 1.0 if v.winner == row.a else -1.0 for v in own])
+    """(p, side of the mean that was tested: 1 for a, -1 for b, 0 where they do not agree)."""
+    wins, groups = _wins(votes, row.a, row.b)
     found, sides = [], []
-    for keys in ([v.prompt for v in own], [v.rater for v in own]):
-        distinct = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        if len(distinct) > 1:
-            index = np.array([distinct[key] for key in keys])
-            means = np.bincount(index, signs) / np.bincount(index)
-            found.append(sign_flip_p(means))
-            sides.append(float(np.sign(means.mean())))
+    for group in groups:
+        means = np.bincount(group, 2 * wins - 1) / np.bincount(group)
+        found.append(sign_flip_p(means))
+        sides.append(float(np.sign(means.mean())))
+    if len(groups) > 1 and np.ptp(wins) > 0:  # votes that are all alike have no variance to be judged by
+        found.append(math.erfc(math.sqrt(2 * _worth(wins, groups)) * abs(row.share - 0.5)))
+        sides.append(float(np.sign(row.share - 0.5)))
     if len(set(sides)) > 1:
         return 1.0, 0.0
     return max(found, default=1.0), sides[0] if sides else 0.0
+
+
+def _wins(votes: Sequence[Vote], a: str, b: str) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Votes on ``a`` against ``b`` (N,): 1, 0, a tie 0.5; and the numbers of their prompts, and of their raters, (N,).
+
+    Prompts or raters of which there is one alone are left out: nothing can be said of others by it.
+    """
+    own = [v for v in votes if {v.a, v.b} == {a, b}]
+    groups = []
+    for keys in ([v.prompt for v in own], [v.rater for v in own]):
+        distinct = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        if len(distinct) > 1:
+            groups.append(np.array([distinct[key] for key in keys]))
+    return np.array([0.5 if v.winner is None else float(v.winner == a) for v in own]), groups
+
+
+def _worth(wins: np.ndarray, groups: Sequence[np.ndarray]) -> int:
+    """How many independent votes ``wins`` are worth: those on one prompt, and those of one rater, go together.
+
+    By the variance of their share, clustered in both ways (Cameron, Gelbach and Miller 2011), with Student's quantile
+    for the fewer of prompts and raters (Korn and Graubard 1998). Votes that are all alike are worth that fewer number.
+    """
+    sizes = [int(group.max()) + 1 for group in groups]
+    fewest = min(sizes, default=1)
+    rest = wins - wins.mean()
+    own = float((rest**2).sum())
+    if own == 0 or fewest in (1, len(wins)):
+        return fewest
+    parts = [float((np.bincount(g, rest) ** 2).sum()) * k / (k - 1) for g, k in zip(groups, sizes, strict=True)]
+    variance = max(own, *parts, sum(parts) - own) / len(wins) ** 2
+    few = Z95 / float(stats.t.ppf(0.975, fewest - 1))
+    return int(np.clip(wins.mean() * (1 - wins.mean()) / variance * few**2, 1, len(wins)))
 
 
 def davidson(wins: np.ndarray, ties: np.ndarray) -> tuple[np.ndarray, float]:

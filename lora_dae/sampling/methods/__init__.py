@@ -29,5 +29,5 @@ _CLASSES: dict[str, Callable[..., Method]] = {
 
 
 def build_method(name: str, options: Mapping[str, float]) -> Method:
-    """The method called ``name`` for one batch; ``options`` in place of its published settings."""
+    """The method called ``name`` for one batch; ``options`` in place of those in METHODS."""
     return _CLASSES[name](**{**METHODS[name], **options})

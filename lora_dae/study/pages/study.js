@@ -15,8 +15,9 @@ const TEXT = {
     privacy: `We store your answers, how long each took and the language, under a number. No name, no address, no
       cookies. You can stop at any time and come back by the same link.`,
     question: "Do you agree to take part?", zoom: { whole: "Zoom: 100 %", fit: "Zoom: fit" },
-    keys: "Keys: ← left, ↓ no difference, → right, Z zoom", keysOpinion: "Keys: 1 to 5, Z zoom",
-    error: "No connection. Your answer is not stored yet.", retry: "Try again", gone: "This link is not valid.",
+    keys: "Keys: ← left, ↓ no difference (2 where ↓ scrolls the page), → right, Z zoom", keysOpinion: "Keys: 1 to 5, Z zoom",
+    error: "No connection. Your answer is not stored yet.", refused: (why) => `Your answer is not stored yet: ${why}.`,
+    retry: "Try again", gone: "This link is not valid.",
     prompt: "Description: ",
   },
   zh: {
@@ -28,8 +29,8 @@ const TEXT = {
       请尽量使用大屏幕,并仔细观察面料:将指针移到图片上(或用手指按住)可使用放大镜。`,
     privacy: "我们只以编号保存您的回答、每题用时和语言,不记录姓名、地址,也不使用 Cookie。您可以随时停止,并通过同一链接继续。",
     question: "您同意参加吗?", zoom: { whole: "缩放:100 %", fit: "缩放:适应" },
-    keys: "按键:← 左,↓ 没有差别,→ 右,Z 缩放", keysOpinion: "按键:1 到 5,Z 缩放",
-    error: "没有连接,您的回答尚未保存。", retry: "重试", gone: "此链接无效。", prompt: "描述:",
+    keys: "按键:← 左,↓ 没有差别(页面可滚动时请按 2),→ 右,Z 缩放", keysOpinion: "按键:1 到 5,Z 缩放",
+    error: "没有连接,您的回答尚未保存。", refused: (why) => `您的回答尚未保存:${why}。`, retry: "重试", gone: "此链接无效。", prompt: "描述:",
   },
 };
 
@@ -58,8 +59,11 @@ async function send(path, body) {
   const options = body === undefined ? {} : {
     method: "POST", headers: { "Content-Type": "application/json", "X-Study": "1" }, body: JSON.stringify(body),
   };
-  const answer = await fetch(`/api/${token}/${path}`, options);
-  if (!answer.ok) throw new Error(String(answer.status));
+  const answer = await fetch(`../api/${token}/${path}`, options); // relative: the study may lie under any path
+  if (!answer.ok) {
+    const told = await answer.json().catch(() => ({}));
+    throw Object.assign(new Error(told.error || String(answer.status)), { status: answer.status });
+  }
   return answer.json();
 }
 
@@ -70,13 +74,14 @@ async function go(path, body) {
   document.querySelectorAll(".answers button").forEach((button) => { button.disabled = true; });
   try {
     current = await send(path, body);
+    if (path === "next" && current.language) language = current.language; // chosen before a reload
     busy = false;
     await show();
   } catch (error) {
     busy = false;
     document.querySelectorAll(".error").forEach((node) => node.remove());
     main.append(element("p", { class: "error", role: "alert" },
-      error.message === "404" ? t("gone") : t("error"), " ",
+      error.status === 404 ? t("gone") : error.status ? t("refused")(error.message) : t("error"), " ",
       element("button", { type: "button", onclick: () => go(path, body) }, t("retry"))));
   }
 }
@@ -96,8 +101,10 @@ function picture(url, kind, caption) {
   return figure;
 }
 
-// A picture pixel takes a whole number of screen pixels, so that nothing is smoothed; never less than one in "whole".
+// A picture pixel takes a whole number of screen pixels, so that nothing is smoothed. Where there is no room for one each,
+// the picture is as wide as there is room: nobody votes on a part of it, and the magnifier shows its pixels.
 function resize() {
+  let whole = false;
   document.querySelectorAll("main img").forEach((image) => {
     const natural = image.naturalWidth;
     if (!natural) return;
@@ -109,10 +116,12 @@ function resize() {
     const tall = window.innerHeight * (phone ? 0.45 : 0.62) * natural / image.naturalHeight;
     const room = Math.min(width, tall);
     const ratio = window.devicePixelRatio || 1;
-    const factor = Math.max(1, Math.floor(room * ratio / natural));
-    image.classList.toggle("whole", zoom === "whole");
-    image.style.width = `${zoom === "whole" ? natural * factor / ratio : room}px`;
+    const factor = zoom === "whole" ? Math.floor(room * ratio / natural) : 0;
+    image.classList.toggle("whole", factor > 0);
+    image.style.width = `${factor > 0 ? natural * factor / ratio : room}px`;
+    if (factor > 0 && !reference) whole = true;
   });
+  document.getElementById("zoom").textContent = t("zoom")[whole ? "whole" : "fit"];
 }
 
 function magnify(event) {
@@ -179,6 +188,7 @@ async function show() {
   const trial = current && current.state === "trial";
   document.getElementById("zoom").hidden = !trial;
   if (!current) return;
+  document.title = current.title;
   const progress = document.getElementById("progress");
   progress.value = trial ? (current.number - 1) / current.total : current.state === "done" ? 1 : 0;
   document.getElementById("count").textContent = trial ? `${current.number} / ${current.total}` : "";
@@ -187,7 +197,6 @@ async function show() {
   } else if (current.state === "done") {
     main.replaceChildren(element("div", { class: "text", id: "thanks" }, element("h1", {}, t("thanks")), element("p", {}, t("done"))));
   } else {
-    document.title = current.title;
     main.replaceChildren(element("div", { class: "text" },
       element("h1", {}, current.title), element("p", {}, t("consent")(current.total)), element("p", {}, t("privacy")),
       element("p", {}, t("question")),
@@ -195,16 +204,23 @@ async function show() {
   }
 }
 
-document.getElementById("language").onclick = () => { language = language === "en" ? "zh" : "en"; show(); };
-function toggleZoom() { zoom = zoom === "whole" ? "fit" : "whole"; document.getElementById("zoom").textContent = t("zoom")[zoom]; resize(); }
+document.getElementById("language").onclick = () => {
+  language = language === "en" ? "zh" : "en";
+  // Kept for a reload, which is all that is lost if it does not arrive; before consent, consent itself keeps it.
+  if (current && current.state !== "consent") send("consent", { language }).catch(() => {});
+  show();
+};
+function toggleZoom() { zoom = zoom === "whole" ? "fit" : "whole"; resize(); }
 document.getElementById("zoom").onclick = toggleZoom;
 window.addEventListener("resize", resize);
+const scrolls = () => document.documentElement.scrollHeight > window.innerHeight;
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat || !current || current.state !== "trial") return;
   if (event.key === "z" || event.key === "Z") { toggleZoom(); return; }
   const keys = current.kind === "opinion"
     ? { 1: "1", 2: "2", 3: "3", 4: "4", 5: "5" }
     : { ArrowLeft: "left", ArrowDown: "tie", ArrowRight: "right", 1: "left", 2: "tie", 3: "right" };
+  if (event.key === "ArrowDown" && scrolls()) return; // there it scrolls, and 2 votes
   if (keys[event.key]) { event.preventDefault(); vote(keys[event.key]); }
 });
 go("next");
