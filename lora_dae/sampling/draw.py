@@ -26,15 +26,6 @@ from lora_dae.sampling.schedulers import build_scheduler
 FRESH = 7_919  # apart from the seed of the noise that a chain starts from
 
 
-def check_sampling(cfg: SamplingConfig) -> None:
-    """Raises ConfigError for numbers that cannot be sampled with."""
-    if cfg.num_inference_steps < 1:
-        raise ConfigError(f"sampling.num_inference_steps={cfg.num_inference_steps}: at least 1 step is needed.")
-    for name in ("guidance_scale", "source_guidance_scale"):
-        if getattr(cfg, name) < 0:
-            raise ConfigError(f"sampling.{name}={getattr(cfg, name)} is negative: use 1 for none, about 2 to steer.")
-
-
 @dataclass
 class Drawer:
     """Draws images: the backbone (its UNet may hold LoRA and a source input) and the enhancement."""
