@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -75,6 +76,17 @@ class Server:
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+
+@contextmanager
+def serving() -> Iterator[Server]:
+    """A server until the block ends."""
+    server = Server()
+    try:
+        yield server
+    finally:
+        server.http.shutdown()
+        server.http.server_close()
 
 
 def some_tasks(n: int = 1, pictures: int = 1) -> list[Task]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
-from judge_server import Server
+from judge_server import Server, serving
 from judge_server import ask as _ask
 from judge_server import some_tasks as _tasks
 from omegaconf import OmegaConf
@@ -42,10 +42,8 @@ KEY, SECRET = "OPENAI_API_KEY", "sk-very-secret"
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv(KEY, SECRET)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    server = Server()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_server import Server
+from judge_server import Server, serving
 from judge_server import ask as _ask
 from judge_server import some_tasks as _tasks
 
@@ -21,10 +21,8 @@ pytest.importorskip("openai", reason="openai is not installed: pip install 'lora
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture

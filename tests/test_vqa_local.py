@@ -11,16 +11,7 @@ import numpy as np
 import pytest
 import torch
 from test_vqa_score import _q
-from tokenizers import Tokenizer, decoders, models
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from vision_models import write_vlm
 
 from lora_dae.config import ConfigError
 from lora_dae.vqa.ask import Task, ask_all
@@ -36,34 +27,7 @@ def _pictures(values: Sequence[int]) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random Llava: letters as tokens, 28-pixel pictures of four patches."""
-    folder = tmp_path_factory.mktemp("vlm")
-    letters = [chr(c) for c in range(32, 127)] + ["\n"]
-    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "<image>", *letters])}
-    bpe = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    bpe.decoder = decoders.Fuse()
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, additional_special_tokens=["<image>"], **special)
-    template = (
-        "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}"
-        "{% endif %}{% endfor %}{% endfor %}\n"
-    )
-    LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
-        tokenizer=tokenizer, patch_size=14, vision_feature_select_strategy="default", chat_template=template,
-        image_token="<image>", num_additional_image_tokens=1,
-    ).save_pretrained(folder)  # fmt: skip
-    small = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16}
-    vision = CLIPVisionConfig(image_size=28, patch_size=14, projection_dim=16, **small).to_dict()
-    text = LlamaConfig(vocab_size=len(vocab), bos_token_id=1, eos_token_id=2, pad_token_id=2, **small).to_dict()
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=3))
-    for p in model.model.multi_modal_projector.parameters():
-        p.data *= 1e3  # a freshly initialized one hardly looks at its input
-    for p in model.model.language_model.parameters():
-        p.data *= 3
-    model.save_pretrained(folder)
-    return folder
+    return write_vlm(tmp_path_factory.mktemp("vlm"))
 
 
 def test_a_random_vision_language_model_is_deterministic_sees_pictures_and_is_never_scored(

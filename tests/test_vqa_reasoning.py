@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_server import Server, ask, some_tasks
+from judge_server import Server, ask, serving, some_tasks
 
 from lora_dae.config import ConfigError
 from lora_dae.vqa.cache import AnswerCache
@@ -19,10 +19,8 @@ pytest.importorskip("openai", reason="openai is not installed: pip install 'lora
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("OPENAI_API_KEY", "unused")
-    server = Server()
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
+    with serving() as server:
+        yield server
 
 
 @pytest.fixture
