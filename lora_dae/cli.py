@@ -20,11 +20,13 @@ from rich.console import Console
 
 from lora_dae.backbone.allocator import keep_freed_memory
 from lora_dae.config import Config, ConfigError, TrackingConfig, conf_dir, from_dict, register
+from lora_dae.rules import check
 from lora_dae.sweep.jobs import INPUT_ERROR
 from lora_dae.sweep.launcher import InterruptedSweepError
 from lora_dae.sweep.name import register_sweep_name
 from lora_dae.sweep.ranks import rank
 from lora_dae.sweep.report import SweepReport
+from lora_dae.training.ended import InterruptedRunError, NonFiniteLossError, PeerFailedError
 
 # One process draws and trains alone: threads of the tokenizer after a fork would only warn.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -49,10 +51,6 @@ def _one_sentence(command: Callable[[DictConfig], Any]) -> Callable[[DictConfig]
 
     @functools.wraps(command)
     def wrapped(cfg: DictConfig) -> Any:
-        from lora_dae.training.module import NonFiniteLossError
-        from lora_dae.training.stages import InterruptedRunError
-        from lora_dae.training.together import PeerFailedError
-
         keep_freed_memory()
 
         def end(sentence: str, code: int) -> NoReturn:
@@ -124,6 +122,7 @@ def expand_jobs(arguments: list[str]) -> list[str]:
 def _train(cfg: DictConfig) -> None:
     """Train, export, measure, report; in a sweep, only what no earlier run has trained."""
     run_cfg = typed(cfg)
+    check(run_cfg)  # before torch and lightning are imported, which takes longer than all else
     if run_cfg.tracking.group is None:
         run_cfg = replace(run_cfg, tracking=replace(run_cfg.tracking, group=sweep_of(Path(run_cfg.run_dir))))
     store = run_cfg.store

@@ -157,6 +157,7 @@ class EnhancementConfig:
     texture_batch_size: int = 16
     decoder_steps: int = 40  # of the decoder stage's
     decoder_learning_rate: float = 1e-2
+    registered: bool = False  # texture of sources that are not in place: they are moved to where the drawn garment is
     agreement: bool = True  # of texture: it stays out where the caption says otherwise than the source photo shows
     joint: bool = False  # the texture trains in the adapter's steps, both on both losses, instead of after it
     wrong_source: float = 0.15  # share of its batches that shows the module another sample's source

@@ -200,6 +200,11 @@ def _check_enhancement(cfg: Config, trains: bool) -> None:
             "enhancement.joint=true trains the source's texture with the adapter, but there is none: it needs "
             "conditioning=source and enhancement.texture=true."
         )
+    if e.registered and e.enabled and (e.joint or not (e.texture and cfg.conditioning == "source")):
+        raise ConfigError(
+            "enhancement.registered=true moves source photos whose texture is brought in after the adapter's training: "
+            "it needs conditioning=source, enhancement.texture=true and enhancement.joint=false."
+        )
     if e.judged_guidance and (len(e.judged_guidance) != 2 or min(e.judged_guidance) < 0):
         raise ConfigError(
             f"enhancement.judged_guidance={e.judged_guidance}: give two scales >= 0, of text and source, or []."

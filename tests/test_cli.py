@@ -22,7 +22,7 @@ from lora_dae.evaluation.command import EvaluateRequest, command_of, evaluate, f
 from lora_dae.rules import check
 from lora_dae.sweep.jobs import INPUT_ERROR
 from lora_dae.sweep.report import SweepReport
-from lora_dae.training.module import NonFiniteLossError
+from lora_dae.training.ended import NonFiniteLossError
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,6 +50,15 @@ def test_mistakes(arguments: tuple[str, ...], message: str, tmp_path: Path) -> N
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_mistake_in_the_options_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+    """Which takes several times as long as all else."""
+    code = "import sys; from lora_dae.cli import train\ntry: train()\nfinally: print('torch' in sys.modules)"
+    given = [sys.executable, "-c", code, "enhancement.strength=-1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(given, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert "enhancement.strength=-1" in done.stderr and done.stdout.split() == ["False"]
 
 
 def test_every_config_begins_with_the_command_that_runs_it() -> None:

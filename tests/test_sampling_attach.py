@@ -45,6 +45,8 @@ def strong(path: Path, **parts: Any) -> None:
         if part is not None:
             torch.nn.init.normal_(part.output.weight)
             torch.nn.init.normal_(part.output.bias)
+    if module.preview is not None:
+        torch.nn.init.normal_(module.preview.weight, std=0.1)
     save_enhancement(module, path / "adapter" / "enhancement.safetensors")
 
 
@@ -77,6 +79,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, tiny_backb
     training.run(config(tiny_backbone, found["paired"], root / "cache", *quick, "data.train_size=8"))
     strong(found["paired"], source_channels=8, decoder=True, finest_log_gain=0.2)
     shown(found["paired"])
+    found["registered"] = root / "registered"
+    shutil.copytree(found["paired"], found["registered"])
+    strong(found["registered"], source_channels=8, decoder=True, finest_log_gain=0.2, registered=True)
     return found
 
 
@@ -195,12 +200,13 @@ def test_image_to_image_inpainting_and_controlnet(runs: dict[str, Path]) -> None
         assert np.array_equal(draw(lora_dae.detach(pipe), **arguments), before), cls
 
 
-def test_source_photo(runs: dict[str, Path], tiny_backbone: Path) -> None:
+@pytest.mark.parametrize("name", ["paired", "registered"])
+def test_source_photo(name: str, runs: dict[str, Path], tiny_backbone: Path) -> None:
     """With source and text guided alike: what our sampler draws from the same photo and noise, with every part.
 
     Latents are compared too, as this decoder shows little of what they differ in.
     """
-    run = load_run(runs["paired"])
+    run = load_run(runs[name])
     module = run.enhancement
     assert (
         module is not None and None not in (module.gain, module.texture, module.decoder) and module.finest_log_gain > 0
@@ -210,7 +216,7 @@ def test_source_photo(runs: dict[str, Path], tiny_backbone: Path) -> None:
     ours = drawer.images(["a red dress"], photo[None], 0.5)
     pipe = pipeline(StableDiffusionPipeline, tiny_backbone)
     before = draw(pipe)
-    lora_dae.attach(pipe, runs["paired"] / "adapter", strength=0.5)
+    lora_dae.attach(pipe, runs[name] / "adapter", strength=0.5)
     noise = torch.randn((8, 8, 8), generator=torch.Generator().manual_seed(run.cfg.sampling.seed * 1_000_003))[None]
     theirs = draw(pipe, latents=noise, source=Image.fromarray(photo))
     assert np.abs(np.round(theirs * 255) - ours).max() <= 2

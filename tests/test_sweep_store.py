@@ -19,8 +19,8 @@ from lora_dae.sweep import store
 from lora_dae.sweep.files import read_json, write_json
 from lora_dae.sweep.identity import inputs, training_hash, training_part
 from lora_dae.sweep.locks import try_lock
+from lora_dae.training.ended import InterruptedRunError
 from lora_dae.training.module import LoraDae
-from lora_dae.training.stages import InterruptedRunError
 
 Make = Callable[..., Config]
 

@@ -25,7 +25,7 @@ from lora_dae.sweep.cell_worker import Work, measure_cells
 from lora_dae.sweep.cells import Wanted, read_comparison, wanted_cells, with_seeds
 from lora_dae.sweep.compare import Study, list_file, make_jobs, read_studies, write_tables
 from lora_dae.sweep.results import read_results
-from lora_dae.training.module import NonFiniteLossError
+from lora_dae.training.ended import NonFiniteLossError
 
 QUIET = Console(quiet=True)
 

@@ -25,8 +25,9 @@ from lora_dae.evaluation.report.plots import read_metrics
 from lora_dae.sampling.draw import Drawer
 from lora_dae.training import run as training
 from lora_dae.training import together
+from lora_dae.training.ended import InterruptedRunError
 from lora_dae.training.module import LoraDae
-from lora_dae.training.stages import InterruptedRunError, gradient_bytes
+from lora_dae.training.stages import gradient_bytes
 
 # Four samples a step, however they are shared out.
 TWO = ("trainer=ddp", "trainer.devices=2", "data.batch_size=1", "trainer.accumulate_grad_batches=2",
@@ -151,17 +152,18 @@ def curves(run_dir: Path) -> dict[str, list[float]]:
     return {f"{log} {name}": found[name][1] for log, found in logs.items() for name in wanted if name in found}
 
 
-@pytest.mark.parametrize("joint", [False, True], ids=["stages", "joint"])
+@pytest.mark.parametrize("kind", ["stages", "joint", "registered"])
 def test_two_processes_train_the_same_source_texture_and_decoder_stage(
-    joint: bool, tiny_backbone: Path, shared: Path
+    kind: str, tiny_backbone: Path, shared: Path
 ) -> None:
     """Gradients of every step of both stages: a wrong source is the next sample's, whichever process has it.
 
     What is logged is of all processes' samples.
     """
     options = ("trainer.max_steps=1", "enhancement.gain=false", "enhancement.wrong_source=0.5")
-    options += (f"enhancement.joint={joint}",)
-    alone, one, two = Record(), f"texture_one_{joint}", f"texture_two_{joint}"
+    joint, registered = kind == "joint", kind == "registered"
+    options += (f"enhancement.joint={joint}", f"enhancement.registered={registered}")
+    alone, one, two = Record(), f"texture_one_{kind}", f"texture_two_{kind}"
     sizes = ("data.batch_size=4", "enhancement.batch_size=4", "enhancement.texture_batch_size=4")
     training.train(make(tiny_backbone, shared, one, *options, *sizes), [alone])
 
@@ -170,7 +172,7 @@ def test_two_processes_train_the_same_source_texture_and_decoder_stage(
         training.train(make(tiny_backbone, shared, two, "trainer=ddp", "trainer.devices=2", *options, *sizes), [record])
         torch.save([record.gradients, record.losses], shared / f"texture{number}.pt")
 
-    ended = run_ranks(rank, shared / f"logs_texture_{joint}")
+    ended = run_ranks(rank, shared / f"logs_texture_{kind}")
     assert [e.code for e in ended] == [0, 0], ended[0].text + ended[1].text
     gradients, _ = torch.load(shared / "texture0.pt", weights_only=True)
     before = 1 if joint else 1 + 2  # adapter, texture

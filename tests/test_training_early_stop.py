@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from lora_dae.config import Config
 from lora_dae.training import run as training
+from lora_dae.training.ended import InterruptedRunError
 from lora_dae.training.module import LoraDae
-from lora_dae.training.stages import InterruptedRunError
 
 
 def script_validation(monkeypatch: pytest.MonkeyPatch, losses: dict[int, float]) -> None:

@@ -20,10 +20,10 @@ from lora_dae.diffusion import alpha_sigma, snr
 from lora_dae.enhancement import EnhancementModule
 from lora_dae.enhancement.bands import split_bands
 from lora_dae.training import run as training
+from lora_dae.training.ended import InterruptedRunError
 from lora_dae.training.module import LoraDae
 from lora_dae.training.objective import Draws, denoise
 from lora_dae.training.paired import joint_loss
-from lora_dae.training.stages import InterruptedRunError
 
 QUICK = ("enhancement.gain=false", "enhancement.decoder=false")
 

@@ -27,7 +27,8 @@ from lora_dae.rules import check
 from lora_dae.sampling.load import load_run
 from lora_dae.training import module as training_module
 from lora_dae.training import run as training
-from lora_dae.training.module import LoraDae, NonFiniteLossError
+from lora_dae.training.ended import NonFiniteLossError
+from lora_dae.training.module import LoraDae
 from lora_dae.training.resume import find_checkpoints
 
 Make = Callable[..., Config]

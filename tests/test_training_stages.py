@@ -16,8 +16,9 @@ from test_training_ddp import Interrupt
 from lora_dae.backbone.load import Backbone
 from lora_dae.data.module import PairDataModule
 from lora_dae.training import run as training
+from lora_dae.training.ended import InterruptedRunError
 from lora_dae.training.resume import run_dir_override
-from lora_dae.training.stages import InterruptedRunError, Training
+from lora_dae.training.stages import Training
 
 QUICK = ("enhancement=none", "adapter.rank=2", "logger=none")
 

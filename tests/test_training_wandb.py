@@ -15,7 +15,8 @@ from test_training_tracking import read_offline, records
 from lora_dae.config import TrackingConfig
 from lora_dae.training import run as training
 from lora_dae.training import tracking
-from lora_dae.training.module import LoraDae, NonFiniteLossError
+from lora_dae.training.ended import NonFiniteLossError
+from lora_dae.training.module import LoraDae
 
 
 def test_online_is_online_whatever_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

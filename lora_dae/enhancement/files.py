@@ -13,9 +13,10 @@ from lora_dae.enhancement.module import EnhancementModule
 
 FORMAT = "lora-dae-enhancement"
 # 3: the finest band of source texture is carried as the others are; 4: agreement with the caption; 5: gates of source
-# texture see what guidance has amplified; 6: the finest band of pictures gets louder only where the source has more
-VERSION = "6"
-READABLE = ("3", "4", "5", VERSION)
+# texture see what guidance has amplified; 6: the finest band of pictures gets louder only where the source has more;
+# 7: source photos may be registered
+VERSION = "7"
+READABLE = ("3", "4", "5", "6", VERSION)
 
 
 def save_enhancement(module: EnhancementModule, path: str | Path) -> Path:
@@ -32,6 +33,7 @@ def save_enhancement(module: EnhancementModule, path: str | Path) -> Path:
         "finest_log_gain": repr(module.finest_log_gain),
         "sourced": str(int(module.sourced)),
         "placement": module.placement,
+        "registered": str(int(module.preview is not None)),
         "text_channels": str(0 if module.agreement is None else module.agreement.text.in_features),
         "text_tokens": str(77 if module.agreement is None else module.agreement.tokens),
     }
@@ -61,6 +63,7 @@ def load_enhancement(path: str | Path) -> EnhancementModule:
             metadata.get("gate_inputs", "energy"), float(metadata.get("finest_log_gain", 0)),  # older files do not say
             int(metadata.get("text_channels", 0)), int(metadata.get("text_tokens", 77)),
             metadata.get("sourced", "0") == "1", metadata.get("placement", "prediction"),
+            metadata.get("registered", "0") == "1",
         )  # fmt: skip
         if metadata["version"] in ("3", "4") and module.texture is not None:
             tensors["texture.input.weight"] = _blind_to_guidance(tensors["texture.input.weight"], module.levels)

@@ -40,6 +40,7 @@ from lora_dae.diffusion import (
 )
 from lora_dae.enhancement.gates import WINDOW
 from lora_dae.enhancement.module import EnhancementModule
+from lora_dae.enhancement.registration import RegisteredSource, for_images
 
 _SIGMA_FLOOR = 1e-3  # below it x0 hardly depends on the output, and the edit would be divided by almost 0
 _HIGHER_ORDER = (UniPCMultistepScheduler, PNDMScheduler, HeunDiscreteScheduler, LMSDiscreteScheduler)
@@ -53,7 +54,8 @@ class Enhancement:
     module: EnhancementModule | None
     strength: float
     placement: str
-    source: Tensor | None = None  # latents of the source photos, (S, C, h, w): one per image, or per prompt
+    # latents of the source photos, (S, C, h, w): one per image, or per prompt; of a registering module, the photos
+    source: Tensor | RegisteredSource | None = None
     trust: Tensor | None = None  # in each of them, by what the captions say, (S,) or one per image; None = whole
     conditional: Tensor | None = None  # the network's raw output at this step
 
@@ -101,14 +103,15 @@ def enhance_scheduler(
     module: EnhancementModule | None,
     strength: float = 1.0,
     placement: str = "prediction",
-    source: Tensor | None = None,
+    source: Tensor | RegisteredSource | None = None,
     trust: Tensor | None = None,
 ) -> Any:
     """An enhanced copy of a diffusers scheduler, for a pipeline or a sampling loop of one's own.
 
     ``strength`` >= 0 scales the edit (1 as trained, 0 off); ``placement`` is ``prediction``, ``direction`` or ``none``.
-    ``source``: latents of the source photos (S, C, h, w), scaled as the UNet sees latents, one per image or per
-    prompt; without it a module's source texture does nothing. ``trust``: in each of them, as ``module.trust`` gives it.
+    ``source``: latents of the source photos (S, C, h, w), scaled as the UNet sees latents, one per image or per prompt;
+    without it a module's source texture does nothing. One that was trained with ``enhancement.registered`` takes what
+    its ``registering`` makes of photos. ``trust``: in each of them, as ``module.trust`` gives it.
 
     Call ``set_conditional`` before each ``step`` where guidance is used, and ``set_timesteps`` as usual. Unsupported
     schedulers and values raise ConfigError.
@@ -130,6 +133,10 @@ def enhance_scheduler(
                 f"enhancement.placement=direction edits DDIM's direction term, which {plain_class.__name__} "
                 "does not have; use the ddim scheduler or placement=prediction."
             )
+    if module is not None and isinstance(source, Tensor) and module.preview is not None:
+        raise ConfigError(
+            "this module moves source photos to their place: give source=module.registering(photos, ...)."
+        )
     enhanced = _copy(scheduler, _enhanced_class(plain_class))
     enhanced.enhancement = Enhancement(module, strength, placement, source, trust)
     return enhanced
@@ -232,24 +239,16 @@ def _is_idle(scheduler: Any, timestep: Any) -> bool:
 
 
 def _edit_output(scheduler: Any, enhancement: Enhancement, inputs: GateInputs, model_output: Tensor) -> Tensor:
-    source, trust = (for_images(given, inputs.x0) for given in (enhancement.source, enhancement.trust))
+    trust, source = for_images(enhancement.trust, inputs.x0), enhancement.source
+    if isinstance(source, RegisteredSource):
+        source = source.at(inputs.x0, inputs.sigma / max(inputs.alpha, 1e-6))
+    else:
+        source = for_images(source, inputs.x0)
     delta = _module_on(enhancement, inputs.x0.device)(*inputs, source=source, trust=trust) * enhancement.strength
     change = x0_delta_to_output_delta(
         delta, inputs.alpha, inputs.sigma, scheduler.config.prediction_type, is_sigma_space(scheduler)
     )
     return (model_output.float() + change).to(model_output.dtype)
-
-
-def for_images(source: Tensor | None, x0: Tensor) -> Tensor | None:
-    """One source (or trust in it) per image; several images of a prompt share its source."""
-    if source is None:
-        return None
-    source = source.to(x0.device)
-    if len(source) == len(x0):
-        return source
-    if len(x0) % len(source):
-        raise ConfigError(f"source has {len(source)} photos for {len(x0)} images: give one per prompt, or one.")
-    return source.repeat_interleave(len(x0) // len(source), dim=0)
 
 
 def _direction_edit(scheduler: Any, enhancement: Enhancement, inputs: GateInputs, timestep: Any, eta: float) -> Tensor:

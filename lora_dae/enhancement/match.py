@@ -56,13 +56,13 @@ class Matcher(nn.Module):
         return Match(flow, confidence)
 
 
-def warp(x: Tensor, flow: Tensor) -> Tensor:
-    """``x`` (B, C, H, W) read at each place + ``flow``, linear between places, borders repeated."""
+def warp(x: Tensor, flow: Tensor, between: str = "bilinear") -> Tensor:
+    """``x`` (B, C, H, W) read at each place + ``flow``, linear (or ``bicubic``) between places, borders repeated."""
     height, width = x.shape[2:]
     rows = torch.arange(height, device=x.device, dtype=flow.dtype)[:, None] + flow[:, 1]
     columns = torch.arange(width, device=x.device, dtype=flow.dtype)[None, :] + flow[:, 0]
     grid = torch.stack([columns / max(width - 1, 1), rows / max(height - 1, 1)], dim=-1) * 2 - 1
-    return functional.grid_sample(x, grid, padding_mode="border", align_corners=True)
+    return functional.grid_sample(x, grid, between, "border", align_corners=True)
 
 
 def _global(target: Tensor, source: Tensor, sharpness: Tensor, locality: Tensor) -> tuple[Tensor, Tensor]:

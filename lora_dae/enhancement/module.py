@@ -21,6 +21,7 @@ from lora_dae.enhancement.agreement import Agreement
 from lora_dae.enhancement.bands import local_log_energy, split_bands
 from lora_dae.enhancement.gates import NOISE_FEATURES, BandGain, NoiseStep, Observed, noise_step, observe
 from lora_dae.enhancement.match import Match, warp
+from lora_dae.enhancement.registration import Encode, Preview, RegisteredSource
 from lora_dae.enhancement.texture import Blend, SourceTexture
 
 PIXEL_GAIN = 0.405  # log(1.5)
@@ -46,8 +47,9 @@ class EnhancementModule(nn.Module):
     ``text_channels`` of captions' embeddings, whose first ``text_tokens`` are read: where a caption and its source
     photo disagree, the source's bands are kept out (agreement.py); 0 = always trusted. ``sourced``: it learned with
     source photos, as source texture always does, so that the finest band stays where none is shown. ``placement``: what
-    its gain learned to edit. Every last layer starts at zero: a new module is the exact identity. Under 60 k
-    parameters. Values that make no sense, or leave nothing, raise ConfigError.
+    its gain learned to edit. ``registered``: source photos are moved to where the garment is (registration.py), by
+    small pictures that ``preview`` makes of latents. Every last layer starts at zero: a new module is the exact
+    identity. Under 60 k parameters. Values that make no sense, or leave nothing, raise ConfigError.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class EnhancementModule(nn.Module):
         text_tokens: int = 77,
         sourced: bool = False,
         placement: str = "prediction",
+        registered: bool = False,
     ) -> None:
         super().__init__()
         if not -PIXEL_GAIN <= finest_log_gain <= PIXEL_GAIN:
@@ -86,8 +89,9 @@ class EnhancementModule(nn.Module):
             # One number beside the noise features: how far the solver is of first order.
             conditions = NOISE_FEATURES + 1
             self.texture = SourceTexture(
-                source_channels, levels, 24, conditions, 0.0, _LATENT_SCALES, gate_inputs, guided=True
+                source_channels, levels, 24, conditions, 0.0, _LATENT_SCALES, gate_inputs, True, registered
             )
+        self.preview = Preview(source_channels) if registered and source_channels else None
         self.agreement = None
         if text_channels and source_channels:
             self.agreement = Agreement(text_channels, source_channels, text_tokens)
@@ -142,6 +146,14 @@ class EnhancementModule(nn.Module):
         if self.device != source.device:
             self.to(source.device)
         return self.agreement(text.to(source.device), source)
+
+    def registering(self, photos: Tensor, latents: Tensor, encode: Encode) -> RegisteredSource | None:
+        """Source photos (S, 3, H, W) in [0, 1] and their latents, to be moved in each chain; None: nothing is moved."""
+        if self.preview is None:
+            return None
+        if self.device != latents.device:
+            self.to(latents.device)
+        return RegisteredSource(self.preview, photos, latents, encode)
 
     def blend(
         self,
@@ -245,5 +257,5 @@ def build_enhancement(cfg: EnhancementConfig, latent_channels: int, conditioning
         )
     return EnhancementModule(
         cfg.levels, cfg.hidden, max_log_gain, channels, cfg.decoder, cfg.gate_inputs,
-        sourced=conditioning == "source", placement=cfg.placement,
+        sourced=conditioning == "source", placement=cfg.placement, registered=cfg.registered,
     )  # fmt: skip

@@ -4,7 +4,9 @@
 
 A gain can only make louder what is there. The source photo proves what should be there: where its carried bands
 agree with the image, the gate ``h_b`` opens and replaces the image's own; where they do not (skin, background, a
-source of another garment) it stays shut. One class for predicted clean latents in every reverse step and, with
+source of another garment) it stays shut. Where a registered photo's bands and the image's own do not belong to each
+other, a mixture is weaker than either, so it is brought back to the energy that it mixes (as blended textures are:
+Heitz and Neyret 2018). One class for predicted clean latents in every reverse step and, with
 three channels, for the decoded image. Relatives train a decoder: the skip connections of LaDI-VTON's EMASC
 (2305.13501) and the asymmetric VQGAN (2306.04632); here a few thousand numbers decide place by place.
 """
@@ -22,6 +24,7 @@ from lora_dae.enhancement.gates import FEATURE_SCALE, Observed, pointwise, visib
 from lora_dae.enhancement.match import Match, Matcher, warp
 
 _FLOOR = 1e-4
+_MOST = 1.6  # times that a mixture is made louder
 
 
 class Blend(NamedTuple):
@@ -38,7 +41,8 @@ class SourceTexture(nn.Module):
     ``channels`` of the images or latents, ``levels`` bands, ``factors``: scales of the match, coarse first. The last
     layer starts at zero: a new module changes nothing. ``max_log_gain`` > 0 adds a gain per band, which works
     without a source too. ``inputs`` as in ``gates.visible``; ``time`` hides how sure the match is, too. ``guided``:
-    gates see what guidance has amplified, band by band and place by place.
+    gates see what guidance has amplified, band by band and place by place. ``registered``: sources are in place
+    as a whole already (registration.py), and nothing is matched.
     """
 
     def __init__(
@@ -51,10 +55,11 @@ class SourceTexture(nn.Module):
         factors: tuple[int, ...] = (4, 1),
         inputs: str = "energy",
         guided: bool = False,
+        registered: bool = False,
     ) -> None:
         super().__init__()
         self.levels, self.max_log_gain, self.inputs, self.guided = levels, max_log_gain, inputs, guided
-        self.matcher = Matcher(channels, factors=factors)
+        self.matcher = None if registered else Matcher(channels, factors=factors)
         self.input = nn.Conv2d((4 if guided else 3) * levels + 3, hidden, 1)
         self.spatial = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.film = nn.Linear(conditions, 2 * hidden) if conditions else None
@@ -83,8 +88,12 @@ class SourceTexture(nn.Module):
             if source is not None:
                 source = source.float()
                 # The finest band repeats itself, and a blurred image lacks it: the others say what belongs where.
-                match = self.matcher(x - own[0], source - split_bands(source, 1)[0][0])
-                carried, carried_rest = split_bands(warp(source, match.flow), self.levels)
+                if self.matcher is None:
+                    match = Match(x.new_zeros(len(x), 2, *x.shape[2:]), torch.ones_like(flag))
+                    carried, carried_rest = split_bands(source, self.levels)
+                else:
+                    match = self.matcher(x - own[0], source - split_bands(source, 1)[0][0])
+                    carried, carried_rest = split_bands(warp(source, match.flow), self.levels)
                 sure, flag = match.confidence, torch.ones_like(flag)
                 if trust is not None:
                     share = trust.view(-1, 1, 1, 1)
@@ -106,7 +115,7 @@ class SourceTexture(nn.Module):
             gates = None
             if source is not None:
                 gates = torch.tanh(gate)
-                delta = delta + weighted(gates, gaps)
+                delta = delta + (weighted(gates, gaps) if self.matcher is not None else _mixed(own, gaps, gates))
             return Blend(delta, gates, match)
 
     def _gates(self, energies: Tensor, far: Tensor, sure: Tensor, flag: Tensor, conditions: Tensor | None) -> Tensor:
@@ -120,6 +129,15 @@ class SourceTexture(nn.Module):
             scale, shift = self.film(conditions)[:, :, None, None].chunk(2, dim=1)
             hidden = hidden * (1 + scale) + shift
         return pointwise(self.output, functional.silu(hidden))
+
+
+def _mixed(own: Tensor, gaps: Tensor, gates: Tensor) -> Tensor:
+    """What changes where ``gates`` (B, levels, H, W) mix bands (levels, B, C, H, W), energies kept; (B, C, H, W)."""
+    share = gates.transpose(0, 1).unsqueeze(2)
+    mixed = own + share * gaps
+    before, after, made = (x.exp().transpose(0, 1).unsqueeze(2) for x in _energies(own, own + gaps, mixed))
+    kept = torch.lerp(before, after, share.clamp(0, 1))
+    return (mixed * ((kept + _FLOOR) / (made + _FLOOR)).sqrt().clamp(1 / _MOST, _MOST) - own).sum(0)
 
 
 def _energies(*bands: Tensor) -> tuple[Tensor, ...]:

@@ -32,10 +32,11 @@ from lora_dae.enhancement.bands import split_bands
 from lora_dae.enhancement.gates import WINDOW
 from lora_dae.enhancement.hook import GateInputs, enhance_scheduler, gate_inputs
 from lora_dae.enhancement.module import EnhancementModule
+from lora_dae.enhancement.registration import RegisteredSource
 from lora_dae.enhancement.texture import Blend
 from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.evaluation.report.plots import INK, PALETTE, STYLE
-from lora_dae.sampling.draw import FRESH
+from lora_dae.sampling.draw import FRESH, as_photos
 from lora_dae.sampling.load import LoadedRun, load_run
 from lora_dae.sampling.loop import (
     Conditions,
@@ -127,8 +128,8 @@ def diagnose(
     conditions = Conditions(text[1:], text[0], source)
     with run.drawer(bf16).precision():
         slope, missing = _teacher_forced(run, latents, conditions)
-        energy, plain, steps = _on_policy(run, latents, conditions)
-    maps = _matches(run, plain, source, conditions.text)
+        energy, plain, steps = _on_policy(run, latents, conditions, sources)
+    maps = _matches(run, plain, source, conditions.text, sources)
     output = run_dir / "diagnosis"
     output.mkdir(exist_ok=True)
     gates = None if maps is None else told_apart(maps["gate"], maps.pop("with another's"))
@@ -204,7 +205,7 @@ class Watch(Method):
 
 
 def _on_policy(
-    run: LoadedRun, latents: Tensor, conditions: Conditions
+    run: LoadedRun, latents: Tensor, conditions: Conditions, sources: np.ndarray | None
 ) -> tuple[dict[str, list[list[float]]], list[GateInputs], list[int]]:
     """Energies by strength, the step of each batch where gates are first on, at strength 0, timesteps."""
     cfg, backbone = run.cfg, run.backbone
@@ -225,8 +226,9 @@ def _on_policy(
             if strength > 0:
                 assert run.enhancement is not None
                 trust = run.enhancement.trust(some.text, some.source)
+                placed = None if sources is None else _registering(run, sources[at], some.source)
                 scheduler = enhance_scheduler(
-                    scheduler, run.enhancement, strength, cfg.enhancement.placement, some.source, trust
+                    scheduler, run.enhancement, strength, cfg.enhancement.placement, placed or some.source, trust
                 )
             watch, count = Watch(latents[at], noise[at]), cfg.sampling.num_inference_steps
             own = [noise_generator(cfg.sampling.seed + FRESH, k) for k in range(*at.indices(len(latents)))]
@@ -241,32 +243,48 @@ def _on_policy(
     return energy, plain, steps
 
 
-def _matches(run: LoadedRun, plain: list[GateInputs], source: Tensor | None, text: Tensor) -> dict[str, Tensor] | None:
+def _registering(run: LoadedRun, sources: np.ndarray, latents: Tensor | None) -> RegisteredSource | None:
+    photos = as_photos(sources)
+    if run.enhancement is None or photos is None or latents is None:
+        return None
+    return run.enhancement.registering(photos, latents, run.drawer(False).encode)
+
+
+def _matches(
+    run: LoadedRun, plain: list[GateInputs], source: Tensor | None, text: Tensor, photos: np.ndarray | None
+) -> dict[str, Tensor] | None:
     """Maps (N, h, w) of what the module makes of the first step where gates are on, at strength 0.
 
     Confidence, displacement in latents, the finest band's gate, and the same gate with the next pair's source.
     """
     module = run.enhancement
-    if module is None or module.texture is None or source is None:
+    if module is None or module.texture is None or source is None or photos is None:
         return None
     found: dict[str, list[Tensor]] = {"confidence": [], "displacement": [], "gate": [], "with another's": []}
-    others, first = source.roll(-1, 0), 0
+    both, first = ((source, photos), (source.roll(-1, 0), np.roll(photos, -1, 0))), 0
     for step in plain:
         at = slice(first, first + len(step.x0))
         first += len(step.x0)
-        of_step = [_blended(module, step, shown[at], text[at]) for shown in (source, others)]
-        own, gate = of_step[0]
-        assert own.match is not None
-        found["confidence"].append(own.match.confidence[:, 0])
-        found["displacement"].append(own.match.flow.square().sum(1).sqrt())
+        of_step = []
+        for latents, images in both:
+            placed = _registering(run, images[at], latents[at])
+            of_step.append((*_blended(module, step, latents[at], text[at], placed), placed))
+        own, gate, placed = of_step[0]
+        match = own.match if placed is None else placed.match(step.x0)
+        assert match is not None
+        found["confidence"].append(match.confidence[:, 0])
+        found["displacement"].append(match.flow.square().sum(1).sqrt())
         found["gate"].append(gate)
         found["with another's"].append(of_step[1][1])
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
-def _blended(module: EnhancementModule, step: GateInputs, source: Tensor, text: Tensor) -> tuple[Blend, Tensor]:
+def _blended(
+    module: EnhancementModule, step: GateInputs, source: Tensor, text: Tensor, placed: RegisteredSource | None
+) -> tuple[Blend, Tensor]:
     """What source texture does there, and the finest band's gate (N, h, w), with what the captions say."""
     trust = module.trust(text, source)
+    source = source if placed is None else placed.at(step.x0, step.sigma / step.alpha)
     blend = module.blend(step.x0, step.x0_cond, source, step.alpha, step.sigma, step.h, step.first_order, trust)
     assert blend.gates is not None
     return blend, blend.gates[:, 0] if trust is None else blend.gates[:, 0] * trust.view(-1, 1, 1)

@@ -33,8 +33,9 @@ from lora_dae.adapter.text import COMPONENTS
 from lora_dae.config import ConfigError
 from lora_dae.data.square import Framing
 from lora_dae.enhancement.files import load_enhancement
-from lora_dae.enhancement.hook import enhance_scheduler, for_images
+from lora_dae.enhancement.hook import enhance_scheduler
 from lora_dae.enhancement.module import EnhancementModule
+from lora_dae.enhancement.registration import RegisteredSource, for_images
 
 ENHANCEMENT_FILE = "enhancement.safetensors"
 _NAME = "lora_dae"  # of the adapter in the pipeline
@@ -154,8 +155,12 @@ def _attached_class(plain: Any) -> type:
             raise ConfigError("source does not go with perturbed-attention guidance: give pag_scale=0, or no source.")
         photos = _photos(self, state, source, given)
         latents = None if photos is None else _encode(self, photos)
-        trust = _Trust(state.module, latents)
-        with once, _enhanced(self, state, strength, latents, trust), _refined(self, state, strength, photos, trust):
+        trust, placed = _Trust(state.module, latents), None
+        if state.module is not None and photos is not None and latents is not None:
+            placed = state.module.registering(photos, latents, functools.partial(_encode, self))
+        seen = latents if placed is None else placed
+        shown = photos if placed is None else placed
+        with once, _enhanced(self, state, strength, seen, trust), _refined(self, state, strength, shown, trust):
             with _with_source(self, latents):
                 return plain.__call__(self, *args, **kwargs)
 
@@ -186,12 +191,14 @@ class _Trust:
 
 
 @contextmanager
-def _enhanced(pipe: Any, state: Attached, strength: float, latents: Tensor | None, trust: _Trust) -> Iterator[None]:
+def _enhanced(
+    pipe: Any, state: Attached, strength: float, source: Tensor | RegisteredSource | None, trust: _Trust
+) -> Iterator[None]:
     if state.module is None or strength == 0:
         yield
         return
     plain = pipe.scheduler
-    scheduler = enhance_scheduler(plain, state.module, strength, state.placement, latents)
+    scheduler = enhance_scheduler(plain, state.module, strength, state.placement, source)
 
     def after(_unet: Any, inputs: tuple[Any, ...], call: dict[str, Any], output: Any) -> None:
         if trust.asked:
@@ -210,7 +217,9 @@ def _enhanced(pipe: Any, state: Attached, strength: float, latents: Tensor | Non
 
 
 @contextmanager
-def _refined(pipe: Any, state: Attached, strength: float, photos: Tensor | None, trust: _Trust) -> Iterator[None]:
+def _refined(
+    pipe: Any, state: Attached, strength: float, source: Tensor | RegisteredSource | None, trust: _Trust
+) -> Iterator[None]:
     """The decoder stage behind the VAE, for one call."""
     if state.module is None or state.module.decoder is None or strength == 0 or state.placement == "none":
         yield
@@ -220,6 +229,7 @@ def _refined(pipe: Any, state: Attached, strength: float, photos: Tensor | None,
     def decode(*args: Any, **kwargs: Any) -> Any:
         result = plain(*args, **kwargs)
         images = result[0].float() / 2 + 0.5
+        photos = source.moved if isinstance(source, RegisteredSource) else source
         shown = None if photos is None else photos.repeat_interleave(len(images) // len(photos), dim=0)
         refined = (module.refine(images.clamp(0, 1), shown, strength, trust.value) * 2 - 1).to(result[0].dtype)
         return (refined, *result[1:]) if isinstance(result, tuple) else type(result)(sample=refined)

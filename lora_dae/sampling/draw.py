@@ -16,6 +16,7 @@ from lora_dae.backbone.precision import half_type
 from lora_dae.config import ConfigError, SamplingConfig
 from lora_dae.enhancement.hook import enhance_scheduler
 from lora_dae.enhancement.module import EnhancementModule
+from lora_dae.enhancement.registration import RegisteredSource
 from lora_dae.sampling.keep import Kept
 from lora_dae.sampling.loop import Conditions, Guidance, initial_noise, noise_generator, sample_latents
 from lora_dae.sampling.method import Method
@@ -67,9 +68,12 @@ class Drawer:
                 some = None if sources is None else sources[at]
                 kept = None if keep is None else keep[at]
                 noised = None if start is None else start[at]
-                latents, trust = self._chain(list(captions[at]), some, strength, list(indices[at]), kept, noised)
+                latents, trust, placed = self._chain(
+                    list(captions[at]), some, strength, list(indices[at]), kept, noised
+                )
+                shown = as_photos(some) if placed is None else placed.moved
                 decoded = self.backbone.decode(latents, self.cfg.tiled_decode)
-                pictures = self._method().picture(_bytes(self._refined(decoded, some, strength, trust)))
+                pictures = self._method().picture(_bytes(self._refined(decoded, shown, strength, trust)))
                 out.append(pictures if kept is None else kept.finished(pictures, _bytes(decoded)))
                 if on_batch is not None:
                     on_batch(len(latents))
@@ -96,17 +100,21 @@ class Drawer:
         indices: list[int],
         kept: Kept | None,
         start: Noised | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Clean latents of one batch, and the trust in its sources."""
+    ) -> tuple[Tensor, Tensor | None, RegisteredSource | None]:
+        """Clean latents of one batch, the trust in its sources, and the latter where they were registered."""
         backbone, device = self.backbone, self.backbone.device
         size = self.resolution // backbone.vae_scale_factor
         noise = initial_noise(self.cfg.seed, indices, (backbone.latent_channels, size, size)).to(device)
         embedded = backbone.encode_text(["", *captions])
         source = None if sources is None else backbone.encode_images(sources)[0]
-        scheduler, trust = build_scheduler(self.cfg.scheduler, backbone.scheduler), None
+        scheduler, trust, placed = build_scheduler(self.cfg.scheduler, backbone.scheduler), None, None
         if self.enhancement is not None and strength > 0 and self.placement != "none":
             trust = self.enhancement.trust(embedded[1:], source)
-            scheduler = enhance_scheduler(scheduler, self.enhancement, strength, self.placement, source, trust)
+            photos = as_photos(sources)
+            if photos is not None and source is not None:
+                placed = self.enhancement.registering(photos, source, self.encode)
+            seen = source if placed is None else placed
+            scheduler = enhance_scheduler(scheduler, self.enhancement, strength, self.placement, seen, trust)
         if source is None and backbone.unet.config["in_channels"] == 2 * backbone.latent_channels:
             source = torch.zeros_like(noise)  # a fully fine-tuned UNet has the extra channels for good
         backbone.unet.eval()
@@ -123,17 +131,18 @@ class Drawer:
                 kept,
                 start,
             )
-        return drawn, trust
+        return drawn, trust, placed
 
     @torch.no_grad()
-    def _refined(
-        self, images: Tensor, sources: np.ndarray | None, strength: float, trust: Tensor | None = None
-    ) -> Tensor:
+    def _refined(self, images: Tensor, photos: Tensor | None, strength: float, trust: Tensor | None = None) -> Tensor:
         """The enhancement's decoder stage on decoded images."""
         if self.enhancement is None or self.placement == "none":
             return images
-        photos = None if sources is None else torch.from_numpy(np.array(sources)).permute(0, 3, 1, 2).float() / 255
         return self.enhancement.refine(images, photos, strength, trust)
+
+    def encode(self, photos: Tensor) -> Tensor:
+        """Latents of photos (B, 3, H, W) in [0, 1], as registered sources ask for them."""
+        return self.backbone.encode_images(_bytes(photos))[0]
 
     def _method(self) -> Method:
         """Anew for every batch: some remember the steps before."""
@@ -145,6 +154,11 @@ class Drawer:
         half = self.bf16 or any(p.dtype != torch.float32 for p in self.backbone.unet.parameters())
         device = self.backbone.device
         return torch.autocast(device.type, half_type(device)) if half else nullcontext()
+
+
+def as_photos(sources: np.ndarray | None) -> Tensor | None:
+    """uint8 (N, H, W, 3) as (N, 3, H, W) in [0, 1]."""
+    return None if sources is None else torch.from_numpy(np.array(sources)).permute(0, 3, 1, 2).float() / 255
 
 
 def _bytes(images: Tensor) -> np.ndarray:

@@ -36,7 +36,7 @@ from lora_dae.sweep.files import read_json, write_json
 from lora_dae.sweep.identity import content_hash, training_part
 from lora_dae.sweep.status import say
 from lora_dae.sweep.store import train_shared
-from lora_dae.training.module import NonFiniteLossError
+from lora_dae.training.ended import NonFiniteLossError
 
 PICTURES = 3  # of every cell are kept, for crops
 NOT_ASKED_FOR = ("ms_ssim", "lpips_alex")  # told of whenever they are not there; bad LPIPS weights are refused

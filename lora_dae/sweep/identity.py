@@ -41,6 +41,7 @@ LATER: dict[str, dict[str, Any]] = {
         "gate_inputs": "energy",
         "losses": list(LOSSES),
         "joint": False,
+        "registered": False,
         "judged_guidance": [],
         "judged_steps": 0,
     },

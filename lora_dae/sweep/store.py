@@ -37,9 +37,9 @@ from lora_dae.sweep.identity import training_hash, training_part
 from lora_dae.sweep.locks import held, holder, try_lock
 from lora_dae.sweep.status import Status, say
 from lora_dae.training import tracking
+from lora_dae.training.ended import InterruptedRunError
 from lora_dae.training.prior import PRIOR_FILE
 from lora_dae.training.run import Result, measure, train, write_config
-from lora_dae.training.stages import InterruptedRunError
 
 POLL = 1.0  # seconds between tries for a lock
 PATIENCE = 24 * 3600.0  # seconds that the other ranks wait: rank 0 may itself wait for another job

@@ -17,13 +17,14 @@ from lora_dae.backbone.load import Backbone
 from lora_dae.backbone.tokens import unpack_tokens
 from lora_dae.config import Config
 from lora_dae.enhancement.module import EnhancementModule
-from lora_dae.training.objective import Draws, denoise, draw, fixed_draws, seeded, weighted_error
+from lora_dae.enhancement.registration import Encode
+from lora_dae.training.ended import NonFiniteLossError
+from lora_dae.training.objective import Draws, Photos, denoise, draw, fixed_draws, seeded, weighted_error
 from lora_dae.training.on_policy import chain_loss, draw_chain
 from lora_dae.training.paired import (
     LATE,
     Decode,
     PairedDraws,
-    Photos,
     draw_paired,
     joint_loss,
     refining_loss,
@@ -54,10 +55,6 @@ class Seen:
     index: Tensor
 
 
-class NonFiniteLossError(RuntimeError):
-    """A loss became NaN or infinite; the message says at which step and on which samples."""
-
-
 class LoraDae(lightning.LightningModule):
     """Stages, one after the other: ``adapter`` trains LoRA (and source input), then the enhancement's parts by name:
     ``texture``, ``decoder``, ``gain``.
@@ -67,7 +64,7 @@ class LoraDae(lightning.LightningModule):
     Checkpoints hold what trains, in any stage, and nothing of the frozen backbone. With ``words`` (textual
     inversion) ``text`` gives the embeddings of samples by number: those of the batch are without them. ``photos``
     gives training samples' real and source photos by number, ``decode`` the images of latents: the decoder stage
-    learns from both.
+    learns from both. ``encode`` gives latents of photos: registered sources are moved first.
     """
 
     def __init__(
@@ -81,11 +78,12 @@ class LoraDae(lightning.LightningModule):
         text: Callable[[Tensor], Tensor] | None = None,
         photos: Photos | None = None,
         decode: Decode | None = None,
+        encode: Encode | None = None,
     ) -> None:
         """``null_text`` (L, D): the empty caption; its packed tokens (tokens.py) where the text encoders train."""
         super().__init__()
         self.words, self.text = words, text
-        self.photos, self.decode = photos, decode
+        self.photos, self.decode, self.encode = photos, decode, encode
         self.unet = backbone.unet
         self.enhancement = enhancement
         self.live_text = backbone if cfg.adapter.trains_text else None
@@ -150,7 +148,7 @@ class LoraDae(lightning.LightningModule):
             unet: Any = self.unet
             loss, parts = chain_loss(
                 unet, self.noise_scheduler, self.enhancement, batch, null_text, chain, global_batch,
-                self.cfg.enhancement.losses, self.cfg.enhancement.placement,
+                self.cfg.enhancement.losses, self.cfg.enhancement.placement, self.photos, self.encode,
             )  # fmt: skip
             scale = self.trainer.world_size
             self.log("enhancement/power_gap", parts.power)
@@ -196,9 +194,11 @@ class LoraDae(lightning.LightningModule):
         if self.stage == "decoder":
             return refining_loss(
                 unet, self.noise_scheduler, module, batch, null_text, draws, self.photos, self.decode, global_batch,
-                cfg.losses,
+                cfg.losses, self.encode,
             )  # fmt: skip
-        loss = texture_loss(unet, self.noise_scheduler, module, batch, null_text, draws, global_batch)
+        loss = texture_loss(
+            unet, self.noise_scheduler, module, batch, null_text, draws, global_batch, self.photos, self.encode
+        )
         self.log("enhancement/band_error", self._mean(loss))
         return loss
 

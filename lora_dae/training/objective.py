@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from lora_dae.backbone.pooled import pooled_width, with_sizes
 from lora_dae.config import ObjectiveConfig
 from lora_dae.diffusion import add_noise, alpha_sigma, min_snr_weight, snr, training_target
+
+Photos = Callable[[list[int], list[bool]], tuple[Tensor, Tensor | None]]  # sample numbers, which are mirrored
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,13 @@ def seeded(*parts: int) -> torch.Generator:
     for part in parts:
         value = (value * 6_364_136_223_846_793_005 + part + 1_442_695_040_888_963_407) % 2**63
     return torch.Generator().manual_seed(value)
+
+
+def photos_of(batch: dict[str, Tensor], photos: Photos) -> tuple[Tensor, Tensor | None]:
+    """Real and source photos of a batch, turned as its latents are."""
+    turned = batch.get("mirrored")
+    count = len(batch["latent_mean"])
+    return photos(batch["index"].tolist(), [False] * count if turned is None else turned.tolist())
 
 
 def to_device(drawn: Tensor, device: torch.device) -> Tensor:

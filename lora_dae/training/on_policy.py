@@ -24,8 +24,10 @@ from lora_dae.enhancement.gates import WINDOW
 from lora_dae.enhancement.hook import gate_inputs
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.enhancement.objective import OnPolicyLoss, on_policy_loss
+from lora_dae.enhancement.registration import Encode
 from lora_dae.sampling.loop import Conditions, Guidance, predict
 from lora_dae.sampling.schedulers import build_scheduler
+from lora_dae.training.objective import Photos, photos_of
 
 SOLVERS = ("ddim", "euler", "dpm++", "unipc")  # half of them of first order: only there the u part learns
 SOURCE_GUIDANCE = (1.0, 3.0)
@@ -87,13 +89,15 @@ def chain_loss(
     gather: Callable[[Tensor], Tensor] = lambda own: own,
     losses: Collection[str] = LOSSES,
     placement: str = "prediction",
+    photos: Photos | None = None,
+    encode: Encode | None = None,
 ) -> tuple[Tensor, OnPolicyLoss]:
     """Mean loss along one chain (with gradient into the module only), and its parts at the last state.
 
     ``placement=direction``: the chain is DDIM's, and its direction term is edited, as in drawing.
 
     ``gather`` makes what the loss compares, statistics of a batch, those of all processes' batches. ``losses``: as
-    ``on_policy_loss``.
+    ``on_policy_loss``. A module that registers sources needs ``photos`` of samples by number, and ``encode``.
     """
     direction = placement == "direction"
     scheduler = build_scheduler("ddim" if direction else chain.solver, base_scheduler)
@@ -101,6 +105,12 @@ def chain_loss(
     source = batch.get("source")
     # To the network zeros are no source, and with one scale for both the guidance is that of captions alone.
     shown = torch.zeros_like(source) if source is not None and chain.alone else source
+    placed = None
+    if module.preview is not None and source is not None and not chain.alone:
+        assert photos is not None and encode is not None
+        given = photos_of(batch, photos)[1]
+        assert given is not None
+        placed = module.registering(given, source, encode)
     conditions = Conditions(batch["text"], null_text, shown)
     prediction_type, sigma_space = base_scheduler.config.prediction_type, is_sigma_space(scheduler)
     sample = chain.noise * scheduler.init_noise_sigma
@@ -113,14 +123,18 @@ def chain_loss(
         alpha, sigma = current_level(scheduler, t)
         reached = next_level(scheduler, t)
         inputs = gate_inputs(scheduler, guided, t, sample, conditional)
-        change = module.evaluate(*inputs, direction=direction, source=None if chain.alone else source)
+        acts = alpha > sigma * math.exp(WINDOW[0])  # elsewhere the module is off
+        seen = None if chain.alone else source
+        if placed is not None:
+            seen = placed.at(inputs.x0, sigma / alpha) if acts else None
+        change = module.evaluate(*inputs, direction=direction, source=seen)
         assert change.log_gain is not None
         if direction:
             sample = scheduler.step(guided, t, sample).prev_sample + change.delta * reached[1]
         else:
             edit = x0_delta_to_output_delta(change.delta, alpha, sigma, prediction_type, sigma_space)
             sample = scheduler.step(guided + edit, t, sample).prev_sample
-        if alpha > sigma * math.exp(WINDOW[0]):  # elsewhere the module is off
+        if acts:
             there = add_noise(real, reference_noise, *reached)
             parts = on_policy_loss(gather(sample), there, gather(change.log_gain), losses=losses)
             of_steps.append(parts.total)

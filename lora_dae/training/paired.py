@@ -3,8 +3,12 @@
 Without a source this would be wrong: the error of a posterior mean cannot be lowered by putting texture back. The
 source photo holds what that mean averages away, so the plain paired error is a right target, and a gate that opens
 where the source does not belong pays for it at once. In a share of the batch the source is another sample's, and
-there every opened gate costs. The decoder stage learns after it and likewise in pixels, on decoded predictions near the
-end of a chain and on reconstructions, the latter without a source.
+there every opened gate costs. Registered sources (registration.py) need more: a network that reads nothing from
+photos that are not in place draws the right garment with a texture of its own, which no noised photo shows. So in
+most of those batches' pairs, where the moved source shows the garment, the noised photo has another sample's texture:
+what the gates see agrees in color only, as in a chain, and what they are to bring back is the photo's. The decoder
+stage learns after it and likewise in pixels, on decoded predictions near the end of a chain and on reconstructions,
+the latter without a source.
 """
 
 from __future__ import annotations
@@ -15,23 +19,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lora_dae.config import LOSSES, EnhancementConfig
 from lora_dae.diffusion import add_noise, alpha_sigma, half_log_snr, is_sigma_space, predict_x0, snr
 from lora_dae.enhancement.bands import local_log_energy, noise_variances, split_bands
 from lora_dae.enhancement.gates import WINDOW
 from lora_dae.enhancement.module import EnhancementModule
+from lora_dae.enhancement.registration import Encode, Preview, agreeing, move, register
 from lora_dae.sampling.loop import Conditions, Guidance, predict
-from lora_dae.training.objective import Denoised, to_device
+from lora_dae.training.objective import Denoised, Photos, photos_of, to_device
 from lora_dae.training.on_policy import draw_guidance
 
-Photos = Callable[[list[int], list[bool]], tuple[Tensor, Tensor | None]]  # sample numbers, which are mirrored
 Decode = Callable[[Tensor], Tensor]
 Gather = Callable[[Tensor], Tensor]
 # Constants, not the batch's own sizes, so that any number of processes trains the same.
 _FIDELITY_WEIGHT = 20.0  # bands of photos in [-1, 1] are about 0.05 large
 _ENERGY_WEIGHT = 0.05  # of local log energies: L1 alone would rather blur what it cannot place
 _EDGE_WEIGHT = 10.0
+_FOREIGN = 0.7  # share of the pairs with registered sources whose garment is noised with another one's texture
+_MISPLACED = (0.003, 0.003, 0.01, 0.01)  # spread of what is added to their motion: in a chain it is found less well
 LATE = 0.4  # share of the timesteps, from the clean end, whose predictions a decoder sees
 
 
@@ -46,6 +53,8 @@ class PairedDraws:
     wrong: Tensor  # bool: the module sees another sample's source
     guidance: Guidance
     turn: int  # number of the batch among those of all processes
+    foreign: Tensor | None = None  # of registered sources; bool: the garment is noised with another sample's texture
+    misplaced: Tensor | None = None  # of those; (B, 4), added to their motion
 
 
 def draw_paired(
@@ -70,14 +79,22 @@ def draw_paired(
     guidance = draw_guidance(cfg, shared, has_source=True)
     noise = torch.stack([torch.randn(shape, generator=own) for own in generators])
     chances = torch.stack([torch.rand(4, generator=own) for own in generators])
+    wrong = chances[:, 3] < cfg.wrong_source
+    foreign = misplaced = None
+    if cfg.registered:
+        more = torch.stack([torch.randn(4, generator=own) for own in generators]) * torch.tensor(_MISPLACED)
+        painted = torch.stack([torch.rand((), generator=own) for own in generators]) < _FOREIGN
+        foreign, misplaced = to_device(painted & ~wrong, device), to_device(more, device)
     return PairedDraws(
         noise=to_device(noise, device),
         timesteps=to_device(active[(chances[:, 0] * share * len(active)).long()], device),
         step_size=to_device(-(0.01 + 0.89 * chances[:, 1]).log(), device),
         first_order=to_device((chances[:, 2] < 0.5).float(), device),
-        wrong=to_device(chances[:, 3] < cfg.wrong_source, device),
+        wrong=to_device(wrong, device),
         guidance=guidance if guided else Guidance(),
         turn=turn,
+        foreign=foreign,
+        misplaced=misplaced,
     )
 
 
@@ -89,16 +106,28 @@ def texture_loss(
     null_text: Tensor,
     draws: PairedDraws,
     gather: Gather = lambda own: own,
+    photos: Photos | None = None,
+    encode: Encode | None = None,
 ) -> Tensor:
     """Errors of x0's bands, each in units of white noise, over those without the module: 1 where it does nothing.
 
     A share, for a step's errors grow with its guidance: else the strongest alone would be learned from. The network
-    sees the right source always: gates must learn to tell a wrong one from the image itself.
+    sees the right source always: gates must learn to tell a wrong one from the image itself. A module that registers
+    sources needs ``photos`` and ``encode``.
     """
     assert module.texture is not None
-    clean = batch["latent_mean"]
-    x0, x0_cond, alpha, sigma = _predicted(unet, scheduler, batch, null_text, draws)
-    given = swapped(batch["source"], draws.wrong, draws.turn, gather)
+    clean, shown = batch["latent_mean"], batch
+    if module.preview is None:
+        given = swapped(batch["source"], draws.wrong, draws.turn, gather)
+    else:
+        assert photos is not None and encode is not None and draws.foreign is not None
+        _, source = photos_of(batch, photos)
+        assert source is not None
+        given, _, agreed = _registered(module.preview, batch, source, draws, encode, gather)
+        others = swapped(clean, draws.foreign, draws.turn, gather) - clean
+        painted = clean + agreed * split_bands(others, module.levels)[0].sum(0)
+        shown = {**batch, "latent_mean": painted}
+    x0, x0_cond, alpha, sigma = _predicted(unet, scheduler, shown, null_text, draws)
     edited = x0 + module.blend(x0, x0_cond, given, alpha, sigma, draws.step_size, draws.first_order).delta
 
     def error(x: Tensor) -> Tensor:
@@ -147,29 +176,47 @@ def refining_loss(
     decode: Decode,
     gather: Gather = lambda own: own,
     losses: Collection[str] = LOSSES,
+    encode: Encode | None = None,
 ) -> Tensor:
     """The decoder stage's loss, on decoded predictions (with source texture, as it is) and on reconstructions.
 
     ``photos`` gives the real and source photos of samples by number, ``decode`` the images of latents. ``losses``: as
-    ``decoder_loss``.
+    ``decoder_loss``; ``encode``: for a module that registers sources.
     """
     clean = batch["latent_mean"]
-    turned = batch.get("mirrored")
-    real, source = photos(batch["index"].tolist(), [False] * len(clean) if turned is None else turned.tolist())
+    real, source = photos_of(batch, photos)
     if source is None:
         with torch.no_grad():
             decoded = decode(clean).float()
         return decoder_loss(module, decoded, real, None, losses)
-    given = swapped(batch["source"], draws.wrong, draws.turn, gather)
+    if module.preview is None:
+        given, seen = (swapped(x, draws.wrong, draws.turn, gather) for x in (batch["source"], source))
+    else:
+        assert encode is not None
+        given, seen, _ = _registered(module.preview, batch, source, draws, encode, gather)
     with torch.no_grad():
         x0, x0_cond, alpha, sigma = _predicted(unet, scheduler, batch, null_text, draws)
         if module.texture is not None:
             x0 = x0 + module.blend(x0, x0_cond, given, alpha, sigma, draws.step_size, draws.first_order).delta
         predicted, decoded = decode(torch.cat([x0, clean])).float().chunk(2)
     # Reconstructions without a source keep the stage right for text alone.
-    shown = swapped(source, draws.wrong, draws.turn, gather)
-    of_predictions = decoder_loss(module, predicted, real, shown, losses)
+    of_predictions = decoder_loss(module, predicted, real, seen, losses)
     return of_predictions + decoder_loss(module, decoded, real, None, losses)
+
+
+@torch.no_grad()
+def _registered(
+    preview: Preview, batch: dict[str, Tensor], source: Tensor, draws: PairedDraws, encode: Encode, gather: Gather
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sources that the module sees, moved to the real photos' garments: latents, photos; where (B, 1, h, w) they
+    show them, 0 to 1."""
+    assert draws.misplaced is not None
+    latents, shown = (swapped(x, draws.wrong, draws.turn, gather) for x in (batch["source"], source))
+    target, given = preview(batch["latent_mean"]), preview(latents)
+    motion = register(target, given)
+    agreed = functional.avg_pool2d((agreeing(target, given, motion) > 0.5).float(), 2)
+    moved = move(shown, motion + draws.misplaced)
+    return encode(moved).float(), moved, functional.avg_pool2d(agreed, 3, 1, 1)
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from lora_dae.data.captions import long_captions
 from lora_dae.data.module import PairDataModule
 from lora_dae.data.pair import PairDataset
 from lora_dae.enhancement.module import EnhancementModule, build_enhancement
+from lora_dae.enhancement.registration import Preview
 from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.evaluation.run import write_grid
 from lora_dae.sampling.draw import Drawer
@@ -34,18 +35,16 @@ from lora_dae.training import callbacks, together, tracking
 from lora_dae.training.compact import CompactState
 from lora_dae.training.distance import PhotoDistance
 from lora_dae.training.ema import EMACallback
-from lora_dae.training.module import LoraDae, NonFiniteLossError
+from lora_dae.training.ended import InterruptedRunError, NonFiniteLossError, PeerFailedError
+from lora_dae.training.module import LoraDae
 from lora_dae.training.prior import PRIOR_FILE, Prior
 from lora_dae.training.resume import STAGES, KeepOrigin, origin, run_dir_override
 from lora_dae.training.shortcuts import see_keys
 from lora_dae.training.trainer import adapter_steps, build_trainer, validation_interval
 
 console = Console()
+PREVIEWED = 64  # training pairs that small pictures of latents are fitted to
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-
-
-class InterruptedRunError(RuntimeError):
-    """Training was stopped by Ctrl-C after writing a checkpoint."""
 
 
 class Training:
@@ -104,8 +103,9 @@ class Training:
         round_frozen(backbone.unet, self.precision)
         text = self._text_with_words()
         self.module = LoraDae(
-            backbone, cfg, self.enhancement, null, "adapter", self.words, text, self._photos, backbone.decode
-        )
+            backbone, cfg, self.enhancement, null, "adapter", self.words, text, self._photos, backbone.decode,
+            self._encode_photos,
+        )  # fmt: skip
         self.loggers: list[Any] = []
         if self.rank == 0:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -161,6 +161,18 @@ class Training:
             mean, std = self.backbone.encode_images(images)
         return mean.float(), std.float()
 
+    def _encode_photos(self, photos: Tensor) -> Tensor:
+        """Latents of photos (B, 3, H, W) in [0, 1]."""
+        return self._encode_images((photos * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())[0]
+
+    def _fit_preview(self, preview: Preview) -> None:
+        """On the same training photos in every process, and again where a checkpoint goes on: it is no weight."""
+        train = self.splits["train"]
+        pairs = (train[i] for i in range(0, len(train), max(1, len(train) // PREVIEWED)))
+        photos = (image for pair in pairs for image in (pair.image, pair.source) if image is not None)
+        as_tensors = (torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255 for image in photos)
+        preview.fit((self._encode_photos(photo), photo.to(self.device)) for photo in as_tensors)
+
     def _photos(self, indices: list[int], mirrored: list[bool]) -> tuple[Tensor, Tensor | None]:
         """Real photos and source photos of training samples, (B, 3, H, W) in [0, 1], on the training device."""
         found = [self.splits["train"][i] for i in indices]
@@ -174,6 +186,8 @@ class Training:
 
     def fit(self, checkpoints: dict[str, Path]) -> None:
         """Adapter first, then the enhancement on its averaged weights: the gain last, on what all else does."""
+        if self.enhancement is not None and self.enhancement.preview is not None:
+            self._fit_preview(self.enhancement.preview)
         planned = planned_stages(self.cfg, self.enhancement)
         names = [name for name, *_ in planned]
         reached = max((names.index(name) for name in checkpoints if name in names), default=0)
@@ -233,7 +247,7 @@ class Training:
             raise
         except Exception as error:
             if stop.first:
-                raise together.PeerFailedError(stop.first) from error
+                raise PeerFailedError(stop.first) from error
             raise
         if interrupt.interrupted:
             raise InterruptedRunError(

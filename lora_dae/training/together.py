@@ -19,10 +19,6 @@ POLL = 0.5  # seconds between looks at the store
 GRACE = 5.0  # seconds that a rank has to notice by itself, before it is ended
 
 
-class PeerFailedError(RuntimeError):
-    """Another process of this run failed; the message names it and its error."""
-
-
 def world_size() -> int:
     """Processes that train together; 1 before and after that."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
