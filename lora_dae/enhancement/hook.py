@@ -241,7 +241,8 @@ def _is_idle(scheduler: Any, timestep: Any) -> bool:
 def _edit_output(scheduler: Any, enhancement: Enhancement, inputs: GateInputs, model_output: Tensor) -> Tensor:
     trust, source = for_images(enhancement.trust, inputs.x0), enhancement.source
     if isinstance(source, RegisteredSource):
-        source = source.at(inputs.x0, inputs.sigma / max(inputs.alpha, 1e-6))
+        placed, source = source, source.at(inputs.x0, inputs.sigma / max(inputs.alpha, 1e-6))
+        trust = placed.trusted(trust)
     else:
         source = for_images(source, inputs.x0)
     delta = _module_on(enhancement, inputs.x0.device)(*inputs, source=source, trust=trust) * enhancement.strength

@@ -22,7 +22,7 @@ from lora_dae.enhancement.bands import local_log_energy, split_bands
 from lora_dae.enhancement.gates import NOISE_FEATURES, BandGain, NoiseStep, Observed, noise_step, observe
 from lora_dae.enhancement.match import Match, warp
 from lora_dae.enhancement.registration import Encode, Preview, RegisteredSource
-from lora_dae.enhancement.texture import Blend, SourceTexture
+from lora_dae.enhancement.texture import Blend, SourceTexture, in_places
 
 PIXEL_GAIN = 0.405  # log(1.5)
 _REFINED = 2**22  # numbers of pictures in pixels that are worked on at once: one of 1,024 pixels, 85 of 128
@@ -125,8 +125,8 @@ class EnhancementModule(nn.Module):
     ) -> Edit:
         """Arguments as ``gates.observe`` and ``gates.noise_step``.
 
-        ``source``: latents of the source photos (B, C, H, W), scaled as ``x0``; ``trust`` (B,) in each of them, as
-        ``trust`` says; None = whole.
+        ``source``: latents of the source photos (B, C, H, W), scaled as ``x0``; ``trust`` in each of them, (B,), as
+        ``trust`` says, or (B, 1, h, w) in its places; None = whole.
         """
         delta, log_gain, gates, match = torch.zeros_like(x0, dtype=torch.float32), None, None, None
         step = noise_step(alpha, sigma, h, first_order, x0.device)
@@ -203,7 +203,7 @@ class EnhancementModule(nn.Module):
             log_gains = finest_log_gains(finest, shown, match, self.finest_log_gain)
             louder = torch.expm1(log_gains)[:, None] * finest[0]
             louder = louder - louder.mean((2, 3), keepdim=True)  # its zero mean, which a gain in space has moved
-            delta = delta + (louder if trust is None else louder * trust.to(louder).view(-1, 1, 1, 1))
+            delta = delta + (louder if trust is None else louder * in_places(trust, louder))
         return (images.float() + 0.5 * strength * delta).clamp(0, 1).to(images.dtype)
 
     @torch.no_grad()

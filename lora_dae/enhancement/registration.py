@@ -29,6 +29,7 @@ _FAR_COSTS = 0.005
 _SEARCHES = (((0.03, 0.02, 0.06, 0.02), 4), ((0.01, 0.01, 0.02, 0.01), 6))
 _ALIKE = 0.05  # squared color distance, in shares of how far the source's subject is from its background
 _NEAR = 0.15  # the same, from afar, where a place counts as showing what the source shows
+_SUBJECT, _NOT_OTHERS = 0.25, 0.1  # salience of a picture's subject; how well it has to agree at least
 _EPS = 1e-8
 
 Encode = Callable[[Tensor], Tensor]  # photos (B, 3, H, W) in [0, 1] -> latents (B, C, h, w)
@@ -78,6 +79,7 @@ class RegisteredSource:
     def __init__(self, preview: Preview, photos: Tensor, latents: Tensor, encode: Encode) -> None:
         self.preview, self.photos, self.latents, self.encode = preview, photos, latents, encode
         self.moved, self.motion = photos, latents.new_zeros(len(photos), 4)
+        self.shown = latents.new_zeros(len(photos), 1, *latents.shape[2:])
         self._carried, self._level = latents, -1.0
 
     @torch.no_grad()
@@ -89,10 +91,17 @@ class RegisteredSource:
             photos, latents = for_images(self.photos, x0), for_images(self.latents, x0)
             assert photos is not None and latents is not None
             with torch.autocast(x0.device.type, enabled=False):
-                self.motion = register(self.preview(x0), self.preview(latents))
+                target, given = self.preview(x0), self.preview(latents)
+                self.motion = register(target, given)
+                self.shown = shown_where(target, given, self.motion)
                 self.moved = (move(photos, self.motion) * 255).round() / 255  # as photos are
                 self._carried = self.encode(self.moved).float().to(x0.device)
         return self._carried
+
+    def trusted(self, trust: Tensor | None) -> Tensor:
+        """Where the moved photos are to be trusted, (B, 1, h, w); ``trust`` (B,) in each of them, None = whole."""
+        trust = for_images(trust, self.shown)
+        return self.shown if trust is None else self.shown * trust.view(-1, 1, 1, 1)
 
     def match(self, x0: Tensor) -> Match:
         """The present motion in the places of ``x0``, and where the photos from afar show what it shows."""
@@ -152,6 +161,21 @@ def move(photos: Tensor, motion: Tensor) -> Tensor:
     return warp(photos, flow(motion.to(photos), *photos.shape[2:]), "bicubic").clamp(0, 1)
 
 
+def shown_where(target: Tensor, source: Tensor, motion: Tensor) -> Tensor:
+    """(B, 1, h / 2, w / 2), 0 to 1: where the moved ``source`` may be trusted, with soft borders.
+
+    Where ``target`` has a subject too, of colors that are not quite others: not the arms of a mannequin in another pose
+    beside the drawn model's.
+    """
+    subject = _salience(_blur(target))[0] > _SUBJECT
+    return _softened(subject & (agreeing(target, source, motion) > _NOT_OTHERS))
+
+
+def surely_shown(target: Tensor, source: Tensor, motion: Tensor) -> Tensor:
+    """The same, where colors agree well."""
+    return _softened(agreeing(target, source, motion) > 0.5)
+
+
 def agreeing(target: Tensor, source: Tensor, motion: Tensor) -> Tensor:
     """(B, 1, h, w), 0 to 1: where the moved ``source`` shows its subject, and ``target`` the same colors from afar."""
     full, (target, source) = target.shape[2:], (_at_most(x, SIDE) for x in (target, source))
@@ -160,6 +184,11 @@ def agreeing(target: Tensor, source: Tensor, motion: Tensor) -> Tensor:
     gap = (_blur(_blur(target, 5), 5) - _blur(_blur(moved[:, :-1], 5), 5)).square().sum(1, keepdim=True)
     agreed = _NEAR * spread / (gap + _NEAR * spread) * moved[:, -1:]
     return agreed if agreed.shape[2:] == full else functional.interpolate(agreed, full, mode="bilinear")
+
+
+def _softened(places: Tensor) -> Tensor:
+    """(B, 1, h, w), bool, on half the sides."""
+    return functional.avg_pool2d(functional.avg_pool2d(places.float(), 2), 3, 1, 1)
 
 
 def _columns(latents: Tensor) -> Tensor:

@@ -77,8 +77,8 @@ class SourceTexture(nn.Module):
     ) -> Blend:
         """Edit ``x`` (B, C, H, W) by ``source`` (the same shape, or None); ``conditions`` (B or 1, n).
 
-        ``trust`` (B,) in each source, 0 to 1: a source that is not trusted counts as none; None = whole. ``seen``: what
-        has been observed of ``x``; a ``guided`` one needs it.
+        ``trust`` (B,) in each source, 0 to 1, or (B, 1, h, w) place by place: a source that is not trusted counts as
+        none; None = whole. ``seen``: what has been observed of ``x``; a ``guided`` one needs it.
         """
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
@@ -96,7 +96,7 @@ class SourceTexture(nn.Module):
                     carried, carried_rest = split_bands(warp(source, match.flow), self.levels)
                 sure, flag = match.confidence, torch.ones_like(flag)
                 if trust is not None:
-                    share = trust.view(-1, 1, 1, 1)
+                    share = in_places(trust, x)
                     carried, carried_rest = torch.lerp(own, carried, share), torch.lerp(rest, carried_rest, share)
                     sure, flag = sure * share, flag * share
             gaps = carried - own
@@ -129,6 +129,13 @@ class SourceTexture(nn.Module):
             scale, shift = self.film(conditions)[:, :, None, None].chunk(2, dim=1)
             hidden = hidden * (1 + scale) + shift
         return pointwise(self.output, functional.silu(hidden))
+
+
+def in_places(trust: Tensor, x: Tensor) -> Tensor:
+    """``trust`` (B,) or (B, 1, h, w) for ``x`` (B, C, H, W): (B, 1, 1, 1), or (B, 1, H, W), linear between places."""
+    if trust.ndim == 1 or trust.shape[2:] == x.shape[2:]:
+        return trust.to(x).view(len(x), 1, *(trust.shape[2:] or (1, 1)))
+    return functional.interpolate(trust.to(x), x.shape[2:], mode="bilinear")
 
 
 def _mixed(own: Tensor, gaps: Tensor, gates: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from lora_dae.enhancement.gates import WINDOW
 from lora_dae.enhancement.hook import GateInputs, enhance_scheduler, gate_inputs
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.enhancement.registration import RegisteredSource
-from lora_dae.enhancement.texture import Blend
+from lora_dae.enhancement.texture import Blend, in_places
 from lora_dae.evaluation.heldout import HeldOut
 from lora_dae.evaluation.report.plots import INK, PALETTE, STYLE
 from lora_dae.sampling.draw import FRESH, as_photos
@@ -284,10 +284,12 @@ def _blended(
 ) -> tuple[Blend, Tensor]:
     """What source texture does there, and the finest band's gate (N, h, w), with what the captions say."""
     trust = module.trust(text, source)
-    source = source if placed is None else placed.at(step.x0, step.sigma / step.alpha)
+    if placed is not None:
+        source = placed.at(step.x0, step.sigma / step.alpha)
+        trust = placed.trusted(trust)
     blend = module.blend(step.x0, step.x0_cond, source, step.alpha, step.sigma, step.h, step.first_order, trust)
     assert blend.gates is not None
-    return blend, blend.gates[:, 0] if trust is None else blend.gates[:, 0] * trust.view(-1, 1, 1)
+    return blend, blend.gates[:, 0] if trust is None else (blend.gates[:, :1] * in_places(trust, blend.gates))[:, 0]
 
 
 def told_apart(own: Tensor, other: Tensor) -> dict[str, float]:

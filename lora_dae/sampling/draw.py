@@ -72,6 +72,7 @@ class Drawer:
                     list(captions[at]), some, strength, list(indices[at]), kept, noised
                 )
                 shown = as_photos(some) if placed is None else placed.moved
+                trust = trust if placed is None else placed.trusted(trust)
                 decoded = self.backbone.decode(latents, self.cfg.tiled_decode)
                 pictures = self._method().picture(_bytes(self._refined(decoded, shown, strength, trust)))
                 out.append(pictures if kept is None else kept.finished(pictures, _bytes(decoded)))

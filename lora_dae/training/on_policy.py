@@ -124,10 +124,10 @@ def chain_loss(
         reached = next_level(scheduler, t)
         inputs = gate_inputs(scheduler, guided, t, sample, conditional)
         acts = alpha > sigma * math.exp(WINDOW[0])  # elsewhere the module is off
-        seen = None if chain.alone else source
+        seen, trust = None if chain.alone else source, None
         if placed is not None:
-            seen = placed.at(inputs.x0, sigma / alpha) if acts else None
-        change = module.evaluate(*inputs, direction=direction, source=seen)
+            seen, trust = (placed.at(inputs.x0, sigma / alpha), placed.trusted(None)) if acts else (None, None)
+        change = module.evaluate(*inputs, direction=direction, source=seen, trust=trust)
         assert change.log_gain is not None
         if direction:
             sample = scheduler.step(guided, t, sample).prev_sample + change.delta * reached[1]

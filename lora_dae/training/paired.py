@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lora_dae.config import LOSSES, EnhancementConfig
 from lora_dae.diffusion import add_noise, alpha_sigma, half_log_snr, is_sigma_space, predict_x0, snr
 from lora_dae.enhancement.bands import local_log_energy, noise_variances, split_bands
 from lora_dae.enhancement.gates import WINDOW
 from lora_dae.enhancement.module import EnhancementModule
-from lora_dae.enhancement.registration import Encode, Preview, agreeing, move, register
+from lora_dae.enhancement.registration import Encode, Preview, move, register, shown_where, surely_shown
 from lora_dae.sampling.loop import Conditions, Guidance, predict
 from lora_dae.training.objective import Denoised, Photos, photos_of, to_device
 from lora_dae.training.on_policy import draw_guidance
@@ -116,19 +115,19 @@ def texture_loss(
     sources needs ``photos`` and ``encode``.
     """
     assert module.texture is not None
-    clean, shown = batch["latent_mean"], batch
+    clean, shown, trust = batch["latent_mean"], batch, None
     if module.preview is None:
         given = swapped(batch["source"], draws.wrong, draws.turn, gather)
     else:
         assert photos is not None and encode is not None and draws.foreign is not None
         _, source = photos_of(batch, photos)
         assert source is not None
-        given, _, agreed = _registered(module.preview, batch, source, draws, encode, gather)
+        given, _, trust, sure = _registered(module.preview, batch, source, draws, encode, gather)
         others = swapped(clean, draws.foreign, draws.turn, gather) - clean
-        painted = clean + agreed * split_bands(others, module.levels)[0].sum(0)
+        painted = clean + sure * split_bands(others, module.levels)[0].sum(0)
         shown = {**batch, "latent_mean": painted}
     x0, x0_cond, alpha, sigma = _predicted(unet, scheduler, shown, null_text, draws)
-    edited = x0 + module.blend(x0, x0_cond, given, alpha, sigma, draws.step_size, draws.first_order).delta
+    edited = x0 + module.blend(x0, x0_cond, given, alpha, sigma, draws.step_size, draws.first_order, trust).delta
 
     def error(x: Tensor) -> Tensor:
         bands = split_bands(x - clean, module.levels)[0]
@@ -189,34 +188,36 @@ def refining_loss(
         with torch.no_grad():
             decoded = decode(clean).float()
         return decoder_loss(module, decoded, real, None, losses)
+    trust = None
     if module.preview is None:
         given, seen = (swapped(x, draws.wrong, draws.turn, gather) for x in (batch["source"], source))
     else:
         assert encode is not None
-        given, seen, _ = _registered(module.preview, batch, source, draws, encode, gather)
+        given, seen, trust, _ = _registered(module.preview, batch, source, draws, encode, gather)
     with torch.no_grad():
         x0, x0_cond, alpha, sigma = _predicted(unet, scheduler, batch, null_text, draws)
         if module.texture is not None:
-            x0 = x0 + module.blend(x0, x0_cond, given, alpha, sigma, draws.step_size, draws.first_order).delta
+            blend = module.blend(x0, x0_cond, given, alpha, sigma, draws.step_size, draws.first_order, trust)
+            x0 = x0 + blend.delta
         predicted, decoded = decode(torch.cat([x0, clean])).float().chunk(2)
     # Reconstructions without a source keep the stage right for text alone.
-    of_predictions = decoder_loss(module, predicted, real, seen, losses)
+    of_predictions = decoder_loss(module, predicted, real, seen, losses, trust)
     return of_predictions + decoder_loss(module, decoded, real, None, losses)
 
 
 @torch.no_grad()
 def _registered(
     preview: Preview, batch: dict[str, Tensor], source: Tensor, draws: PairedDraws, encode: Encode, gather: Gather
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sources that the module sees, moved to the real photos' garments: latents, photos; where (B, 1, h, w) they
-    show them, 0 to 1."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sources that the module sees, moved to the real photos' garments: latents, photos, where (B, 1, h, w) they are
+    to be trusted, and where they surely show the same."""
     assert draws.misplaced is not None
-    latents, shown = (swapped(x, draws.wrong, draws.turn, gather) for x in (batch["source"], source))
+    latents, photos = (swapped(x, draws.wrong, draws.turn, gather) for x in (batch["source"], source))
     target, given = preview(batch["latent_mean"]), preview(latents)
     motion = register(target, given)
-    agreed = functional.avg_pool2d((agreeing(target, given, motion) > 0.5).float(), 2)
-    moved = move(shown, motion + draws.misplaced)
-    return encode(moved).float(), moved, functional.avg_pool2d(agreed, 3, 1, 1)
+    moved = move(photos, motion + draws.misplaced)
+    trust, sure = shown_where(target, given, motion), surely_shown(target, given, motion)
+    return encode(moved).float(), moved, trust, sure
 
 
 @torch.no_grad()
@@ -240,6 +241,7 @@ def decoder_loss(
     real: Tensor,
     source: Tensor | None,
     losses: Collection[str] = LOSSES,
+    trust: Tensor | None = None,
 ) -> Tensor:
     """L1 of the bands, of their local log energies and of edges; images (B, 3, H, W) in [0, 1].
 
@@ -247,7 +249,7 @@ def decoder_loss(
     """
     assert module.decoder is not None
     x, target = decoded * 2 - 1, real * 2 - 1
-    edited = x + module.decoder(x, None if source is None else source * 2 - 1).delta
+    edited = x + module.decoder(x, None if source is None else source * 2 - 1, trust=trust).delta
     bands, true = (split_bands(image, module.levels)[0] for image in (edited, target))
     fidelity = torch.stack([(b - t).abs().mean() for b, t in zip(bands, true, strict=True)]).sum()
     total = _FIDELITY_WEIGHT * fidelity
