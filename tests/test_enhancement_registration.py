@@ -120,6 +120,37 @@ def test_photos_are_moved_once_in_a_chain_and_again_in_the_next(preview: Preview
     assert len(encoded) == 2 and not torch.equal(encoded[0], encoded[1])
 
 
+def test_a_photo_is_trusted_where_the_picture_has_its_subject_in_no_other_colors(preview: Preview) -> None:
+    """Not beside it, where another pose would leave the mannequin's arms."""
+    photos, ground = garments(torch.ones(3)), torch.tensor([0.9, 0.7, 0.8])
+    photos[:, :, 20:44, 50:56] = torch.tensor([0.6, 0.5, 0.4]).view(3, 1, 1)  # an arm
+    drawn = garments(ground)
+    source = RegisteredSource(preview, photos, blocks(photos), blocks)
+    assert not source.trusted(None).any()  # nothing has been placed
+    source.at(blocks(drawn), 3.0)
+    shown = source.trusted(None)
+    assert shown.shape == (4, 1, 16, 16) and shown.max() <= 1
+    assert shown[:, :, 6:10, 6:10].min() > 0.9 and shown[:, :, 5:11, 12:].max() < 0.2
+    assert torch.equal(source.trusted(torch.tensor([0.5])), shown / 2)
+    pale = torch.lerp(garments(torch.ones(3)), torch.ones(()), 0.7)
+    another = RegisteredSource(preview, pale, blocks(pale), blocks)
+    another.at(blocks(drawn), 3.0)
+    assert another.trusted(None).max() < 0.1
+
+
+@pytest.mark.parametrize("side", [16, 32])
+def test_texture_stays_out_where_a_photo_is_not_trusted(side: int) -> None:
+    x, source, texture = smooth(0), smooth(1), SourceTexture(4, registered=True)
+    x, source = (functional.interpolate(latents, (32, 32)) for latents in (x, source))
+    opened(texture)
+    everywhere = texture(x, source).delta
+    trust = torch.zeros(len(x), 1, side, side)
+    trust[:, :, :, side // 2 :] = 1
+    with torch.no_grad():
+        half = texture(x, source, trust=trust).delta
+    assert half[..., :8].abs().max() < 0.05 * everywhere.abs().max() < half[..., 24:].abs().max()
+
+
 def test_a_scheduler_moves_the_photo_before_it_lets_it_in(preview: Preview) -> None:
     module = EnhancementModule(max_log_gain=0.0, source_channels=48, registered=True).requires_grad_(False)
     module.preview.weight.copy_(preview.weight)

@@ -164,8 +164,8 @@ def move(photos: Tensor, motion: Tensor) -> Tensor:
 def shown_where(target: Tensor, source: Tensor, motion: Tensor) -> Tensor:
     """(B, 1, h / 2, w / 2), 0 to 1: where the moved ``source`` may be trusted, with soft borders.
 
-    Where ``target`` has a subject too, of colors that are not quite others: not the arms of a mannequin in another pose
-    beside the drawn model's.
+    Where ``target`` has a subject too (not beside it, where a mannequin in another pose has its arms), and its colors
+    are no farther from the source's than that one's subject is from its background, about.
     """
     subject = _salience(_blur(target))[0] > _SUBJECT
     return _softened(subject & (agreeing(target, source, motion) > _NOT_OTHERS))

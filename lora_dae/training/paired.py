@@ -209,8 +209,8 @@ def refining_loss(
 def _registered(
     preview: Preview, batch: dict[str, Tensor], source: Tensor, draws: PairedDraws, encode: Encode, gather: Gather
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sources that the module sees, moved to the real photos' garments: latents, photos, where (B, 1, h, w) they are
-    to be trusted, and where they surely show the same."""
+    """The sources that the module sees, moved to the real photos' garments: latents, photos, where (B, 1, h, w)
+    they are to be trusted, and where they surely show the same."""
     assert draws.misplaced is not None
     latents, photos = (swapped(x, draws.wrong, draws.turn, gather) for x in (batch["source"], source))
     target, given = preview(batch["latent_mean"]), preview(latents)
