@@ -154,6 +154,28 @@ def test_a_run_that_was_killed_in_a_later_stage_is_the_straight_run(
     assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in expected)
 
 
+def test_a_killed_run_whose_sources_are_registered_is_the_straight_run(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What makes small pictures of latents is in no checkpoint: it is fitted again."""
+    options = ("enhancement=registered", "data.difficulty=shifted", *STAGES)
+    training.train(make(*options, name="whole"))
+    original = LoraDae.training_step
+
+    def dies(self: LoraDae, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        assert self.stage != "decoder" or self.global_step < 1
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(LoraDae, "training_step", dies)
+    with pytest.raises(AssertionError):
+        training.train(make(*options))
+    monkeypatch.setattr(LoraDae, "training_step", original)
+    training.train(make(*options, "ckpt_path=last"))
+    found, expected = (weights(Path(make(name=name).run_dir)) for name in ("run", "whole"))
+    assert "enhancement.safetensors:preview.weight" in found and found.keys() == expected.keys()
+    assert all(torch.equal(found[k], expected[k]) for k in expected)
+
+
 def test_a_training_goes_on_with_the_data_that_it_had(
     tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
