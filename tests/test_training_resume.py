@@ -46,6 +46,17 @@ def straight(tiny_backbone: Path, cache: Path, tmp_path_factory: pytest.TempPath
     return run_dir
 
 
+def killed_in(stage: str) -> Callable[..., torch.Tensor]:
+    """A training step that dies in a stage's second."""
+    original = LoraDae.training_step
+
+    def dies(self: LoraDae, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        assert self.stage != stage or self.global_step < 1
+        return original(self, batch, batch_idx)
+
+    return dies
+
+
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     files = sorted((run_dir / "adapter").rglob("*.safetensors"))
     return {f"{f.name}:{k}": v for f in files for k, v in load_file(f).items()}
@@ -136,15 +147,11 @@ def test_a_run_that_was_killed_in_a_later_stage_is_the_straight_run(
 ) -> None:
     original, steps = LoraDae.training_step, []
 
-    def dies(self: LoraDae, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        assert self.stage != stage or self.global_step < 1
-        return original(self, batch, batch_idx)
-
     def counts(self: LoraDae, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         steps.append((self.stage, self.global_step))
         return original(self, batch, batch_idx)
 
-    monkeypatch.setattr(LoraDae, "training_step", dies)
+    monkeypatch.setattr(LoraDae, "training_step", killed_in(stage))
     with pytest.raises(AssertionError):
         training.train(make(*STAGES))
     monkeypatch.setattr(LoraDae, "training_step", counts)
@@ -161,12 +168,7 @@ def test_a_killed_run_whose_sources_are_registered_is_the_straight_run(
     options = ("enhancement=registered", "data.difficulty=shifted", *STAGES)
     training.train(make(*options, name="whole"))
     original = LoraDae.training_step
-
-    def dies(self: LoraDae, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        assert self.stage != "decoder" or self.global_step < 1
-        return original(self, batch, batch_idx)
-
-    monkeypatch.setattr(LoraDae, "training_step", dies)
+    monkeypatch.setattr(LoraDae, "training_step", killed_in("decoder"))
     with pytest.raises(AssertionError):
         training.train(make(*options))
     monkeypatch.setattr(LoraDae, "training_step", original)
