@@ -127,11 +127,13 @@ def test_a_photo_is_trusted_where_the_picture_has_its_subject_in_no_other_colors
     drawn = garments(ground)
     source = RegisteredSource(preview, photos, blocks(photos), blocks)
     assert not source.trusted(None).any()  # nothing has been placed
+    one = RegisteredSource(preview, photos[:1], blocks(photos[:1]), blocks)
+    assert one.trusted(torch.ones(2)).shape == (2, 1, 16, 16) and one.trusted(torch.ones(1)).shape == (1, 1, 16, 16)
     source.at(blocks(drawn), 3.0)
     shown = source.trusted(None)
     assert shown.shape == (4, 1, 16, 16) and shown.max() <= 1
     assert shown[:, :, 6:10, 6:10].min() > 0.9 and shown[:, :, 5:11, 12:].max() < 0.2
-    assert torch.equal(source.trusted(torch.tensor([0.5])), shown / 2)
+    assert all(torch.equal(source.trusted(torch.full((count,), 0.5)), shown / 2) for count in (1, 4))
     pale = torch.lerp(garments(torch.ones(3)), torch.ones(()), 0.7)
     another = RegisteredSource(preview, pale, blocks(pale), blocks)
     another.at(blocks(drawn), 3.0)

@@ -29,7 +29,8 @@ _FAR_COSTS = 0.005
 _SEARCHES = (((0.03, 0.02, 0.06, 0.02), 4), ((0.01, 0.01, 0.02, 0.01), 6))
 _ALIKE = 0.05  # squared color distance, in shares of how far the source's subject is from its background
 _NEAR = 0.15  # the same, from afar, where a place counts as showing what the source shows
-_SUBJECT, _NOT_OTHERS = 0.25, 0.1  # salience of a picture's subject; how well it has to agree at least
+_SUBJECT = 0.25  # salience of a picture's subject
+_NOT_OTHERS, _SURE = 0.1, 0.5  # how well places agree that may be trusted; that surely show the same
 _EPS = 1e-8
 
 Encode = Callable[[Tensor], Tensor]  # photos (B, 3, H, W) in [0, 1] -> latents (B, C, h, w)
@@ -93,15 +94,19 @@ class RegisteredSource:
             with torch.autocast(x0.device.type, enabled=False):
                 target, given = self.preview(x0), self.preview(latents)
                 self.motion = register(target, given)
-                self.shown = shown_where(target, given, self.motion)
+                self.shown = shown_where(target, agreeing(target, given, self.motion))[0]
                 self.moved = (move(photos, self.motion) * 255).round() / 255  # as photos are
                 self._carried = self.encode(self.moved).float().to(x0.device)
         return self._carried
 
     def trusted(self, trust: Tensor | None) -> Tensor:
         """Where the moved photos are to be trusted, (B, 1, h, w); ``trust`` (B,) in each of them, None = whole."""
-        trust = for_images(trust, self.shown)
-        return self.shown if trust is None else self.shown * trust.view(-1, 1, 1, 1)
+        if trust is None:
+            return self.shown
+        each = max(self.shown, trust, key=len)  # a source of several images that has not been placed is one still
+        shown, share = for_images(self.shown, each), for_images(trust, each)
+        assert shown is not None and share is not None
+        return shown * share.view(-1, 1, 1, 1)
 
     def match(self, x0: Tensor) -> Match:
         """The present motion in the places of ``x0``, and where the photos from afar show what it shows."""
@@ -161,19 +166,15 @@ def move(photos: Tensor, motion: Tensor) -> Tensor:
     return warp(photos, flow(motion.to(photos), *photos.shape[2:]), "bicubic").clamp(0, 1)
 
 
-def shown_where(target: Tensor, source: Tensor, motion: Tensor) -> Tensor:
-    """(B, 1, h / 2, w / 2), 0 to 1: where the moved ``source`` may be trusted, with soft borders.
+def shown_where(target: Tensor, agreed: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a moved source may be trusted, and where it surely shows the same: (B, 1, h / 2, w / 2), 0 to 1.
 
-    Where ``target`` has a subject too (not beside it, where a mannequin in another pose has its arms), and its colors
-    are no farther from the source's than that one's subject is from its background, about.
+    By how well it is ``agreed`` (B, 1, h, w) with ``target``; borders are soft. It may be trusted where the target has
+    a subject too (not beside it, where a mannequin in another pose has its arms), and colors are no farther off
+    than the source's subject is from its background, about.
     """
     subject = _salience(_blur(target))[0] > _SUBJECT
-    return _softened(subject & (agreeing(target, source, motion) > _NOT_OTHERS))
-
-
-def surely_shown(target: Tensor, source: Tensor, motion: Tensor) -> Tensor:
-    """The same, where colors agree well."""
-    return _softened(agreeing(target, source, motion) > 0.5)
+    return _softened(subject & (agreed > _NOT_OTHERS)), _softened(agreed > _SURE)
 
 
 def agreeing(target: Tensor, source: Tensor, motion: Tensor) -> Tensor:

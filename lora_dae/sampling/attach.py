@@ -230,9 +230,9 @@ def _refined(
         result = plain(*args, **kwargs)
         images = result[0].float() / 2 + 0.5
         photos = source.moved if isinstance(source, RegisteredSource) else source
-        shown = None if photos is None else photos.repeat_interleave(len(images) // len(photos), dim=0)
         trusted = source.trusted(trust.value) if isinstance(source, RegisteredSource) else trust.value
-        refined = (module.refine(images.clamp(0, 1), shown, strength, trusted) * 2 - 1).to(result[0].dtype)
+        photos, trusted = for_images(photos, images), for_images(trusted, images)
+        refined = (module.refine(images.clamp(0, 1), photos, strength, trusted) * 2 - 1).to(result[0].dtype)
         return (refined, *result[1:]) if isinstance(result, tuple) else type(result)(sample=refined)
 
     pipe.vae.decode = decode

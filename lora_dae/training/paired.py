@@ -25,7 +25,7 @@ from lora_dae.diffusion import add_noise, alpha_sigma, half_log_snr, is_sigma_sp
 from lora_dae.enhancement.bands import local_log_energy, noise_variances, split_bands
 from lora_dae.enhancement.gates import WINDOW
 from lora_dae.enhancement.module import EnhancementModule
-from lora_dae.enhancement.registration import Encode, Preview, move, register, shown_where, surely_shown
+from lora_dae.enhancement.registration import Encode, Preview, agreeing, move, register, shown_where
 from lora_dae.sampling.loop import Conditions, Guidance, predict
 from lora_dae.training.objective import Denoised, Photos, photos_of, to_device
 from lora_dae.training.on_policy import draw_guidance
@@ -216,8 +216,7 @@ def _registered(
     target, given = preview(batch["latent_mean"]), preview(latents)
     motion = register(target, given)
     moved = move(photos, motion + draws.misplaced)
-    trust, sure = shown_where(target, given, motion), surely_shown(target, given, motion)
-    return encode(moved).float(), moved, trust, sure
+    return encode(moved).float(), moved, *shown_where(target, agreeing(target, given, motion))
 
 
 @torch.no_grad()
