@@ -10,6 +10,7 @@ import argparse
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
@@ -19,10 +20,12 @@ from benchmarks.timing import interleaved, show
 from lora_dae.backbone.allocator import keep_freed_memory
 from lora_dae.backbone.load import load_backbone
 from lora_dae.backbone.studio.autoencoder import LATENT_CHANNELS
-from lora_dae.config import BackboneConfig
+from lora_dae.config import BackboneConfig, SamplingConfig
 from lora_dae.data.studio.attributes import draw_look
 from lora_dae.data.studio.scene import photo
 from lora_dae.enhancement.module import EnhancementModule
+from lora_dae.enhancement.registration import register
+from lora_dae.sampling.draw import Drawer, as_photos
 
 
 def studio_unet() -> UNet2DConditionModel:
@@ -72,6 +75,40 @@ def enhancement(repeats: int) -> dict[str, float]:
     return result
 
 
+def registration(repeats: int) -> dict[str, float]:
+    """To register a picture's source photo, once in a chain, against one UNet call: the search, and all of it.
+
+    All: previews, the search, the photo moved and encoded again. Studio, 32 pictures.
+    """
+    keep_freed_memory()
+    unet, backbone = studio_unet().requires_grad_(False).eval(), load_backbone(BackboneConfig())
+    photos = np.stack([photo(draw_look(0, i, "target"), 0, i, 128) for i in range(32)])
+    module = EnhancementModule(source_channels=LATENT_CHANNELS, registered=True)
+    text = torch.randn(len(photos), 32, unet.config["cross_attention_dim"])
+    drawer = Drawer(backbone, module, "prediction", "source", 128, SamplingConfig())
+    with torch.no_grad():
+        latents, shown = backbone.encode_images(photos)[0], as_photos(photos)
+        assert module.preview is not None and shown is not None
+        module.preview.fit([(latents, shown)])
+        target = latents.roll(1, 0)  # other garments: the search takes as long for any
+
+    def network() -> None:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            unet(latents, 500, text)
+
+    def search() -> None:
+        assert module.preview is not None
+        register(module.preview(target), module.preview(latents))
+
+    def whole() -> None:
+        placed = module.registering(shown, latents, drawer.encode)
+        assert placed is not None
+        placed.at(target, 3.0)
+
+    seconds = interleaved({"unet": network, "search": search, "all": whole}, repeats)
+    return {f"registration_in_calls_{part}": seconds[part] / seconds["unet"] for part in ("search", "all")}
+
+
 def rendering(count: int) -> dict[str, float]:
     """Images a second of one core; the cache is rendered on all of them."""
     start = time.perf_counter()
@@ -85,7 +122,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--output", type=Path, default=Path("build/benchmarks.json"))
     args = parser.parse_args()
-    results = {**enhancement(args.repeats), **rendering(40)}
+    results = {**enhancement(args.repeats), **registration(args.repeats), **rendering(40)}
     show(results, args.output)
 
 

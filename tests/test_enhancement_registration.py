@@ -133,11 +133,30 @@ def test_a_photo_is_trusted_where_the_picture_has_its_subject_in_no_other_colors
     shown = source.trusted(None)
     assert shown.shape == (4, 1, 16, 16) and shown.max() <= 1
     assert shown[:, :, 6:10, 6:10].min() > 0.9 and shown[:, :, 5:11, 12:].max() < 0.2
-    assert all(torch.equal(source.trusted(torch.full((count,), 0.5)), shown / 2) for count in (1, 4))
     pale = torch.lerp(garments(torch.ones(3)), torch.ones(()), 0.7)
     another = RegisteredSource(preview, pale, blocks(pale), blocks)
     another.at(blocks(drawn), 3.0)
     assert another.trusted(None).max() < 0.1
+
+
+def test_caption_and_fit_are_two_witnesses(preview: Preview) -> None:
+    photos = garments(torch.ones(3))
+    drawn = blocks(photos)
+    same = RegisteredSource(preview, photos, drawn, blocks)
+    small = photos.clone()  # the same color, most of the garment elsewhere
+    small[:, :, :, 26:] = photos[:, :, :1, :1]
+    small[:, :, 50:62, 4:60] = photos[:, :, 32:33, 32:33]
+    other = RegisteredSource(preview, small, blocks(small), blocks)
+    for source in (same, other):
+        source.at(drawn, 3.0)
+    assert torch.all(same.fit > other.fit + 0.1) and same.fit.max() <= 1
+
+    def share(source: RegisteredSource, trust: float, count: int = 4) -> Tensor:
+        return source.trusted(torch.full((count,), trust)).sum() / source.trusted(None).sum()
+
+    assert share(same, 1.0) > 0.99 and share(same, 0.0) < 1e-4
+    assert share(same, 0.98) > share(other, 0.98) + 0.1  # what a caption leaves open, the fit decides
+    assert torch.equal(same.trusted(torch.full((1,), 0.9)), same.trusted(torch.full((4,), 0.9)))
 
 
 @pytest.mark.parametrize("side", [16, 32])
