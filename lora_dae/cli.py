@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -121,8 +122,12 @@ def expand_jobs(arguments: list[str]) -> list[str]:
 @_one_sentence
 def _train(cfg: DictConfig) -> None:
     """Train, export, measure, report; in a sweep, only what no earlier run has trained."""
-    run_cfg = typed(cfg)
-    check(run_cfg)  # before torch and lightning are imported, which takes longer than all else
+    try:
+        run_cfg = typed(cfg)
+        check(run_cfg)  # before torch and lightning are imported, which takes longer than all else
+    except ConfigError:
+        _leave_nothing()
+        raise
     if run_cfg.tracking.group is None:
         run_cfg = replace(run_cfg, tracking=replace(run_cfg.tracking, group=sweep_of(Path(run_cfg.run_dir))))
     store = run_cfg.store
@@ -138,6 +143,21 @@ def _train(cfg: DictConfig) -> None:
         run_in_store(replace(run_cfg, store=store))
 
 
+def _leave_nothing() -> None:
+    """Of a run that was refused: the folder that Hydra made for it, unless something else is in it."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if rank() == 0 and [path.name for path in folder.iterdir()] == [".hydra"]:
+        shutil.rmtree(folder)
+
+
+def _is_a_run(cfg: DictConfig) -> None:
+    """Raises ConfigError where ``run`` is none: before torch is imported, which takes longer than all else."""
+    if not OmegaConf.is_missing(cfg, "run") and isinstance(cfg.run, str):
+        from lora_dae.sampling.finished import read_config
+
+        read_config(Path(cfg.run))
+
+
 def sweep_of(run_dir: Path) -> str | None:
     """The name of the sweep that a run belongs to, whatever started it: Hydra keeps a sweep's config in its folder."""
     return run_dir.parent.name if (run_dir.parent / "multirun.yaml").is_file() else None
@@ -147,6 +167,7 @@ def sweep_of(run_dir: Path) -> str | None:
 @_one_sentence
 def sample(cfg: DictConfig) -> None:
     """``python sample.py run=<dir> prompt="..."``: draw with a finished run."""
+    _is_a_run(cfg)
     from lora_dae.sampling.command import draw_samples, request_of
 
     path = draw_samples(request_of(cfg), console)
@@ -157,6 +178,7 @@ def sample(cfg: DictConfig) -> None:
 @_one_sentence
 def export(cfg: DictConfig) -> None:
     """``python export.py run=<dir> format=kohya``: a finished run for other programs."""
+    _is_a_run(cfg)
     from lora_dae.export.command import ExportRequest, export_run
 
     values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
@@ -194,6 +216,7 @@ def cells(list_file: str) -> None:
 @_one_sentence
 def evaluate(cfg: DictConfig) -> None:
     """``python evaluate.py run=<dir>``, ``images=<dir> reference=<dir>`` or ``runs=[<dir>,<dir>]``: measure."""
+    _is_a_run(cfg)
     from lora_dae.evaluation.command import EvaluateRequest
     from lora_dae.evaluation.command import evaluate as run_evaluation
     from lora_dae.training.page_log import page_logger

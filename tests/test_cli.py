@@ -52,13 +52,32 @@ def test_mistakes(arguments: tuple[str, ...], message: str, tmp_path: Path) -> N
     assert "Traceback" not in done.stderr
 
 
-def test_a_mistake_in_the_options_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "mistake"),
+    [
+        ("train", "enhancement.strength=-1"),
+        ("sample", "run=nowhere"),
+        ("evaluate", "run=nowhere"),
+        ("export", "run=nowhere"),
+    ],
+)
+def test_a_mistake_is_told_before_torch_is_imported_and_leaves_no_folder(
+    name: str, mistake: str, tmp_path: Path
+) -> None:
     """Which takes several times as long as all else."""
-    code = "import sys; from lora_dae.cli import train\ntry: train()\nfinally: print('torch' in sys.modules)"
-    given = [sys.executable, "-c", code, "enhancement.strength=-1"]
+    code = f"import sys; from lora_dae.cli import {name}\ntry: {name}()\nfinally: print('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    given = [sys.executable, "-c", code, mistake]
     done = subprocess.run(given, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert "enhancement.strength=-1" in done.stderr and done.stdout.split() == ["False"]
+    assert mistake in done.stderr and done.stdout.split() == ["False"]
+    assert not [path for path in tmp_path.rglob("*") if path.name != "runs"]
+
+
+def test_a_refused_run_leaves_a_folder_with_other_files_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    done = command(tmp_path, "train.py", "enhancement.strength=-1", "hydra.run.dir=mine")
+    assert done.returncode == INPUT_ERROR and (tmp_path / "mine" / "notes.txt").read_text() == "keep"
 
 
 def test_every_config_begins_with_the_command_that_runs_it() -> None:

@@ -23,7 +23,7 @@ from lora_dae.backbone.load import load_backbone
 from lora_dae.config import AdapterConfig, Config, ConfigError
 from lora_dae.export.card import model_card
 from lora_dae.export.command import export_run, write_card
-from lora_dae.sampling.load import read_config
+from lora_dae.sampling.finished import read_config
 from lora_dae.training import run as training
 
 

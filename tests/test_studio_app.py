@@ -24,7 +24,8 @@ from lora_dae.data.catalog import say_once
 from lora_dae.data.square import Framing, fit_square
 from lora_dae.enhancement.files import save_enhancement
 from lora_dae.enhancement.module import EnhancementModule
-from lora_dae.sampling.load import load_run, read_config
+from lora_dae.sampling.finished import read_config
+from lora_dae.sampling.load import load_run
 from lora_dae.studio_app import __main__ as command
 from lora_dae.studio_app.preview import Preview, newest_run, told
 from lora_dae.training import run as training

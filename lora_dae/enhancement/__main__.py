@@ -12,7 +12,7 @@ from rich.console import Console
 from lora_dae.backbone.precision import best_device, draws_in_bf16
 from lora_dae.config import ConfigError, conf_dir
 from lora_dae.evaluation.diagnose import diagnose
-from lora_dae.sampling.load import read_config
+from lora_dae.sampling.finished import read_config
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="diagnose")

@@ -196,7 +196,7 @@ def agreeing(target: Tensor, source: Tensor, motion: Tensor) -> Tensor:
 
 
 def fitting(agreed: Tensor, source: Tensor, motion: Tensor) -> Tensor:
-    """(B,), 0 to 1: the share of the moved ``source``'s subject that has ``agreed`` (B, 1, h, w), as ``agreeing`` says."""
+    """(B,), 0 to 1: the share of the moved ``source``'s subject that ``agreed``, as ``agreeing`` says."""
     salient = _salience(_blur(_at_most(source, SIDE)))[0]
     moved = warp(salient, flow(motion, *salient.shape[2:]))
     return agreed.mean((1, 2, 3)) / (moved.mean((1, 2, 3)) + _EPS)

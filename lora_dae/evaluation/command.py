@@ -19,7 +19,7 @@ from lora_dae.evaluation.photo_mode import NOISE_STRENGTH, PhotoMode, photo_mode
 from lora_dae.evaluation.report.page import OnPage, override
 from lora_dae.evaluation.run import evaluate_run
 from lora_dae.rules import check, check_evaluation
-from lora_dae.sampling.load import read_config
+from lora_dae.sampling.finished import read_config
 
 LONGEST_NAME = 100  # characters of a folder that is named by what differs
 OF_DRAWN = ("split", "num_samples", "clip")

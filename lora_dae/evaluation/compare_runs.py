@@ -32,7 +32,7 @@ from lora_dae.evaluation.report.protocol import ON_VALIDATION, Protocol, of_pair
 from lora_dae.evaluation.report.sheets import judges_sheets, people_sheets
 from lora_dae.evaluation.report.table import ResultsTable
 from lora_dae.evaluation.side_by_side import measure_methods, plot_texture
-from lora_dae.sampling.load import read_config
+from lora_dae.sampling.finished import read_config
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ from lora_dae.evaluation.folders import binary_mask
 from lora_dae.evaluation.heldout import HeldOut, enlarged
 from lora_dae.evaluation.photo_mode import PhotoMode
 from lora_dae.rules import check
-from lora_dae.sampling.load import load_run, read_config
+from lora_dae.sampling.finished import read_config
+from lora_dae.sampling.load import load_run
 
 METADATA = "metadata.jsonl"
 SETTINGS = "settings.json"  # of a run's drawn folder

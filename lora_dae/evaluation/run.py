@@ -41,7 +41,8 @@ from lora_dae.evaluation.report.protocol import ON_VALIDATION, Protocol, of_pair
 from lora_dae.evaluation.report.table import ResultsTable
 from lora_dae.evaluation.side_by_side import measure_methods, plot_texture
 from lora_dae.sampling.draw import Drawer
-from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet, read_config
+from lora_dae.sampling.finished import read_config
+from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet
 from lora_dae.sampling.sheet import image_grid
 
 GRID_ROWS = 6

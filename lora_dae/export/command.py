@@ -22,7 +22,8 @@ from lora_dae.export.adapter import copy_beside, read_adapter, write_diffusers, 
 from lora_dae.export.card import MARK, model_card, stops_early, total_batch
 from lora_dae.export.merged import write_merged_file, write_merged_folder
 from lora_dae.export.push import push_folder
-from lora_dae.sampling.load import load_run, read_config
+from lora_dae.sampling.finished import read_config
+from lora_dae.sampling.load import load_run
 
 TOGETHER = {"adapter": ("diffusers", "kohya"), "all": ("diffusers", "kohya", "merged")}
 FORMATS = ("diffusers", "kohya", "merged", "merged_file", *TOGETHER)

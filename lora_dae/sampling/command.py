@@ -19,7 +19,8 @@ from lora_dae.data.pair import Pair
 from lora_dae.data.sources import load_split
 from lora_dae.data.square import Framing
 from lora_dae.rules import check
-from lora_dae.sampling.load import LoadedRun, load_run, read_config
+from lora_dae.sampling.finished import read_config
+from lora_dae.sampling.load import LoadedRun, load_run
 from lora_dae.sampling.sheet import image_grid
 
 NAME_BYTES = 80  # of seed and prompt in a file name; file systems end at 255

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from omegaconf import OmegaConf
 
 from lora_dae.adapter.files import FILE_NAME, load_adapter
 from lora_dae.adapter.other import FILE_NAME as OTHER_FILE
@@ -27,13 +26,13 @@ from lora_dae.backbone.attention import choose_attention
 from lora_dae.backbone.group_norm import quicken_group_norms
 from lora_dae.backbone.load import Backbone, load_backbone
 from lora_dae.backbone.pooled import hook_into
-from lora_dae.config import Config, ConfigError, from_dict
+from lora_dae.config import Config
 from lora_dae.data.catalog import say_once
 from lora_dae.enhancement.files import load_enhancement
 from lora_dae.enhancement.module import EnhancementModule
 from lora_dae.sampling.draw import Drawer
+from lora_dae.sampling.finished import ENHANCEMENT_FILE, finished_config
 
-ENHANCEMENT_FILE = "enhancement.safetensors"
 SOURCE_FILE = "source_input.safetensors"
 
 
@@ -52,31 +51,6 @@ class LoadedRun:
             self.backbone, self.enhancement, cfg.enhancement.placement, cfg.conditioning, cfg.data.resolution,
             cfg.sampling, bf16,
         )  # fmt: skip
-
-
-def read_config(run_dir: Path) -> Config:
-    """The resolved config of a run; ConfigError if the folder is no finished run."""
-    if not run_dir.is_dir():
-        raise ConfigError(f"run={run_dir} does not exist: give the folder that train.py printed at its end.")
-    if not (run_dir / "config.yaml").is_file() or not (run_dir / "adapter").is_dir():
-        raise ConfigError(
-            f"run={run_dir} is not a finished run (no config.yaml or no adapter/ in it): give a folder that "
-            "train.py has finished, or finish it with ckpt_path=last."
-        )
-    return from_dict(OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml")))  # type: ignore[arg-type]
-
-
-def finished_config(run_dir: Path) -> Config:
-    """read_config; ConfigError also where an enhancement was trained and not written."""
-    cfg = read_config(run_dir)
-    adapter = run_dir / "adapter"
-    expected = cfg.enhancement.enabled and cfg.enhancement.placement != "none"
-    if expected and not (adapter / ENHANCEMENT_FILE).is_file():
-        raise ConfigError(
-            f"run={run_dir} is not finished: it stopped while its enhancement was judged, and {adapter} has no "
-            f"{ENHANCEMENT_FILE}. Finish it with ckpt_path=last; its LoRA alone loads in diffusers."
-        )
-    return cfg
 
 
 def load_run(

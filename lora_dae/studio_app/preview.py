@@ -18,7 +18,8 @@ from lora_dae.data.pair import Pair, PairDataset
 from lora_dae.data.sources import load_split
 from lora_dae.data.square import Framing
 from lora_dae.rules import check
-from lora_dae.sampling.load import LoadedRun, finished_config, load_run, prepare_unet
+from lora_dae.sampling.finished import finished_config
+from lora_dae.sampling.load import LoadedRun, load_run, prepare_unet
 
 MAX_STEPS, MAX_STRENGTH, MAX_PROMPT = 100, 2.0, 1000
 

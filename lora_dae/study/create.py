@@ -21,7 +21,7 @@ from lora_dae.config import ConfigError
 from lora_dae.data.formats.files import read_jsonl
 from lora_dae.evaluation.pictures import METADATA, PictureSets, find_methods, gather, parse_spec
 from lora_dae.evaluation.report.page import check_writable
-from lora_dae.sampling.load import read_config
+from lora_dae.sampling.finished import read_config
 from lora_dae.study.exclude import Rules
 from lora_dae.study.plan import CLEAR, DEGRADED, REFERENCE, plan
 from lora_dae.study.store import FILE, create_database, hashed

@@ -39,7 +39,7 @@ class SweepReport(Callback):
 
 def report_if_any(folder: Path) -> None:
     """The report, here and as a W&B run, where any job was measured; nothing otherwise."""
-    from lora_dae.sampling.load import read_config
+    from lora_dae.sampling.finished import read_config
     from lora_dae.sweep.plots import leading_metrics
     from lora_dae.sweep.table import find_runs, read_sweep
     from lora_dae.sweep.wandb_report import log_sweep
