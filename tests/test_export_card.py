@@ -159,7 +159,7 @@ def test_the_card_tells_of_what_was_written_alone(text_run: Path, tmp_path: Path
         assert f"| files | {name} |" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["README.md", "grid.png"])
+@pytest.mark.parametrize("name", ["README.md", "grid.png", "merged", "merged.safetensors", FILE_NAME, KOHYA_FILE])
 def test_what_others_wrote_is_not_written_over(name: str, text_run: Path, tmp_path: Path) -> None:
     (tmp_path / name).write_text("somebody's")
     with pytest.raises(ConfigError, match=f"has a {name} that no export wrote"):

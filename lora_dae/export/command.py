@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lora_dae.adapter.atomic import atomic
 from lora_dae.adapter.files import FILE_NAME
+from lora_dae.adapter.kohya import KOHYA_FILE
 from lora_dae.adapter.peft_layout import LORA_ADAPTER_METADATA_KEY
 from lora_dae.adapter.weights import DTYPES, resize
 from lora_dae.backbone.layout import BackboneFolder, inspect_backbone
@@ -20,6 +21,8 @@ from lora_dae.backbone.usage import settled
 from lora_dae.config import Config, ConfigError
 from lora_dae.export.adapter import copy_beside, read_adapter, write_diffusers, write_kohya
 from lora_dae.export.card import MARK, model_card, stops_early, total_batch
+from lora_dae.export.merged import FILE as MERGED_FILE
+from lora_dae.export.merged import FOLDER as MERGED_FOLDER
 from lora_dae.export.merged import write_merged_file, write_merged_folder
 from lora_dae.export.push import push_folder
 from lora_dae.sampling.finished import read_config
@@ -132,11 +135,11 @@ def _check(request: ExportRequest, cfg: Config) -> None:
 
 
 def _check_output(folder: Path) -> None:
-    """A card or a picture that stands there already must be an earlier export's."""
+    """What would be written over must be an earlier export's, which has left its card."""
     card = folder / "README.md"
     if card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace"):
         return
-    for name in (card.name, "grid.png"):
+    for name in (card.name, "grid.png", FILE_NAME, KOHYA_FILE, MERGED_FOLDER, MERGED_FILE):
         if (folder / name).exists():
             raise ConfigError(
                 f"output={folder} has a {name} that no export wrote and this one would write over: give another folder."
