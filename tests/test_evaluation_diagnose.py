@@ -18,13 +18,13 @@ from test_training_on_policy import VARIANCE, ExactDenoiser, scheduler
 
 from lora_dae.enhancement.gates import WINDOW
 from lora_dae.evaluation.diagnose import (
-    Diagnosis,
     Watch,
     calibration_slope,
     diagnose,
     missing_energy,
     told_apart,
 )
+from lora_dae.evaluation.diagnosis import Diagnosis
 from lora_dae.sampling.loop import Conditions, Guidance, sample_latents
 from lora_dae.sampling.schedulers import build_scheduler
 from lora_dae.training import run as training
