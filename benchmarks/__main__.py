@@ -82,7 +82,7 @@ def registration(repeats: int) -> dict[str, float]:
     """
     keep_freed_memory()
     unet, backbone = studio_unet().requires_grad_(False).eval(), load_backbone(BackboneConfig())
-    photos = np.stack([photo(draw_look(0, i, "target"), 0, i, 128) for i in range(32)])
+    photos = np.stack([photo(draw_look(0, i, "target"), 0, i, 128).image for i in range(32)])
     module = EnhancementModule(source_channels=LATENT_CHANNELS, registered=True)
     text = torch.randn(len(photos), 32, unet.config["cross_attention_dim"])
     drawer = Drawer(backbone, module, "prediction", "source", 128, SamplingConfig())

@@ -19,10 +19,12 @@ from compose import SHORT
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from benchmarks import __main__ as enhancement
 from benchmarks import compare, ddp, evaluation, kinds, models, rows, steps, timing
 from lora_dae.adapter.inject import inject, trainable_parameters
 from lora_dae.backbone.load import load_backbone
 from lora_dae.config import AdapterConfig, BackboneConfig, ConfigError, OptimizerConfig
+from lora_dae.enhancement import registration
 
 
 def parts(tiny_backbone: Path) -> models.Parts:
@@ -189,6 +191,27 @@ def test_the_evaluations_benchmark_compares_the_folders_way_with_the_bare_networ
     found = json.loads(file.read_text())
     assert found["bare_images_per_second"] > 0 and found["folder_of_bare"] > 0 and found["everything_of_bare"] > 0
     assert found["memory_kB_per_image"] >= 0  # a peak does not fall
+
+
+def test_registration_is_the_search_and_what_follows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: dict[str, Callable[[], object]] = {}
+    monkeypatch.setattr(
+        enhancement,
+        "interleaved",
+        lambda functions, _: turns.update(functions) or {"unet": 2.0, "search": 3.0, "all": 5.0},
+    )
+    assert enhancement.registration(1) == {"registration_in_calls_search": 1.5, "registration_in_calls_all": 2.5}
+    searched, encoded = list[int](), list[int]()
+    plain, encode = registration.register, enhancement.Drawer.encode
+    for place in (registration, enhancement):
+        monkeypatch.setattr(place, "register", lambda *given: searched.append(len(given[0])) or plain(*given))
+    monkeypatch.setattr(
+        enhancement.Drawer, "encode", lambda self, photos: encoded.append(len(photos)) or encode(self, photos)
+    )
+    turns["search"]()
+    assert (searched, encoded) == ([32], [])
+    turns["all"]()
+    assert (searched, encoded) == ([32, 32], [32])
 
 
 def test_rows_of_a_comparison_are_timed_with_all_their_parts(
