@@ -1,1 +1,2 @@
-"""Images from a run or an adapter file: ``schedulers`` by name, the reverse ``loop``, ``load`` and ``draw``."""
+"""Images from a run or an adapter file: ``schedulers`` by name, the reverse ``loop``, ``load`` and ``draw``; ``finished``
+reads a run's config."""
