@@ -123,11 +123,15 @@ def expand_jobs(arguments: list[str]) -> list[str]:
 def _train(cfg: DictConfig) -> None:
     """Train, export, measure, report; in a sweep, only what no earlier run has trained."""
     try:
-        run_cfg = typed(cfg)
-        check(run_cfg)  # before torch and lightning are imported, which takes longer than all else
+        _train_or_reuse(cfg)
     except ConfigError:
         _leave_nothing()
         raise
+
+
+def _train_or_reuse(cfg: DictConfig) -> None:
+    run_cfg = typed(cfg)
+    check(run_cfg)  # before torch and lightning are imported, which takes longer than all else
     if run_cfg.tracking.group is None:
         run_cfg = replace(run_cfg, tracking=replace(run_cfg.tracking, group=sweep_of(Path(run_cfg.run_dir))))
     store = run_cfg.store

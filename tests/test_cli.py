@@ -73,6 +73,11 @@ def test_a_mistake_is_told_before_torch_is_imported_and_leaves_no_folder(
     assert not [path for path in tmp_path.rglob("*") if path.name != "runs"]
 
 
+def test_data_that_cannot_be_read_leave_no_folder(tmp_path: Path) -> None:
+    done = command(tmp_path, "train.py", "data=folder", "data.root=nowhere")
+    assert done.returncode == INPUT_ERROR and not [path for path in tmp_path.rglob("*") if path.name != "runs"]
+
+
 def test_a_refused_run_leaves_a_folder_with_other_files_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")

@@ -54,7 +54,7 @@ def test_a_garment_is_found_where_it_is_on_another_ground_and_under_a_head() -> 
     inside = garments(torch.zeros(3), None, MOTIONS).sum(1, keepdim=True) > 0
     errors = [float(((picture - target) * inside).square().sum()) for picture in (source, moved)]
     assert errors[1] < 0.25 * errors[0]
-    agreed = agreeing(target, source, found)
+    agreed = agreeing(target, source, found)[0]
     assert agreed[inside].mean() > 0.5 > 0.2 > agreed[~inside].mean()
 
 
@@ -70,7 +70,7 @@ def test_what_is_in_place_or_shows_nothing_stays_where_it_is() -> None:
 def test_pictures_of_any_size_are_registered(size: tuple[int, int]) -> None:
     pictures = functional.interpolate(garments(torch.ones(3), None, MOTIONS), size)
     assert register(pictures, functional.interpolate(garments(torch.ones(3)), size)).shape == (4, 4)
-    assert agreeing(pictures, pictures, torch.zeros(4, 4)).shape == (4, 1, *size)
+    assert agreeing(pictures, pictures, torch.zeros(4, 4))[0].shape == (4, 1, *size)
 
 
 def test_a_flow_is_a_shift_and_scales_about_the_middle() -> None:

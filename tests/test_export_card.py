@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lora_dae.backbone.load import load_backbone
 from lora_dae.config import AdapterConfig, Config, ConfigError
 from lora_dae.export.card import model_card
 from lora_dae.export.command import export_run, write_card
-from lora_dae.sampling.finished import read_config
+from lora_dae.sampling.finished import ENHANCEMENT_FILE, read_config
 from lora_dae.training import run as training
 
 
@@ -165,6 +166,16 @@ def test_what_others_wrote_is_not_written_over(name: str, text_run: Path, tmp_pa
     with pytest.raises(ConfigError, match=f"has a {name} that no export wrote"):
         export_run(request(text_run, tmp_path, format="kohya"), Console())
     assert list(tmp_path.iterdir()) == [tmp_path / name] and (tmp_path / name).read_text() == "somebody's"
+
+
+def test_a_part_of_the_run_is_not_copied_over_what_others_wrote(text_run: Path, tmp_path: Path) -> None:
+    run, out = shutil.copytree(text_run, tmp_path / "run"), tmp_path / "out"
+    out.mkdir()
+    for folder in (run / "adapter", out):
+        (folder / ENHANCEMENT_FILE).write_text("somebody's")
+    with pytest.raises(ConfigError, match=f"has a {ENHANCEMENT_FILE} that no export wrote"):
+        export_run(request(run, out, format="kohya"), Console())
+    assert list(out.iterdir()) == [out / ENHANCEMENT_FILE]
 
 
 def test_what_a_killed_write_has_left_is_no_part_of_an_adapter(sd15: Path, tmp_path: Path) -> None:

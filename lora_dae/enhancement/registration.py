@@ -97,8 +97,8 @@ class RegisteredSource:
             with torch.autocast(x0.device.type, enabled=False):
                 target, given = self.preview(x0), self.preview(latents)
                 self.motion = register(target, given)
-                agreed = agreeing(target, given, self.motion)
-                self.shown, self.fit = shown_where(target, agreed)[0], fitting(agreed, given, self.motion)
+                agreed, self.fit = agreeing(target, given, self.motion)
+                self.shown = shown_where(target, agreed)[0]
                 self.moved = (move(photos, self.motion) * 255).round() / 255  # as photos are
                 self._carried = self.encode(self.moved).float().to(x0.device)
         return self._carried
@@ -120,7 +120,7 @@ class RegisteredSource:
         """The present motion in the places of ``x0``, and where the photos from afar show what it shows."""
         latents = for_images(self.latents, x0)
         assert latents is not None
-        sure = agreeing(self.preview(x0), self.preview(latents), self.motion)
+        sure = agreeing(self.preview(x0), self.preview(latents), self.motion)[0]
         return Match(flow(self.motion, *x0.shape[2:]), functional.avg_pool2d(sure, 2))
 
 
@@ -185,21 +185,18 @@ def shown_where(target: Tensor, agreed: Tensor) -> tuple[Tensor, Tensor]:
     return _softened(subject & (agreed > _NOT_OTHERS)), _softened(agreed > _SURE)
 
 
-def agreeing(target: Tensor, source: Tensor, motion: Tensor) -> Tensor:
-    """(B, 1, h, w), 0 to 1: where the moved ``source`` shows its subject, and ``target`` the same colors from afar."""
+def agreeing(target: Tensor, source: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the moved ``source`` shows its subject, and ``target`` the same colors from afar: (B, 1, h, w), 0 to 1.
+
+    And the share of the subject of which that holds, (B,).
+    """
     full, (target, source) = target.shape[2:], (_at_most(x, SIDE) for x in (target, source))
     salient, spread = _salience(_blur(source))
     moved = warp(torch.cat([source, salient], 1), flow(motion, *source.shape[2:]))
     gap = (_blur(_blur(target, 5), 5) - _blur(_blur(moved[:, :-1], 5), 5)).square().sum(1, keepdim=True)
     agreed = _NEAR * spread / (gap + _NEAR * spread) * moved[:, -1:]
-    return agreed if agreed.shape[2:] == full else functional.interpolate(agreed, full, mode="bilinear")
-
-
-def fitting(agreed: Tensor, source: Tensor, motion: Tensor) -> Tensor:
-    """(B,), 0 to 1: the share of the moved ``source``'s subject that ``agreed``, as ``agreeing`` says."""
-    salient = _salience(_blur(_at_most(source, SIDE)))[0]
-    moved = warp(salient, flow(motion, *salient.shape[2:]))
-    return agreed.mean((1, 2, 3)) / (moved.mean((1, 2, 3)) + _EPS)
+    fit = agreed.mean((1, 2, 3)) / (moved[:, -1:].mean((1, 2, 3)) + _EPS)
+    return agreed if agreed.shape[2:] == full else functional.interpolate(agreed, full, mode="bilinear"), fit
 
 
 def _softened(places: Tensor) -> Tensor:

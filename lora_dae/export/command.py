@@ -57,7 +57,7 @@ def export_run(request: ExportRequest, console: Console) -> Path:
         request = replace(request, format="all" if request.push is None else "adapter")
     _check(request, cfg)
     folder = Path(request.output) if request.output else run_dir / "export"
-    _check_output(folder)
+    _check_output(folder, run_dir / "adapter")
     backbone = inspect_backbone(cfg.backbone)
     written, resized = _write(request, run_dir, cfg, backbone, folder, console)
     for file in written:
@@ -134,12 +134,13 @@ def _check(request: ExportRequest, cfg: Config) -> None:
         raise ConfigError("a single file has no place for the source photo's channels: use format=merged.")
 
 
-def _check_output(folder: Path) -> None:
+def _check_output(folder: Path, adapter: Path) -> None:
     """What would be written over must be an earlier export's, which has left its card."""
     card = folder / "README.md"
     if card.is_file() and MARK in card.read_text(encoding="utf-8", errors="replace"):
         return
-    for name in (card.name, "grid.png", FILE_NAME, KOHYA_FILE, MERGED_FOLDER, MERGED_FILE):
+    copied = [file.name for file in adapter.glob("*.safetensors")]
+    for name in (card.name, "grid.png", FILE_NAME, KOHYA_FILE, MERGED_FOLDER, MERGED_FILE, *copied):
         if (folder / name).exists():
             raise ConfigError(
                 f"output={folder} has a {name} that no export wrote and this one would write over: give another folder."

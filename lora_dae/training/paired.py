@@ -216,7 +216,7 @@ def _registered(
     target, given = preview(batch["latent_mean"]), preview(latents)
     motion = register(target, given)
     moved = move(photos, motion + draws.misplaced)
-    return encode(moved).float(), moved, *shown_where(target, agreeing(target, given, motion))
+    return encode(moved).float(), moved, *shown_where(target, agreeing(target, given, motion)[0])
 
 
 @torch.no_grad()
